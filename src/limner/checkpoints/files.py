@@ -1,0 +1,88 @@
+"""safetensors files in and out: whole or not at all, every key accounted for.
+
+Nothing here unpickles. A file's metadata carries the configuration of what it holds under the key "limner", as JSON, so
+a weight file needs nothing beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from limner.checkpoints.quantization import dequantize
+from limner.errors import CheckpointMismatch, FileProblem
+
+CONFIG_KEY = "limner"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a crash leaves either the old file or the new one, never a part. Raises FileProblem."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise FileProblem(f"cannot write {path}: {error.strerror or error}; nothing was left behind") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write tensors and the configuration they belong to, atomically. Raises FileProblem."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {CONFIG_KEY: json.dumps(config, sort_keys=True), "format": "pt"}
+    write_atomically(path, serialise(whole, metadata))
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file of ours: (tensors with quantised ones restored to float32, configuration). Raises FileProblem."""
+    if not path.is_file():
+        raise FileProblem(f"no file {path}: give the path of a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise FileProblem(f"{path} is not a whole safetensors file ({reason}): download or train it again") from error
+    if CONFIG_KEY not in metadata:
+        raise FileProblem(f"{path} is a safetensors file of another program: it carries no limner configuration")
+    try:
+        config = json.loads(metadata[CONFIG_KEY])
+    except json.JSONDecodeError as error:
+        raise FileProblem(f"{path}: its limner configuration is not JSON ({error.msg})") from error
+    return dequantize(tensors, config.get("quantization", {}), path), config
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Give `module` (which may be on the meta device) these weights. Every key and shape must fit: CheckpointMismatch."""
+    expected = module.state_dict()
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unknown:
+        parts = [f"{len(names)} {word} (first: {names[0]})" for names, word in ((missing, "missing"), (unknown, "unknown")) if names]
+        raise CheckpointMismatch(f"{source}: {' and '.join(parts)} of {len(expected)} keys; is it a file of another model?")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+            raise CheckpointMismatch(f"{source}: {name} is {found} in the file, {wanted} in the model")
+    module.load_state_dict(dict(tensors), assign=True)
+
+
+def parameter_count(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() for t in tensors.values() if isinstance(t, torch.Tensor))

@@ -1,0 +1,52 @@
+"""`limner evaluate`: measure a model on the held-out prompts, and write the figures of its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="A model's name (`limner models`) or its weights file.")] = "icons",
+    data: Annotated[Path | None, typer.Option("--data", help="Folder of the icon pack (`limner data icons`).")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for evaluation.json, evaluation.md and grid.png.")] = Path(
+        "evaluation"
+    ),
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")] = "auto",
+    limit: Annotated[int | None, typer.Option("--limit", min=8, help="Only this many prompts, spread evenly.")] = None,
+    batch: Annotated[int, typer.Option("-b", "--batch", min=1, help="Pictures drawn at a time.")] = 64,
+    cache: Annotated[Path | None, typer.Option("--cache", help="Folder that keeps drawn icons and features.")] = None,
+    speed: Annotated[bool, typer.Option(help="Time `limner generate` on 2 CPU cores, in fresh processes.")] = True,
+    copying: Annotated[bool, typer.Option(help="Compare with every training picture (slow without a GPU).")] = True,
+    prepare_judge: Annotated[
+        bool,
+        typer.Option("--prepare-judge", help="Train the judge and measure real pictures instead; no model needed."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, not the table.")] = False,
+) -> None:
+    """Measure a model beside real pictures: prompt and style accuracy, KID, copying, the autoencoder, speed."""
+    import json
+
+    import torch
+
+    from limner import evaluation
+    from limner.data.icons import open_icons
+    from limner.errors import UsageError
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device {device!r} is not one of auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    pack = open_icons(data)
+    if prepare_judge:
+        report = evaluation.prepare_judge(pack, out, device, cache=cache)
+        print(json.dumps(report, indent=2) if as_json else evaluation.judge_table(report))
+        return
+    report = evaluation.evaluate(
+        model, pack, out, device, limit=limit, batch=batch, cache=cache, speed=speed, copying=copying
+    )
+    print(json.dumps(report, indent=2) if as_json else evaluation.table(report))

@@ -1,0 +1,191 @@
+"""`limner generate "PROMPT"`: parse, ask the pipeline, save. stdout carries the paths (or JSON), stderr the rest."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import sys
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from limner import metadata
+from limner.errors import UsageError
+
+if TYPE_CHECKING:
+    from limner.pipeline import Pipeline
+    from limner.types import OnStep, Request
+
+DEFAULT_MODEL = "icons"
+BASE_BYTES, BYTES_PER_PIXEL = 370e6, 350  # of the process and of drawing; measured with `icons` on a CPU, within 10 %
+
+
+def generate_command(
+    prompt: Annotated[str | None, typer.Argument(help="What to paint.", show_default=False)] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", help="PNG file or folder; - is standard output. [default: prompt-SEED.png]"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help=f"Name or weight file. [default: {DEFAULT_MODEL}]")
+    ] = None,
+    negative: Annotated[str | None, typer.Option("-n", "--negative", help="What to keep out of the picture.")] = None,
+    width: Annotated[int | None, typer.Option("-W", "--width", help="In pixels.")] = None,
+    height: Annotated[int | None, typer.Option("-H", "--height", help="In pixels.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", "--cfg-scale", help="How closely to follow the prompt; 1 is plainly.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("-s", "--seed", help="Same seed, same picture. [default: a random one, printed]")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="Solver, such as euler or dpmpp_2m.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", "--scheduler", help="How noise falls, such as uniform or karras.")
+    ] = None,
+    batch: Annotated[int, typer.Option("-b", "--batch", help="Pictures, with seeds SEED, SEED+1, ...")] = 1,
+    image: Annotated[Path | None, typer.Option("-i", "--image", help="Paint over this picture.")] = None,
+    strength: Annotated[
+        float | None, typer.Option("--strength", help="With -i: 0 keeps the picture, 1 forgets it.")
+    ] = None,
+    settings: Annotated[
+        Path | None, typer.Option("-C", "--settings", help="Redo what this picture's metadata says; flags override it.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of paths.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do not paint.")] = False,
+) -> None:
+    """Paint PROMPT and print the path of the PNG. What a flag does not say, the model's defaults do."""
+    flags = {
+        "prompt": prompt,
+        "model": model,
+        "negative": negative,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "sampler": sampler,
+        "schedule": schedule,
+        "strength": strength,
+    }
+    asked = (_remembered(settings, image, model) if settings else {}) | {
+        k: v for k, v in flags.items() if v is not None
+    }
+    if "prompt" not in asked:
+        raise UsageError('no prompt: say what to paint, such as limner "a red fox"')
+    if strength is not None and image is None:
+        raise UsageError(f"--strength {strength:g} without a picture to paint over: add -i PICTURE")
+    if output == "-" and (as_json or batch > 1 or sys.stdout.isatty()):
+        raise UsageError("-o - writes one PNG to standard output: send it to a file or program, without -b or --json")
+    asked.setdefault("seed", secrets.randbelow(2**32))  # drawn here, so that it can be told before painting
+    name = asked.pop("model", DEFAULT_MODEL)
+
+    from limner import pipeline
+
+    pipe = pipeline.load(name, device)
+    request = pipeline.prepare(pipe.system, **asked, batch=batch, image=image)
+    paths = [] if output == "-" else _paths(output, request)
+    for path in paths:
+        metadata.check_writable(path, size=4 * request.width * request.height * request.batch)
+    if dry_run:
+        _print_plan(_plan(pipe, request, paths), as_json)
+        return
+    print(f"seed {request.seed}", file=sys.stderr)
+    with _progress() as on_step:
+        pictures = pipe.generate(**asked, batch=batch, image=request.image, on_step=on_step)
+    if output == "-":
+        sys.stdout.buffer.write(metadata.encode_png(pictures[0].image, pictures[0].settings))
+        return
+    saved = [picture.save(path) for picture, path in zip(pictures, paths, strict=True)]
+    if as_json:
+        images = [
+            {"path": str(path), "seed": p.seed, "settings": p.settings} for p, path in zip(pictures, saved, strict=True)
+        ]
+        print(json.dumps({"images": images}, indent=2))
+    else:
+        print(*saved, sep="\n")
+
+
+def _remembered(path: Path, image: Path | None, model: str | None) -> dict[str, Any]:
+    """The settings in `path` that can be asked for again. Weights are never loaded because a picture names them."""
+    from limner import catalog
+
+    settings = metadata.read_settings(path)
+    if model is None and settings.get("model", DEFAULT_MODEL) not in catalog.names():
+        raise UsageError(f"{str(path)!r} was painted by {settings['model']!r}, which is not in `limner models`: add -m")
+    if "strength" in settings and image is None:
+        raise UsageError(f"{str(path)!r} was painted over another picture, which it does not hold: add -i PICTURE")
+    return {k: v for k, v in settings.items() if k not in ("limner", "model_hash")}
+
+
+def slug(prompt: str) -> str:
+    """A file name of the prompt's letters and digits in any script, at most 60 bytes: "A red fox!" -> "a-red-fox"."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", prompt).lower())
+    short = "-".join(words).encode("utf-8", "ignore")[:60].decode("utf-8", "ignore")
+    return short.strip("-") or "picture"
+
+
+def _paths(output: str | None, request: Request) -> list[Path]:
+    """One PNG name for each picture of the request; names that are taken get their number when saving."""
+    in_folder = output is None or output.endswith("/") or Path(output).is_dir()
+    folder = Path(output or "") if in_folder else Path(output or "").parent
+    if in_folder:
+        return [folder / f"{slug(request.prompt)}-{request.seed + i}.png" for i in range(request.batch)]
+    file = Path(output or "")
+    if file.suffix.lower() != ".png":
+        raise UsageError(f"cannot save {output!r}: pictures are PNG; let the name end in .png, or in / for a folder")
+    return [file if request.batch == 1 else file.with_stem(f"{file.stem}-{i + 1}") for i in range(request.batch)]
+
+
+@contextmanager
+def _progress() -> Iterator[OnStep | None]:
+    """A bar with rate and time left on stderr, or nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn("painting"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("painting", total=None, rate="")
+
+        def on_step(done: int, total: int) -> None:
+            speed = bar.tasks[task].speed
+            bar.update(task, completed=done, total=total, rate=f"{speed:.1f} steps/s" if speed else "")
+
+        yield on_step
+
+
+def _plan(pipe: Pipeline, request: Request, paths: list[Path]) -> dict[str, Any]:
+    """What would be done, with a rough estimate of the memory it takes."""
+    from limner import pipeline
+
+    parameters = list(pipe.system.parameters())  # type: ignore[attr-defined]
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    pixels = request.width * request.height * min(request.batch, pipeline.CHUNK)
+    return {
+        "model": pipe.system.name,
+        **pipeline.describe(pipe.system, request),
+        "seed": request.seed,
+        "batch": request.batch,
+        "device": str(parameters[0].device),
+        "output": [str(path) for path in paths],
+        "parameters": sum(p.numel() for p in parameters),
+        "memory_mb": round((BASE_BYTES + weights + BYTES_PER_PIXEL * pixels) / 1e6),
+    }
+
+
+def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(plan, indent=2))
+        return
+    for key, value in plan.items():
+        print(f"{key:11} {', '.join(value) if isinstance(value, list) else value}")

@@ -1,0 +1,109 @@
+"""The `limner` command: which words are commands, and what each kind of failure looks like.
+
+Exit codes: 0 done · 1 a bug (with a traceback), or whoever read our output went away · 2 usage · 3 a model or file ·
+4 out of memory · 5 training diverged · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+import limner
+from limner.cli.data import data_command
+from limner.cli.evaluate import evaluate_command
+from limner.cli.generate import generate_command
+from limner.cli.models import models_command, recipes_command
+from limner.cli.train import train_command
+from limner.errors import INTERRUPTED, LimnerError, OutOfMemory
+
+COMMANDS = {
+    "generate": generate_command,
+    "models": models_command,
+    "recipes": recipes_command,
+    "train": train_command,
+    "data": data_command,
+    "evaluate": evaluate_command,
+}
+OPTIONS = ("-h", "--help", "--version", "--install-completion", "--show-completion")
+
+app = typer.Typer(
+    name="limner",
+    help='Paint pictures from words, train the models that do. `limner "PROMPT"` is `limner generate "PROMPT"`.',
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"limner {limner.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line `args` (default: the process's) and exit with its code."""
+    code = 0
+    try:
+        code = app(_with_command(sys.argv[1:] if args is None else args), "limner", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except TyperException as error:
+        code = _complain(f"{error.format_message().rstrip('.')}{_usage_hint(error)}", 2)
+    except LimnerError as error:
+        code = _complain(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own flush at exit is quiet too
+        code = 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        code = _complain("out of memory: ask for less at a time (size, --batch, batch_size)", OutOfMemory.exit_code)
+    if code == INTERRUPTED:
+        _complain("interrupted", code)
+    sys.exit(code)
+
+
+def _with_command(args: list[str]) -> list[str]:
+    """What is not a command nor an option of `limner` itself is meant for `generate`; nothing at all asks for help."""
+    if not args:
+        return ["--help"]
+    return args if args[0] in COMMANDS or args[0].split("=")[0] in OPTIONS else ["generate", *args]
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"limner: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _usage_hint(error: TyperException) -> str:
+    if "unexpected extra argument" in str(error):
+        return "; put a prompt of several words in quotes"
+    context = getattr(error, "ctx", None)
+    return f"; see `{context.command_path} --help`" if context else ""
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch's error of that name on a GPU; on a CPU a RuntimeError that only its text tells apart."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )

@@ -1,0 +1,46 @@
+"""`limner models` and `limner recipes`: what there is."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON array of objects.")]
+
+
+def models_command(as_json: AsJson = False) -> None:
+    """List the models; weights are bundled, or needed from you."""
+    from limner import catalog
+
+    columns = ("name", "family", "task", "weights", "summary")
+    _print([{c: getattr(entry, c) for c in columns} for entry in catalog.entries()], as_json)
+
+
+def recipes_command(as_json: AsJson = False) -> None:
+    """List the training recipes, for `limner train NAME`."""
+    from limner import catalog, recipes
+
+    tasks = {entry.config.kind: entry.task for entry in catalog.entries()}
+    configs = {name: recipes.get(name) for name in recipes.names()}
+    rows = [
+        {
+            "name": name,
+            "family": c.system.family,
+            "task": tasks[c.system.kind],
+            "steps": c.steps,
+            "images": c.batch_size,
+        }
+        for name, c in configs.items()
+    ]
+    _print(rows, as_json)
+
+
+def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in [{c: c.upper() for c in rows[0]}, *rows] if rows else []:
+        widths = [max(len(c), *(len(str(r[c])) for r in rows)) for c in row]
+        print("  ".join(str(v).ljust(w) for v, w in zip(row.values(), widths, strict=True)).rstrip())

@@ -1,0 +1,48 @@
+"""`limner train`: parse, find the recipe or the run, train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from limner.errors import UsageError
+
+
+def train_command(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe; `limner recipes` lists them.")] = "",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Changes, such as steps=2000 lr=3e-4.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the new run.")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda; with torchrun one a process.")] = "auto",
+    stop_after: Annotated[
+        float | None, typer.Option("--stop-after", metavar="SECONDS", min=0, help="Save and stop after this time.")
+    ] = None,
+) -> None:
+    """Train a recipe, or go on with a run. The weights end up in RUN/final/NAME.safetensors."""
+    if resume is not None and (recipe or overrides or out is not None):
+        raise UsageError("--resume takes the run's folder and nothing else: its recipe and fields are kept as they were")
+    if resume is None and not recipe:
+        raise UsageError("no recipe: limner train RECIPE --out RUN, or limner train --resume RUN")
+    if resume is None and out is None:
+        raise UsageError(f"no folder for the run: limner train {recipe} --out RUN")
+
+    from limner import recipes
+    from limner.training.config import parse_overrides
+    from limner.training.loop import train
+    from limner.training.processes import INTERRUPTED
+    from limner.training.state import config_of, final_file
+
+    if resume is not None:
+        config, run = config_of(resume), resume
+        if final_file(run, config).exists():
+            print(f"{run} is finished: {final_file(run, config)}")
+            return
+    else:
+        assert out is not None
+        config, run = parse_overrides(recipes.get(recipe), overrides or []), out
+    if train(config, run, resume=resume is not None, device=device, stop_after=stop_after) == INTERRUPTED:
+        raise KeyboardInterrupt

@@ -1,0 +1,552 @@
+"""The evaluation, frozen before the first training run: what is measured, on which prompts, against which real
+pictures.
+
+`prepare_judge` trains the judge on real pictures and measures what real and wrong pictures reach; `evaluate` draws
+every held-out prompt with seed = its place in the list and sets each figure beside those. The prompts, their
+distractors and the judge are pinned by SHA-256, so that figures of two runs can be compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import limner
+from limner import catalog, pipeline
+from limner.data.icons import IconPack
+from limner.data.images import ImageSet, to_float
+from limner.errors import FileProblem
+from limner.metrics import retrieval
+from limner.metrics.distances import copying, frechet, kid, nearest, precision_recall
+from limner.metrics.features import EffLite0
+from limner.metrics.prompts import GRID_PROMPTS, HELD_OUT, Prompt, held_out_prompts, sha256_of
+from limner.metrics.scores import Figure, alpha_errors, mean, psnr, ratio, squared_errors, wilson
+from limner.text.minilm import MiniLM
+
+if TYPE_CHECKING:
+    from limner.types import Autoencoder, System
+
+JUDGE = Path(__file__).parent / "weights" / "judge"
+SIZE = 256
+VIEWS = 3
+MAX_TOKENS = 64
+KINDS = {
+    "val": ("prompt accuracy, new pictures (val)", 0.85),
+    "test_style": ("prompt accuracy, known thing in a new style", 0.80),
+    "compose_tone": ("prompt accuracy, new skin tone", 0.65),
+    "compose_concept": ("prompt accuracy, newly composed thing", 0.65),
+}
+"""Each kind of prompt: its words in the table, and the share of what real pictures reach that is aimed at."""
+
+
+# ---------------------------------------------------------------------------------------------- the judge, once
+
+
+def prepare_judge(
+    pack: IconPack,
+    out: Path,
+    device: torch.device | str = "cpu",
+    *,
+    cache: Path | None = None,
+    size: int = SIZE,
+    steps: int = 4000,
+    batch: int = 2048,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train the judge on the train split and measure real pictures with it: writes judge.safetensors and judge.json.
+
+    Returns what judge.json holds: the SHA-256 of the prompt list, of the pack and of the weights; `ceilings` (real
+    held-out pictures) and `floors` (each prompt judged by another prompt's picture) as figures; `kid_scale`, the KID
+    of damaged held-out pictures to whole ones; the nearest-neighbour distances of real held-out pictures.
+    """
+    started = time.monotonic()
+    features, minilm = EffLite0(device), catalog.minilm(MAX_TOKENS).to(device)
+    prompts = held_out_prompts(pack.records)
+    train = pack.image_set("train", size, cache=cache)
+    held = held_out_images(pack, prompts, size, cache)
+    train_features = features_of_train(train, features, pack, cache)
+    held_features = features(held.images)
+    captions = [c[:4] for c in train.captions]
+    known = sorted({text for four in captions for text in four})
+    place = {text: k for k, text in enumerate(known)}
+    groups = train.groups
+    judge = retrieval.train_judge(
+        retrieval.JudgeData(
+            features=train_features,
+            captions=torch.tensor([[place[c] for c in four] for four in captions]),
+            sentences=minilm.sentences(known),
+            things=[f"{c}|{t}|{i}" for c, t, i in zip(groups["concept"], groups["tone"], groups["tint"], strict=True)],
+            styles=groups["style"],
+        ),
+        steps=steps,
+        batch=batch,
+        seed=seed,
+        device=device,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    retrieval.save(judge, out / "judge.safetensors")
+    judge = retrieval.load(out / "judge.safetensors", device)  # what is shipped is what is measured: fp16 weights
+    texts, sentences = sentences_of(prompts, minilm)
+    right = retrieval.picked(judge, held_features, prompts, texts, sentences)
+    others = torch.arange(len(prompts)).roll(len(prompts) // 2)
+    wrong = retrieval.picked(judge, held_features[others], prompts, texts, sentences)
+    wanted = [p.style for p in prompts]
+    distance, _ = nearest(held_features.to(device), bank(train_features, device))
+    report = {
+        "pack_sha256": pack.digest,
+        "prompts_sha256": sha256_of(prompts),
+        "judge_sha256": file_sha256(out / "judge.safetensors"),
+        "train_pictures": len(train),
+        "prompts": len(prompts),
+        "steps": steps,
+        "batch": batch,
+        "seed": seed,
+        "ceilings": accuracies(prompts, right)
+        | {"style": asdict(share(retrieval.styled(judge, held_features, wanted)))},
+        "floors": accuracies(prompts, wrong)
+        | {"style": asdict(share(retrieval.styled(judge, held_features[others], wanted)))},
+        "kid_scale": kid_scale(held, held_features, features),
+        "nearest_train_cosine_distance": {
+            f"{q:.2f}": float(distance.double().quantile(q)) for q in (0.01, 0.05, 0.25, 0.5, 0.75)
+        },
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    (out / "judge.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def held_out_images(pack: IconPack, prompts: Sequence[Prompt], size: int, cache: Path | None) -> ImageSet:
+    """The real picture of each prompt, in the order of `prompts`. Raises FileProblem if one cannot be drawn."""
+    held = pack.image_set(None, size, lambda r: r.split in HELD_OUT, cache=cache)
+    place = {name: k for k, name in enumerate(held.ids)}
+    missing = [p.id for p in prompts if p.id not in place]
+    if missing:
+        raise FileProblem(f"{len(missing)} held-out pictures of {pack.folder} cannot be drawn, first {missing[0]!r}")
+    return held.select([place[p.id] for p in prompts])
+
+
+def features_of_train(train: ImageSet, features: EffLite0, pack: IconPack, cache: Path | None) -> Tensor:
+    """(n, 3, 1280) fp16 of each picture as it is, mirrored where it may be, and moved and scaled a little.
+
+    With a folder `cache` they are kept there and read the next time.
+    """
+    path = cache / f"train-features-{pack.digest[:16]}-{train.images.shape[-1]}.safetensors" if cache else None
+    if path and path.is_file():
+        return load_file(path)["features"]
+    found = torch.empty(len(train), VIEWS, retrieval.FEATURES, dtype=torch.float16)
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, len(train), 256):
+        here = slice(start, start + 256)
+        images, mirror = to_float(train.images[here].to(features.device)), train.mirror[here]
+        flipped = torch.where(mirror.to(images.device)[:, None, None, None], images.flip(-1), images)
+        for view, chunk in enumerate((images, flipped, jittered(images, mirror, generator))):
+            found[here, view] = features(chunk).half()
+    if path:
+        save_file({"features": found}, path)
+    return found
+
+
+def jittered(images: Tensor, mirror: Tensor, generator: torch.Generator) -> Tensor:
+    """(b, 4, h, w) premultiplied in [-1, 1], each scaled by 0.8 to 1.1, shifted by 6 %, half of `mirror` flipped."""
+    b = len(images)
+    scale = 0.8 + 0.3 * torch.rand(b, generator=generator)
+    shift = 0.12 * (torch.rand(b, 2, generator=generator) * 2 - 1)
+    flip = torch.where(mirror & (torch.rand(b, generator=generator) < 0.5), -1.0, 1.0)
+    theta = torch.zeros(b, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = flip / scale, 1 / scale, shift
+    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # outside is 0 + transparent: -1
+
+
+def kid_scale(held: ImageSet, held_features: Tensor, features: EffLite0) -> dict[str, Any]:
+    """What KID-EffLite0 is worth: half of the real held-out pictures against the other half, and known damage."""
+    images = to_float(held.images)
+    small = F.interpolate(F.interpolate(images, size=(32, 32), mode="area"), size=images.shape[-2:], mode="bilinear")
+    shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    half = len(images) // 2
+    real = kid(held_features[shuffled[:half]], held_features[shuffled[half:]])
+    return {
+        "real against real": asdict(real),
+        "blur of 2 px": asdict(kid(features(blurred(images, 2.0)), held_features, paired=True)),
+        "drawn at 32 px": asdict(kid(features(small), held_features, paired=True)),
+    }
+
+
+def blurred(images: Tensor, sigma: float) -> Tensor:
+    """(b, c, h, w) under a Gaussian of `sigma` pixels, cut off at 4 sigma, edges repeated."""
+    reach = math.ceil(4 * sigma)
+    x = torch.arange(-reach, reach + 1, dtype=images.dtype)
+    kernel = torch.softmax(-x.square() / (2 * sigma**2), 0)
+    out = []
+    for chunk in images.split(128):
+        c = chunk.shape[1]
+        chunk = F.pad(chunk, (reach, reach, reach, reach), mode="replicate")
+        chunk = F.conv2d(chunk, kernel.view(1, 1, 1, -1).expand(c, 1, 1, -1), groups=c)
+        out.append(F.conv2d(chunk, kernel.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c))
+    return torch.cat(out)
+
+
+def bank(train_features: Tensor, device: torch.device | str) -> Tensor:
+    """Every training picture and its mirror image where it may be mirrored: (2 n, 1280)."""
+    return train_features[:, :2].flatten(0, 1).to(device)
+
+
+def sentences_of(prompts: Sequence[Prompt], minilm: MiniLM) -> tuple[list[str], Tensor]:
+    texts = sorted({text for p in prompts for text in (p.text, *p.distractors)})
+    return texts, minilm.sentences(texts)
+
+
+def accuracies(prompts: Sequence[Prompt], right: Tensor) -> dict[str, Any]:
+    return {"all": asdict(share(right))} | {
+        kind: asdict(share(right[[p.kind == kind for p in prompts]]))
+        for kind in KINDS
+        if any(p.kind == kind for p in prompts)
+    }
+
+
+def share(right: Tensor) -> Figure:
+    return wilson(int(right.sum()), len(right))
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- a model
+
+
+def evaluate(
+    model: str,
+    pack: IconPack,
+    out: Path,
+    device: torch.device | str = "cpu",
+    *,
+    limit: int | None = None,
+    batch: int = 64,
+    cache: Path | None = None,
+    speed: bool = True,
+    copying: bool = True,
+) -> dict[str, Any]:
+    """`evaluate_system` of the model of this name or file, and what one picture costs on 2 CPU cores; writes `out`."""
+    pipe = pipeline.load(model, str(device))
+    report = evaluate_system(
+        pipe.system, pack, out, device, limit=limit, batch=batch, cache=cache, check_copying=copying
+    )
+    if speed:
+        seconds, megabytes = speed_of(model)
+        report["figures"] += [
+            row("seconds for one picture, 2 CPU cores", seconds, "s", at_most=6.0),
+            row("peak memory for one picture", megabytes, "MB", at_most=1200.0),
+        ]
+    report = {"model": model, **report}
+    write(report, out)
+    return report
+
+
+def evaluate_system(
+    system: System,
+    pack: IconPack,
+    out: Path,
+    device: torch.device | str = "cpu",
+    *,
+    limit: int | None = None,
+    batch: int = 64,
+    cache: Path | None = None,
+    check_copying: bool = True,
+    judge_folder: Path = JUDGE,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Draw the held-out prompts (`limit` of them, spread evenly) with seed = place in the list, and measure.
+
+    `system` draws through `pipeline.draw` with `settings` beside its defaults; `system.autoencoder`, if it has
+    one, is measured too. Writes grid.png (64 fixed prompts, seeds 0 to 63) and pairs.png (real | drawn) into `out`.
+    Returns {"figures": rows of name, value, low, high, n, unit, target, met, real, floor, ratio; ...}.
+    Raises FileProblem if the judge was made for other prompts or another pack.
+    """
+    frozen = read_frozen(judge_folder)
+    every = held_out_prompts(pack.records)
+    if sha256_of(every) != frozen["prompts_sha256"]:
+        raise FileProblem(f"{pack.folder} gives other held-out prompts than the judge in {judge_folder} was made for")
+    judge = retrieval.load(judge_folder / "judge.safetensors", device)
+    features, minilm = EffLite0(device), catalog.minilm(MAX_TOKENS).to(device)
+    seeds = evenly(len(every), limit)
+    prompts = [every[k] for k in seeds]
+    held = held_out_images(pack, prompts, SIZE, cache)
+    out.mkdir(parents=True, exist_ok=True)
+
+    # 1. draw
+    drawn = draw(system, [p.text for p in prompts], seeds, batch, **settings)
+    draw_grid(draw(system, list(GRID_PROMPTS), list(range(len(GRID_PROMPTS))), batch, **settings)).save(
+        out / "grid.png"
+    )
+    pairs = evenly(len(prompts), 32)
+    draw_grid(torch.stack([held.images[pairs], drawn[pairs]], 1).flatten(0, 1)).save(out / "pairs.png")
+
+    # 2. prompts and styles
+    real_features, drawn_features = features(held.images), features(drawn)
+    texts, sentences = sentences_of(prompts, minilm)
+    wanted = [p.style for p in prompts]
+    real = retrieval.picked(judge, real_features, prompts, texts, sentences)
+    ours = retrieval.picked(judge, drawn_features, prompts, texts, sentences)
+    floors = frozen["floors"]
+    rows = [compared("prompt accuracy, all", ours, real, floors["all"])]
+    for kind, (name, target) in KINDS.items():
+        keep = torch.tensor([p.kind == kind for p in prompts])
+        if keep.any():
+            rows.append(compared(name, ours[keep], real[keep], floors[kind], target))
+    ours_styled, real_styled = (retrieval.styled(judge, f, wanted) for f in (drawn_features, real_features))
+    rows.append(compared("style accuracy", ours_styled, real_styled, floors["style"], 0.97))
+
+    # 3. the autoencoder, and how far the drawings are from the pictures they stand for
+    scale = frozen["kid_scale"]
+    autoencoder = getattr(system, "autoencoder", None)
+    reconstruction = None
+    if autoencoder is not None:
+        found, reconstruction = autoencoder_figures(autoencoder, held, prompts, features, real_features, batch, device)
+        rows += found
+    distance = kid(drawn_features, real_features, paired=True)
+    limit_kid = None if reconstruction is None else max(0.0, reconstruction.value) + 0.010
+    rows.append(row("KID-EffLite0 of drawings", distance, at_most=limit_kid, real=scale["real against real"]["value"],
+                    floor=scale["blur of 2 px"]["value"]))  # fmt: skip
+    precision, recall = precision_recall(real_features, drawn_features)
+
+    # 4. copying
+    if check_copying:
+        train = features_of_train(pack.image_set("train", SIZE, cache=cache), features, pack, cache)
+        known = bank(train, device)
+        ours_near, real_near = (nearest(f.to(device), known)[0].cpu() for f in (drawn_features, real_features))
+        near, over = copying(ours_near, real_near)
+        rows.append(row("share nearer to a training picture than the nearest 5 % of real ones", near, real=0.05))
+        rows.append(row("copying, against real held-out pictures", over, "x", at_most=1.5, real=1.0))
+
+    return {
+        "limner": limner.__version__,
+        "device": str(device),
+        "prompts": len(prompts),
+        "settings": settings,
+        "pack_sha256": pack.digest,
+        "prompts_sha256": frozen["prompts_sha256"],
+        "judge_sha256": file_sha256(judge_folder / "judge.safetensors"),
+        "figures": rows,
+        "also": {
+            "precision (k = 3)": precision,
+            "recall (k = 3)": recall,
+            "Frechet distance, EffLite0": frechet(real_features, drawn_features),
+        },
+    }
+
+
+def autoencoder_figures(
+    autoencoder: Autoencoder,
+    held: ImageSet,
+    prompts: Sequence[Prompt],
+    features: EffLite0,
+    real_features: Tensor,
+    batch: int,
+    device: torch.device | str,
+) -> tuple[list[dict[str, Any]], Figure]:
+    """Reconstructions of the real pictures: the rows of the table, and their KID over all prompts."""
+    parts = []
+    with torch.inference_mode():
+        for chunk in held.images.split(batch):
+            parts.append(to_bytes(autoencoder.decode(autoencoder.encode(to_float(chunk.to(device))))).cpu())
+    again = torch.cat(parts)
+    errors = [
+        (squared_errors(to_float(a), to_float(b)), alpha_errors(to_float(a), to_float(b)))
+        for a, b in zip(held.images.split(batch), again.split(batch), strict=True)
+    ]
+    squared, alpha = (torch.cat(e) for e in zip(*errors, strict=True))
+    again_features = features(again)
+    everything = kid(again_features, real_features, paired=True)
+    val = torch.tensor([p.kind == "val" for p in prompts])
+    rows = [
+        row("autoencoder PSNR on white (val)", mean(psnr(squared[val])), "dB", at_least=30.0),
+        row("autoencoder PSNR of the mean error (val)", one(float(psnr(squared[val].mean())), int(val.sum())), "dB"),
+        row("autoencoder alpha error (val)", mean(alpha[val])),
+        row("reconstruction KID-EffLite0 (val)", kid(again_features[val], real_features[val], paired=True),
+            at_most=0.005),
+        row("reconstruction KID-EffLite0 (all prompts)", everything),
+    ]  # fmt: skip
+    return rows, everything
+
+
+def draw(system: System, prompts: list[str], seeds: list[int], batch: int, **settings: Any) -> Tensor:
+    """uint8 (n, 4, h, w) on the CPU, `batch` pictures at a time; `settings` beside the model's defaults."""
+    request = pipeline.prepare(system, prompt="any", **settings)
+    return to_bytes(pipeline.draw(system, prompts, seeds, request, chunk=batch))
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """[-1, 1] -> uint8 0..255, rounded to nearest."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def draw_grid(images: Tensor, columns: int = 8, ground: str = "white", gap: int = 8) -> Image.Image:
+    """uint8 premultiplied (n, 4, h, w) side by side in rows of `columns` on a `ground` of any Pillow colour, RGB."""
+    n, _, h, w = images.shape
+    rows = -(-n // columns)
+    sheet = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + gap) + gap), ground)
+    for k, image in enumerate(images):
+        picture = Image.frombytes("RGBa", (w, h), image.permute(1, 2, 0).contiguous().numpy().tobytes()).convert("RGBA")
+        sheet.paste(picture, (gap + k % columns * (w + gap), gap + k // columns * (h + gap)), picture)
+    return sheet
+
+
+def evenly(n: int, most: int | None) -> list[int]:
+    """`most` of the positions 0..n-1 (all, if None or too many), spread evenly."""
+    return list(range(n)) if most is None or most >= n else [k * n // most for k in range(most)]
+
+
+def speed_of(model: str, runs: int = 3, cores: int = 2) -> tuple[Figure, Figure]:
+    """Seconds from process start to file, and peak resident megabytes, of `limner generate` in fresh processes.
+
+    The median of `runs` with the fastest and the slowest (the highest, for memory) as the interval; on Linux the
+    process is held to `cores` cores. Raises FileProblem if it fails.
+    """
+    seconds, megabytes = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for run in range(runs):
+            command = [sys.executable, "-m", "limner", "generate", GRID_PROMPTS[0], "--model", model, "--seed", "0"]
+            command += ["--device", "cpu", "--output", str(Path(folder, f"{run}.png"))]
+            started = time.monotonic()
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                  preexec_fn=held_to(cores)) as process:  # fmt: skip
+                assert process.stderr is not None
+                said = process.stderr.read().decode(errors="replace").strip().splitlines()
+                _, status, usage = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                raise FileProblem(
+                    f"`limner generate` ended with {process.returncode}: {said[-1] if said else 'no word'}"
+                )
+            seconds.append(time.monotonic() - started)
+            megabytes.append(usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e6 / 1024))
+    return spread(seconds), spread(megabytes)
+
+
+def held_to(cores: int) -> Callable[[], None] | None:
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    few = sorted(os.sched_getaffinity(0))[:cores]
+    return lambda: os.sched_setaffinity(0, few)
+
+
+def spread(values: list[float]) -> Figure:
+    ordered = sorted(values)
+    return Figure(ordered[len(ordered) // 2], ordered[0], ordered[-1], len(ordered))
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+
+def read_frozen(folder: Path) -> dict[str, Any]:
+    """judge.json. Raises FileProblem if it is missing or torn, or does not belong to the weights beside it."""
+    try:
+        frozen = json.loads((folder / "judge.json").read_text())
+        matches = frozen["judge_sha256"] == file_sha256(folder / "judge.safetensors")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileProblem(f"no judge in {folder} ({error}): make it with `limner evaluate --prepare-judge`") from error
+    if not matches:
+        raise FileProblem(f"{folder}/judge.safetensors is not the judge of judge.json: make both again")
+    return cast(dict[str, Any], frozen)
+
+
+def one(value: float, n: int) -> Figure:
+    return Figure(value, value, value, n)
+
+
+def row(
+    name: str,
+    figure: Figure,
+    unit: str = "",
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    real: float | None = None,
+    floor: float | None = None,
+) -> dict[str, Any]:
+    """One line of the table; `met` is None where nothing is aimed at."""
+    target, met = "", None
+    if at_least is not None:
+        target, met = f">= {at_least:g}", figure.value >= at_least
+    if at_most is not None:
+        target, met = f"<= {at_most:.4g}", figure.value <= at_most
+    return {"name": name, **asdict(figure), "unit": unit, "target": target, "met": met, "real": real, "floor": floor}
+
+
+def compared(
+    name: str, ours: Tensor, real: Tensor, floor: dict[str, Any], target: float | None = None
+) -> dict[str, Any]:
+    """A share beside that of real pictures on the same prompts; the target is for their ratio."""
+    found = ratio(ours, real)
+    line = row(name, share(ours), real=float(real.double().mean()), floor=floor["value"])
+    line["ratio"] = asdict(found)
+    if target is not None:
+        line["target"], line["met"] = f">= {target:g} of real", found.value >= target
+    return line
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """evaluation.json and evaluation.md in the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "evaluation.md").write_text(table(report) + "\n")
+
+
+def table(report: dict[str, Any]) -> str:
+    """The figures as Markdown: one line each, with its 95 % interval, target, real pictures and floor."""
+    lines = [
+        f"Measured by `limner evaluate {report.get('model', '')}`".rstrip("` ") + "`"
+        f" (limner {report['limner']}, {report['prompts']} held-out prompts, judge {report['judge_sha256'][:12]},"
+        f" prompts {report['prompts_sha256'][:12]}).",
+        "",
+        "| figure | value | 95 % interval | n | target | met | real pictures | of real | floor |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in report["figures"]:
+        of_real = r.get("ratio")
+        cells = [
+            r["name"],
+            f"{number(r['value'])} {r['unit']}".strip(),
+            f"{number(r['low'])} to {number(r['high'])}",
+            str(r["n"]),
+            r["target"],
+            {True: "yes", False: "**no**", None: ""}[r["met"]],
+            number(r["real"]),
+            "" if of_real is None else f"{of_real['value']:.3f} ({of_real['low']:.3f} to {of_real['high']:.3f})",
+            number(r["floor"]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Also: " + ", ".join(f"{k} {v:.4g}" for k, v in report["also"].items()) + "."]
+    return "\n".join(lines)
+
+
+def judge_table(report: dict[str, Any]) -> str:
+    """What real pictures and wrong pictures reach with the judge, as Markdown."""
+    lines = ["| figure | real pictures | another prompt's picture |", "|---|---|---|"]
+    for name, real in report["ceilings"].items():
+        floor = report["floors"][name]
+        cells = [f"{f['value']:.4f} ({f['low']:.4f} to {f['high']:.4f})" for f in (real, floor)]
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
+    scale = ", ".join(f"{name} {f['value']:.4f}" for name, f in report["kid_scale"].items())
+    return "\n".join([*lines, "", f"KID-EffLite0: {scale}. Made in {report['seconds']} s."])
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,307 @@
+"""What a picture remembers of its making, as text chunks of its PNG file; nothing about who, where or when.
+
+`parameters`            infotext, the de-facto standard of Stable Diffusion web UI that galleries read
+`limner`                the complete settings as JSON with sorted keys: what `read_settings` reads back
+`XML:com.adobe.xmp`     the IPTC mark of a generated picture (Digital Source Type, IPTC Photo Metadata 2023.2)
+
+The same pixels and settings give the same bytes. What is read is untrusted: it is checked value by value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import itertools
+import json
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limner.errors import FileProblem
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_TEXT = 100_000  # characters of one text chunk that we are willing to read
+
+# Every setting a picture can remember, with its type and its range (of a text: of its length).
+SETTINGS: dict[str, tuple[type, float, float]] = {
+    "limner": (str, 1, 50),  # version that painted it
+    "model": (str, 1, 200),  # a name; never a path
+    "model_hash": (str, 1, 64),  # SHA-256 of the weights, or the first digits of it
+    "prompt": (str, 0, 20_000),
+    "negative": (str, 0, 20_000),
+    "seed": (int, 0, 2**64 - 1),
+    "width": (int, 1, 65_536),
+    "height": (int, 1, 65_536),
+    "steps": (int, 1, 100_000),
+    "guidance": (float, 0, 1e6),
+    "sampler": (str, 1, 100),
+    "schedule": (str, 1, 100),
+    "strength": (float, 0, 1),
+}
+
+XMP = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about=""'
+    ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType='
+    '"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/></rdf:RDF></x:xmpmeta>'
+    '<?xpacket end="w"?>'
+)
+
+# Our names beside those of the web UI, where they are not the same word with a capital.
+SAMPLER_TITLES = {
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "ddim": "DDIM",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+}
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save_png(image: Image.Image, settings: dict[str, Any], path: Path) -> Path:
+    """Write `image` with its settings to `path`, or to `fox-2.png`, `fox-3.png`, ... when `fox.png` is taken.
+
+    Never overwrites, not even in a race; the file appears complete or not at all; missing folders are made.
+    Returns the path written. Raises FileProblem: no PNG name, a folder, not writable, disk full.
+    """
+    data = encode_png(image, settings)
+    temporary = path.parent / f".limner-{secrets.token_hex(8)}.tmp"
+    try:
+        _check_name(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_synced(temporary, data)
+        try:
+            written = _claim(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    return written
+
+
+def encode_png(image: Image.Image, settings: dict[str, Any]) -> bytes:
+    """The bytes of a PNG file with `settings` inside, which must be known ones (`SETTINGS`)."""
+    from PIL.PngImagePlugin import PngInfo
+
+    check_settings(settings)
+    chunks = PngInfo()
+    # A tEXt chunk where latin-1 will do, iTXt where not; neither can hold a NUL or half a surrogate pair.
+    chunks.add_text("parameters", to_infotext(settings).replace("\0", "").encode("utf-8", "replace").decode())
+    chunks.add_text("limner", json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False))
+    chunks.add_itxt("XML:com.adobe.xmp", XMP)
+    bare = image.copy()
+    bare.info = {}  # what another program left in it (profiles, EXIF, comments) is not ours to publish
+    out = io.BytesIO()
+    bare.save(out, "PNG", pnginfo=chunks)
+    return out.getvalue()
+
+
+def check_writable(path: Path, size: int = 0) -> None:
+    """Raise FileProblem if `save_png` to `path` would fail, leaving nothing behind. `size` bytes are needed."""
+    try:
+        _check_name(path)
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        probe = folder / f".limner-{secrets.token_hex(8)}.tmp"
+        _write_synced(probe, b"limner")
+        probe.unlink()
+        if shutil.disk_usage(folder).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _check_name(path: Path) -> None:
+    if path.is_dir():
+        raise FileProblem(f"cannot write {str(path)!r}: it is a folder; name a file in it")
+    if path.suffix.lower() != ".png":
+        raise FileProblem(f"cannot write {str(path)!r}: pictures are saved as PNG, so let the name end in .png")
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    """A new file with `data` on the disk, or no file."""
+    with path.open("xb") as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            path.unlink()
+            raise
+
+
+def _claim(temporary: Path, path: Path) -> Path:
+    """Give the finished file the first free name. Linking and exclusive creation both fail on a taken one."""
+    for number in itertools.count(1):
+        target = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        try:
+            os.link(temporary, target)
+            return target
+        except FileExistsError:
+            continue
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+        try:  # a file system without hard links, such as FAT: reserve the name, then replace what we reserved
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        try:
+            temporary.replace(target)
+        except BaseException:
+            target.unlink()
+            raise
+        return target
+    raise AssertionError("unreachable")
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # Windows has no such call
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems refuse; the file itself is synced
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(path: Path, error: OSError) -> FileProblem:
+    code = errno.ENOTDIR if error.errno == errno.EEXIST else error.errno or 0  # a parent exists, but as a file
+    advice = {
+        errno.ENOSPC: "free some space or choose another disk",
+        errno.EDQUOT: "free some space or choose another disk",
+        errno.ENAMETOOLONG: "choose a shorter name",
+    }
+    reason = os.strerror(code).lower() if code else type(error).__name__
+    return FileProblem(f"cannot write {str(path)!r}: {reason}; {advice.get(code, 'choose another place')}")
+
+
+# --- infotext --------------------------------------------------------------------------------------------------------
+
+
+def to_infotext(settings: dict[str, Any]) -> str:
+    """Settings as web UI writes them: the prompt, "Negative prompt: ...", then one line of `Key: value` pairs."""
+    size = f"{settings['width']}x{settings['height']}" if {"width", "height"} <= settings.keys() else None
+    pairs = {
+        "Steps": settings.get("steps"),
+        "Sampler": SAMPLER_TITLES.get(settings.get("sampler", ""), settings.get("sampler")),
+        "Schedule type": settings["schedule"].replace("_", " ").capitalize() if "schedule" in settings else None,
+        "CFG scale": f"{settings['guidance']:.12g}" if "guidance" in settings else None,
+        "Seed": settings.get("seed"),
+        "Size": size,
+        "Model hash": settings["model_hash"][:10] if "model_hash" in settings else None,
+        "Model": settings.get("model"),
+        "Denoising strength": f"{settings['strength']:.12g}" if "strength" in settings else None,
+        "Version": f"limner {settings['limner']}" if "limner" in settings else None,
+    }
+    lines = [settings.get("prompt", "")]
+    if settings.get("negative"):
+        lines.append(f"Negative prompt: {settings['negative']}")
+    lines.append(", ".join(f"{key}: {_quote(str(value))}" for key, value in pairs.items() if value is not None))
+    return "\n".join(lines)
+
+
+def _quote(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:"\n') else value
+
+
+PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+def from_infotext(text: str) -> dict[str, Any]:
+    """The settings in a `parameters` text of any program that writes this grammar; what we have no word for is left.
+
+    Raises ValueError where a number is none. The model's name is left too: it names a file of another machine.
+    """
+    *lines, last = text.strip().split("\n")
+    pairs = {k: json.loads(v) if v.startswith('"') else v.strip() for k, v in PAIR.findall(last)}
+    if len(pairs) < 3:
+        lines, pairs = [*lines, last], {}
+    start = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
+    settings: dict[str, Any] = {
+        "prompt": "\n".join(lines[:start]).strip(),
+        "negative": "\n".join(lines[start:]).removeprefix("Negative prompt:").strip(),
+    }
+    numbers = {"Steps": ("steps", int), "Seed": ("seed", int), "CFG scale": ("guidance", float)}
+    numbers["Denoising strength"] = ("strength", float)
+    for key, (name, kind) in numbers.items():
+        if key in pairs:
+            settings[name] = kind(pairs[key])
+    if "Size" in pairs:
+        width, height = pairs["Size"].split("x")
+        settings |= {"width": int(width), "height": int(height)}
+    if "Sampler" in pairs:
+        ours = {title.lower(): name for name, title in SAMPLER_TITLES.items()}
+        settings["sampler"] = ours.get(pairs["Sampler"].lower(), pairs["Sampler"])
+    if "Schedule type" in pairs:
+        settings["schedule"] = pairs["Schedule type"].lower().replace(" ", "_")
+    return settings
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings inside a PNG of ours, or as many as another program's `parameters` text has words for.
+
+    Every value is one of `SETTINGS`, of its type and in its range, and is text or a number: nothing is loaded.
+    Raises FileProblem: no such file, no PNG, no settings inside, settings that cannot be.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            texts = {k: v for k, v in image.info.items() if k in ("limner", "parameters") and isinstance(v, str)}
+    except OSError as error:
+        reason = (error.strerror or "no PNG, or a damaged one").lower()
+        raise FileProblem(
+            f"cannot read settings from {str(path)!r}: {reason}; name a picture that was saved"
+        ) from error
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise FileProblem(f"cannot read settings from {str(path)!r}: a damaged PNG; name another picture") from error
+    if not texts:
+        raise FileProblem(f"{str(path)!r} has no settings inside: some programs strip them; give a prompt instead")
+    try:
+        if any(len(text) > MAX_TEXT for text in texts.values()):
+            raise ValueError(f"longer than {MAX_TEXT:,} characters")
+        settings = _from_json(texts["limner"]) if "limner" in texts else from_infotext(texts["parameters"])
+        check_settings(settings)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FileProblem(f"the settings inside {str(path)!r} cannot be: {reason}; give a prompt instead") from error
+    return settings
+
+
+def _from_json(text: str) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
+
+    settings = json.loads(text, parse_constant=refuse)
+    if not isinstance(settings, dict):
+        raise ValueError("not a JSON object")
+    return settings
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raise ValueError unless every setting is known, of its type and in its range."""
+    for name, value in settings.items():
+        if name not in SETTINGS:
+            raise ValueError(f"{name[:50]!r} is no setting this version knows")
+        kind, low, high = SETTINGS[name]
+        fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        measured = len(value) if isinstance(value, str) else value
+        if not fits or not low <= measured <= high:  # NaN is in no range
+            wanted = (
+                f"a text of {low:g} to {high:g} characters" if kind is str else f"{kind.__name__} {low:g} to {high:g}"
+            )
+            raise ValueError(f"{name} is {value!r:.40}, not {wanted}")

@@ -1,0 +1,209 @@
+"""The frozen list of held-out prompts, each with the 199 wrong captions it must be told from.
+
+Nothing here is drawn from a random generator: whatever is "any" is ordered or picked by SHA-256, so that the list
+depends only on the records, on every machine and in every version of Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+HELD_OUT = ("val", "test_style", "test_compose")
+STYLE_CAPTION = 1
+"""Which of a record's captions is the prompt: the label with the style named, "3d emoji: a red apple"."""
+DISTRACTORS = 199
+HARD = 100
+COLOURS = ("navy blue", "black", "white", "red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "brown")
+
+
+class Record(Protocol):
+    """What is read of a record of the icon set (`limner.data.icons`)."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def style(self) -> str: ...
+    @property
+    def concept(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def group(self) -> str: ...
+    @property
+    def tone(self) -> str | None: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def captions(self) -> Sequence[str]: ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One held-out picture's prompt. `kind` "val", "test_style", "compose_tone" or "compose_concept"."""
+
+    id: str
+    kind: str
+    style: str
+    text: str
+    distractors: tuple[str, ...]
+
+
+def held_out_prompts(records: Sequence[Record]) -> list[Prompt]:
+    """Every record of val, test_style and test_compose in the order of `records`, with its distractors.
+
+    The skin-tone pairs of test_compose (concept seen in other tones) are kept apart from its composed concepts, which
+    are not in the train split at all. Of the 199 distractors up to 100 are hard, taken in this order until there are
+    100: the same picture in another tone; the caption with another colour word (up to 5); members of the same style
+    and group, those that share most words first; members of the same style. The others are captions of any records.
+    None is the concept itself in the same tone, in whatever style (another colour of it apart), and no text occurs
+    twice.
+    """
+    trained = {r.concept for r in records if r.split == "train"}
+    by_style: dict[str, list[Record]] = defaultdict(list)
+    for r in records:
+        by_style[r.style].append(r)
+    words = {r.id: frozenset(re.findall(r"\w+", r.label.lower())) for r in records}
+    hashes = {r.id: number(r.id) for r in records}
+    prompts = []
+    for r in records:
+        if r.split in HELD_OUT:
+            kind = r.split
+            if r.split == "test_compose":
+                kind = "compose_tone" if r.tone and r.concept in trained else "compose_concept"
+            text = r.captions[STYLE_CAPTION]
+            hard = take(hard_distractors(r, by_style[r.style], words, hashes), HARD, {text})
+            easy = take(any_captions(r, records), DISTRACTORS - len(hard), {text, *hard})
+            prompts.append(Prompt(r.id, kind, r.style, text, (*hard, *easy)))
+    return prompts
+
+
+def sha256_of(prompts: Sequence[Prompt]) -> str:
+    """The SHA-256 of the whole list, as canonical JSON."""
+    text = json.dumps([asdict(p) for p in prompts], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hard_distractors(
+    r: Record, same_style: Sequence[Record], words: dict[str, frozenset[str]], hashes: dict[str, int]
+) -> Iterator[str]:
+    others = [o for o in same_style if not same_thing(o, r)]
+    others.sort(key=lambda o: hashes[o.id] ^ hashes[r.id])  # any order, another one for each prompt
+    yield from (o.captions[STYLE_CAPTION] for o in others if o.concept == r.concept)
+    yield from recoloured(r)
+    mine = words[r.id]
+    others.sort(key=lambda o: (o.group != r.group, -len(words[o.id] & mine)))
+    yield from (o.captions[STYLE_CAPTION] for o in others)
+
+
+def recoloured(r: Record, most: int = 5) -> Iterator[str]:
+    """The prompt with its first colour word replaced by others; nothing where the label is that colour word alone."""
+    text = r.captions[STYLE_CAPTION]
+    found = re.search(rf"\b({'|'.join(COLOURS)})\b", text)
+    if found and r.label != found.group():
+        others = sorted((c for c in COLOURS if c != found.group()), key=lambda c: number(r.id, c))
+        for colour in others[:most]:
+            article = "an" if colour[0] in "aeiou" else "a"
+            before = re.sub(r"\ban? $", f"{article} ", text[: found.start()])
+            yield before + colour + text[found.end() :]
+
+
+def any_captions(r: Record, records: Sequence[Record]) -> Iterator[str]:
+    """Captions of other things, in any style, picked by hash; ends after 20 picks a record (small sets)."""
+    for k in range(20 * len(records)):
+        other = records[number(r.id, str(k)) % len(records)]
+        if not same_thing(other, r):
+            yield other.captions[STYLE_CAPTION]
+
+
+def same_thing(a: Record, b: Record) -> bool:
+    return (a.concept, a.tone) == (b.concept, b.tone) or a.label == b.label
+
+
+def number(*parts: str) -> int:
+    return int.from_bytes(hashlib.sha256("\n".join(parts).encode()).digest())
+
+
+def take(texts: Iterable[str], most: int, seen: set[str]) -> list[str]:
+    """The first `most` of `texts` that are neither in `seen` nor repeated."""
+    taken: dict[str, None] = {}
+    for text in texts:
+        if len(taken) == most:
+            break
+        if text not in seen:
+            taken[text] = None
+    return list(taken)
+
+
+GRID_PROMPTS = (
+    "3d emoji of a red fox",
+    "3d emoji: slice of watermelon",
+    "a 3d emoji of a rocket",
+    "3d emoji of a woman cook, dark skin tone",
+    "3d emoji: thumbs up, medium-light skin tone",
+    "a 3d emoji of a treasure chest",
+    "3d emoji of a purple heart",
+    "smiling face with sunglasses, 3d emoji",
+    "glossy gradient emoji of a penguin",
+    "glossy gradient emoji: cup of coffee",
+    "a glossy gradient emoji of a guitar",
+    "glossy gradient emoji: waving hand, medium skin tone",
+    "a bold flat emoji of an owl",
+    "bold flat emoji: birthday cake",
+    "bold flat emoji: crying face",
+    "man farmer, dark skin tone, bold flat emoji",
+    "flat emoji of a tiger face",
+    "flat emoji: bouquet of flowers",
+    "a flat emoji of a hot air balloon",
+    "flat emoji: flag of japan",
+    "woman scientist, medium skin tone, flat emoji",
+    "soft shaded emoji of a turtle",
+    "soft shaded emoji: hamburger",
+    "a soft shaded emoji of a lighthouse",
+    "old man, light skin tone, soft shaded emoji",
+    "soft shaded emoji: alarm clock",
+    "blob emoji: face with tears of joy",
+    "blob emoji of a green dragon",
+    "cat with heart eyes, blob emoji",
+    "rounded flat emoji of a bicycle",
+    "rounded flat emoji: strawberry",
+    "rounded flat emoji: sleeping face",
+    "firefox os emoji of a whale",
+    "firefox os emoji: ice cream",
+    "outlined cartoon emoji of a ghost",
+    "outlined cartoon emoji: angry face",
+    "outlined cartoon emoji of a pizza",
+    "a blue outline icon of a camera",
+    "blue outline icon: shopping cart",
+    "blue outline icon of a house",
+    "hand drawn doodle icon of a light bulb",
+    "hand drawn doodle icon: umbrella",
+    "pastel outline icon of a microscope",
+    "pastel outline icon: laptop",
+    "flat color icon of a calendar",
+    "flat color icon: padlock",
+    "weather icon: thunderstorm with rain",
+    "weather icon: partly cloudy night",
+    "round flag of brazil",
+    "round flag: italy",
+    "gradient app icon of an envelope",
+    "gradient app icon: folder",
+    "a black silhouette icon of a dragon head",
+    "red silhouette icon: crossed swords",
+    "a green silhouette icon of an oak tree",
+    "a purple duotone icon of headphones",
+    "teal duotone icon: airplane",
+    "an orange glyph emoji of a pumpkin",
+    "pink glyph emoji: butterfly",
+    "a brown monochrome emoji of a bear face",
+    "pixel art icon of a blue potion",
+    "a yellow pixel art icon of a key",
+    "clip art of a sailing boat",
+    "clip art: brown dog",
+)
+"""64 prompts written before any training, over all styles, groups, tones and colours; picture k has seed k."""

@@ -1,0 +1,60 @@
+"""Convolutions that two or more networks use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ChannelRMSNorm(nn.Module):
+    """Root-mean-square norm over the channels of every pixel of (b, c, h, w), with a gain and a bias a channel."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + self.eps)
+        return (x * scale).to(x.dtype) * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class ResidualBlock(nn.Module):
+    """x + norm(conv(silu(conv(x)))), 3x3 (the block of DC-AE, arXiv:2410.10733)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = ChannelRMSNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv2(F.silu(self.conv1(x))))
+
+
+class SpaceToChannel(nn.Module):
+    """Halve height and width: convolve and fold 2x2 pixels into channels, beside a shortcut that averages channels
+    of the folded input (DC-AE, arXiv:2410.10733, section 3.1)."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels // 4, 3, padding=1)
+        self.group = 4 * channels // out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = F.pixel_unshuffle(x, 2).unflatten(1, (-1, self.group)).mean(2)
+        return F.pixel_unshuffle(self.conv(x), 2) + shortcut
+
+
+class ChannelToSpace(nn.Module):
+    """Double height and width: the reverse, with a 1x1 convolution and channels repeated on the shortcut."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels * 4, 1)
+        self.repeats = 4 * out_channels // channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.conv(x) + x.repeat_interleave(self.repeats, dim=1), 2)

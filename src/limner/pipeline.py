@@ -1,0 +1,237 @@
+"""PROMPT -> PIXELS, in five numbered steps: read `draw` first."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from limner import catalog
+from limner.errors import ImageProblem, LimnerError, UsageError
+from limner.sampling import samplers, schedules
+from limner.types import Defaults, GeneratedImage, OnStep, Request, System
+
+MAX_SEED = 2**63 - 1
+MAX_PIXELS = 64_000_000
+CHUNK = 8
+"""Pictures drawn at once; a larger batch goes in turns, so memory does not grow with it."""
+
+
+class Pipeline:
+    """A loaded system that draws: `limner.load("icons").generate("a red fox")`."""
+
+    def __init__(self, system: System, model: str) -> None:
+        self.system, self.model = system, model
+
+    def generate(self, prompt: str, **values: Any) -> list[GeneratedImage]:
+        """Draw `prompt`; see `limner.pipeline.generate` for the keywords."""
+        return generate(self.system, prompt, **values)
+
+
+def load(source: str | Path = "icons", device: str = "auto") -> Pipeline:
+    """A pipeline by model name, weight file or run folder. `device` "auto" takes a CUDA device when there is one.
+
+    Raises UnknownName, FileProblem, CheckpointMismatch.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Pipeline(catalog.load(source, device), str(source))  # type: ignore[arg-type]
+
+
+def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]:
+    """Pictures of `prompt`, one for each seed from `seed` on.
+
+    Keywords, all optional: negative (str), seed (int; random without), batch, width and height in pixels, steps, guidance,
+    sampler, schedule, image (path, Pillow image) with strength in (0, 1], on_step(done, total). What is left out is the
+    model's default. Raises UsageError, UnknownName, ImageProblem.
+    """
+    request = prepare(system, prompt=prompt, **values)
+    seeds = [request.seed + i for i in range(request.batch)]
+    images = draw(system, [request.prompt] * request.batch, seeds, request)
+    settings = describe(system, request)
+    return [GeneratedImage(to_pil(x), s, {**settings, "seed": s}) for x, s in zip(images, seeds, strict=True)]
+
+
+@torch.inference_mode()
+def draw(system: System, prompts: list[str], seeds: list[int], request: Request, chunk: int = CHUNK) -> Tensor:
+    """Images (n, c, h, w) in [-1, 1] on the CPU for n prompts and seeds; `request` says everything else."""
+    device = next(system.parameters()).device  # type: ignore[attr-defined]
+    turns = range(0, len(prompts), chunk)
+    images = []
+    for turn, begin in enumerate(turns):
+        words, some = prompts[begin : begin + chunk], seeds[begin : begin + chunk]
+        # 1. one noise source a picture, so that a picture does not depend on its neighbours
+        noise = noise_source(some, device)
+        # 2. the words
+        cond = system.condition(words, [request.negative] * len(words))
+        # 3. from noise, or from the latents of the picture given, to latents
+        begun: dict[str, Any] = {}
+        if request.image is not None:
+            picture = to_tensor(request.image, request.width, request.height).to(device)
+            begun["start"] = system.encode(picture).expand(len(words), -1, -1, -1)  # type: ignore[attr-defined]
+        told = replace(request, on_step=_overall(request.on_step, turn, len(turns)))
+        latents = system.sample(cond, told, noise, **begun)
+        # 4. latents to pixels
+        images.append(system.decode(latents).clamp(-1, 1).float().cpu())
+    # 5. settings are attached by `generate`
+    return torch.cat(images)
+
+
+def noise_source(seeds: list[int], device: torch.device | str) -> Callable[[tuple[int, ...]], Tensor]:
+    """Standard normal noise of a shape for each seed, from a CPU generator of its own in float32: the noise of a picture
+    depends on its seed alone, not on batch, device or precision."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return lambda shape: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+
+# -------------------------------------------------------------------- requests
+
+
+def prepare(system: System, **values: Any) -> Request:
+    """A complete request from what was said and the model's defaults. Raises UsageError, UnknownName, ImageProblem."""
+    return check(system.defaults, system.grid, **values)
+
+
+def check(
+    defaults: Defaults,
+    grid: int,
+    *,
+    prompt: str,
+    negative: str | None = None,
+    seed: int | None = None,
+    batch: int | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    schedule: str | None = None,
+    image: str | Path | Image.Image | None = None,
+    strength: float | None = None,
+    on_step: OnStep | None = None,
+) -> Request:
+    """As `prepare`, knowing only the model's defaults and grid, so that nothing need be loaded to check a request."""
+    for name, text in (("prompt", prompt), ("negative prompt", negative or "")):
+        if not isinstance(text, str):
+            raise UsageError(f"the {name} is {type(text).__name__}, not text")
+        if len(text) > defaults.max_prompt_chars:
+            raise UsageError(
+                f"the {name} has {len(text)} characters; at most {defaults.max_prompt_chars} are read: shorten it"
+            )
+    if not prompt.strip() and image is None:
+        raise UsageError("the prompt is empty: say what to draw")
+    if strength is not None and image is None:
+        raise UsageError("strength means how far to move from a picture, but no picture was given: add -i IMAGE")
+    if image is not None:
+        image = open_image(image)
+        strength = _number("strength", defaults.strength if strength is None else strength, 0, 1, above=True)
+    sizes = [
+        _size(name, default if value is None else value, defaults, grid)
+        for name, value, default in (("width", width, defaults.width), ("height", height, defaults.height))
+    ]
+    samplers.get(sampler or defaults.sampler)
+    schedules.get(schedule or defaults.schedule)
+    return Request(
+        prompt=prompt,
+        negative=negative or "",
+        seed=_whole("seed", secrets.randbelow(2**32) if seed is None else seed, 0, MAX_SEED - 100_000),
+        batch=_whole("batch", 1 if batch is None else batch, 1, 1024),
+        width=sizes[0],
+        height=sizes[1],
+        steps=_whole("steps", defaults.steps if steps is None else steps, 1, 1000),
+        guidance=_number("guidance", defaults.guidance if guidance is None else guidance, 0, 100),
+        sampler=sampler or defaults.sampler,
+        schedule=schedule or defaults.schedule,
+        image=image,
+        strength=strength,
+        on_step=on_step,
+    )
+
+
+def describe(system: System, request: Request) -> dict[str, Any]:
+    """The settings a picture remembers: enough to draw it again, nothing about who, where or when."""
+    kept = ("prompt", "negative", "width", "height", "steps", "guidance", "sampler", "schedule")
+    settings: dict[str, Any] = {"model": system.name, **{name: getattr(request, name) for name in kept}}
+    if request.image is not None:
+        settings["strength"] = request.strength
+    return settings
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UsageError(f"{name} is {value!r}: give a whole number from {low} to {high}")
+    return value
+
+
+def _number(name: str, value: Any, low: float, high: float, above: bool = False) -> float:
+    fits = isinstance(value, int | float) and math.isfinite(value) and (low < value if above else low <= value) and value <= high
+    if not fits or isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}: give a number {'above' if above else 'from'} {low} {'and up ' if above else ''}to {high}")
+    return float(value)
+
+
+def _size(name: str, value: Any, defaults: Defaults, grid: int) -> int:
+    low, high = defaults.min_size, defaults.max_size
+    if isinstance(value, int) and low <= value <= high and value % grid:
+        below = value // grid * grid
+        near = " or ".join(str(n) for n in (below, below + grid) if low <= n <= high)
+        raise UsageError(f"{name} is {value}, not a multiple of {grid} pixels: take {near}")
+    size = _whole(name, value, low, high)
+    return size
+
+
+# -------------------------------------------------------------------- pictures
+
+
+def open_image(source: str | Path | Image.Image) -> Image.Image:
+    """A PNG, JPEG or WebP file, or a Pillow image, as RGBA. Raises ImageProblem."""
+    if isinstance(source, Image.Image):
+        return source.convert("RGBA")
+    path = Path(source)
+    try:
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise ImageProblem(f"{path} has {file.width} x {file.height} pixels, more than 64 million: shrink it")
+            return file.convert("RGBA")
+    except LimnerError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageProblem(f"no picture {path}: give the path of a PNG, JPEG or WebP file") from error
+    except Exception as error:  # Pillow's plugins raise many kinds
+        raise ImageProblem(f"{path} cannot be read as a PNG, JPEG or WebP picture: is it whole?") from error
+
+
+def to_tensor(image: Image.Image, width: int, height: int) -> Tensor:
+    """Premultiplied (1, 4, height, width) in [-1, 1]: the picture scaled to cover the size and cropped to its middle."""
+    scale = max(width / image.width, height / image.height)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    image = image.convert("RGBa").resize(size, Image.Resampling.LANCZOS)  # RGBa: premultiplied, so edges keep their colour
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(4, h, w) premultiplied in [-1, 1] -> straight RGBA; alpha under 3/255 becomes 0."""
+    pixels = ((image + 1) * 127.5).permute(1, 2, 0).numpy()
+    alpha = pixels[..., 3:]
+    colour = np.where(alpha > 0, pixels[..., :3] * 255 / np.maximum(alpha, 1), 0)
+    alpha = np.where(alpha < 2.5, 0, alpha)
+    colour = np.where(alpha == 0, 0, colour)
+    rgba = np.concatenate([colour, alpha], -1).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(rgba)
+
+
+def _overall(on_step: OnStep | None, turn: int, turns: int) -> OnStep | None:
+    """Progress over all turns of a large batch."""
+    if on_step is None:
+        return None
+    return lambda done, total: on_step(turn * total + done, turns * total)

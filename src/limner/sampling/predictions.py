@@ -1,0 +1,52 @@
+"""What a network's output means, as two functions each: the training target, and the way back to x0.
+
+All at x = alpha * x0 + sigma * eps. `v` is that of progressive distillation (arXiv:2202.00512, appendix D), defined on
+the unit-variance state x / sqrt(alpha^2 + sigma^2); `velocity` is dx/dsigma of the flow interpolant, eps - x0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from limner.errors import UnknownName
+
+Scalar = float | Tensor
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`target(x0, eps, alpha, sigma)` is what the network learns; `to_x0(output, x, alpha, sigma)` inverts it."""
+
+    name: str
+    target: Callable[[Tensor, Tensor, Scalar, Scalar], Tensor]
+    to_x0: Callable[[Tensor, Tensor, Scalar, Scalar], Tensor]
+
+
+def _norm(alpha: Scalar, sigma: Scalar) -> Scalar:
+    square = alpha * alpha + sigma * sigma
+    return square.sqrt() if isinstance(square, torch.Tensor) else square**0.5
+
+
+PREDICTIONS = {
+    p.name: p
+    for p in (
+        Prediction("x0", lambda x0, eps, a, s: x0, lambda out, x, a, s: out),
+        Prediction("eps", lambda x0, eps, a, s: eps, lambda out, x, a, s: (x - s * out) / a),
+        Prediction(
+            "v",
+            lambda x0, eps, a, s: (a * eps - s * x0) / _norm(a, s),
+            lambda out, x, a, s: (a * x - s * _norm(a, s) * out) / (a * a + s * s),
+        ),
+        Prediction("velocity", lambda x0, eps, a, s: eps - x0, lambda out, x, a, s: (x - s * out) / (a + s)),
+    )
+}
+
+
+def get(name: str) -> Prediction:
+    if name not in PREDICTIONS:
+        raise UnknownName("prediction", name, PREDICTIONS)
+    return PREDICTIONS[name]

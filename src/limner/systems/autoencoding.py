@@ -1,0 +1,104 @@
+"""Autoencoders as systems: trained to give a picture back, drawn with by giving one back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from limner.types import Defaults, Images, Latents, Request
+
+
+class AutoencodingSystem(nn.Module):
+    """A KL autoencoder of premultiplied RGBA (arXiv:2112.10752), without adversary or pretrained perceptual network.
+
+    The loss is L1 + gradients at three scales + a light KL, and the same L1 for a half-size picture decoded from
+    half-size latents: that makes latents scale as pictures do, which diffusion models learn more easily
+    (scale equivariance, arXiv:2502.14831; EQ-VAE, arXiv:2502.09509).
+    """
+
+    task = "autoencoding"
+    phases = ("main",)
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        defaults: Defaults,
+        name: str,
+        family: str,
+        kl_weight: float = 1e-7,
+        gradient_weight: float = 1.0,
+        scale_weight: float = 0.25,
+    ) -> None:
+        super().__init__()
+        self.name, self.family, self.defaults = name, family, defaults
+        self.autoencoder = autoencoder
+        self.grid = autoencoder.factor
+        self.kl_weight, self.gradient_weight, self.scale_weight = kl_weight, gradient_weight, scale_weight
+
+    def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
+        images = batch["images"]
+        mean, logvar = (part.float() for part in self.autoencoder.posterior(images))
+        z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator, device=mean.device)
+        rebuilt = self.autoencoder.decoder(z).float()
+        l1 = F.l1_loss(rebuilt, images)
+        edges = gradient_loss(rebuilt, images)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+        small = self.autoencoder.decoder(F.avg_pool2d(z, 2)).float()
+        scale = F.l1_loss(small, F.avg_pool2d(images, 2))
+        loss = l1 + self.gradient_weight * edges + self.kl_weight * kl + self.scale_weight * scale
+        psnr = 10 * torch.log10(4 / (rebuilt - images).square().mean((1, 2, 3))).mean()
+        return {"loss": loss, "l1": l1, "gradient": edges, "kl": kl, "scale": scale, "psnr": psnr}
+
+    def phase_parameters(self, phase: str) -> list[nn.Parameter]:
+        return list(self.autoencoder.parameters())
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        self.autoencoder.encoder.compile(*args, **kwargs)
+        self.autoencoder.decoder.compile(*args, **kwargs)
+
+    @torch.no_grad()
+    def finish(self, batches: Any, samples: int = 4096, chunk: int = 128) -> None:
+        """After training: measure mean and deviation of the latents' channels, so that `encode` gives unit variance."""
+        self.autoencoder.latent_mean.zero_()
+        self.autoencoder.latent_std.fill_(1)
+        count = -(-min(samples, 4 * len(batches)) // chunk)
+        means = [self.autoencoder.posterior(batches.batch(k, chunk)["images"])[0].float() for k in range(count)]
+        z = torch.cat(means).transpose(0, 1).flatten(1)
+        self.autoencoder.latent_mean.copy_(z.mean(1))
+        self.autoencoder.latent_std.copy_(z.std(1).clamp_min(1e-3))
+
+    def condition(self, prompts: list[str], negatives: list[str]) -> None:
+        return None
+
+    def sample(
+        self,
+        cond: None,
+        request: Request,
+        noise: Callable[[tuple[int, ...]], Tensor],
+        start: Latents | None = None,
+    ) -> Latents:
+        """The latents of the picture given, or standard normal ones: the prior of a variational autoencoder."""
+        shape = (self.autoencoder.channels, request.height // self.grid, request.width // self.grid)
+        return noise(shape) if start is None else start
+
+    def encode(self, images: Images) -> Latents:
+        with torch.no_grad():
+            return self.autoencoder.encode(images)
+
+    def decode(self, latents: Latents) -> Images:
+        return self.autoencoder.decode(latents)
+
+
+def gradient_loss(a: Tensor, b: Tensor, scales: int = 3) -> Tensor:
+    """L1 of the differences between neighbouring pixels, summed over `scales` halvings of the size."""
+    total = a.new_zeros(())
+    for scale in range(scales):
+        if scale:
+            a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+        d = a - b
+        total = total + (d[..., 1:, :] - d[..., :-1, :]).abs().mean() + (d[..., 1:] - d[..., :-1]).abs().mean()
+    return total

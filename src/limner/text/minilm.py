@@ -1,0 +1,116 @@
+"""all-MiniLM-L6-v2: prompt -> token states and a sentence vector.
+
+A six-layer BERT (Devlin et al., arXiv:1810.04805), distilled (MiniLM, arXiv:2002.10957) and trained to place sentences
+of like meaning together. The weights ship with the package in 8 bits (its word table in 4), Apache-2.0; attribute names
+are those of the published file. WordPiece tokens through the `tokenizers` library.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from limner.types import Conditioning
+
+WIDTH, DEPTH, HEADS, HIDDEN, VOCABULARY, POSITIONS = 384, 6, 12, 1536, 30522, 512
+
+
+class MiniLM(nn.Module):
+    """`max_tokens` bounds a prompt, [CLS] and [SEP] included; what is longer is cut at the end."""
+
+    def __init__(self, tokenizer: Path, max_tokens: int = 24) -> None:
+        super().__init__()
+        from tokenizers import Tokenizer
+
+        self.max_tokens = max_tokens
+        self.tokenizer = Tokenizer.from_file(str(tokenizer))
+        self.tokenizer.enable_truncation(max_tokens)
+        self.tokenizer.enable_padding(length=max_tokens)
+        self.embeddings = Embeddings()
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer() for _ in range(DEPTH))})
+
+    def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """ids (b, max_tokens) and a mask that is True on real tokens."""
+        encoded = self.tokenizer.encode_batch(prompts)
+        ids = torch.tensor([e.ids for e in encoded])
+        return ids, torch.tensor([e.attention_mask for e in encoded]).bool()
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token states (b, l, 384)."""
+        x = self.embeddings(ids)
+        for layer in self.encoder["layer"]:  # type: ignore[attr-defined]
+            x = layer(x, mask)
+        return x
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Token states, their mask, and as `pooled` the unit sentence vectors (b, 384), scaled to unit variance."""
+        device = self.embeddings.word_embeddings.weight.device
+        ids, mask = (tensor.to(device) for tensor in self.tokenize(prompts))
+        states = self(ids, mask)
+        return Conditioning(tokens=states, mask=mask, pooled=sentence(states, mask) * WIDTH**0.5)
+
+    @torch.no_grad()
+    def sentences(self, texts: list[str], batch: int = 512) -> Tensor:
+        """Unit sentence vectors (n, 384) on the CPU: cosine similarity is closeness of meaning."""
+        parts = [self.encode(texts[i : i + batch]).pooled for i in range(0, len(texts), batch)]
+        return torch.cat([F.normalize(part, dim=-1).cpu() for part in parts if part is not None])
+
+    def words_cut(self, prompt: str) -> str:
+        """The end of `prompt` that does not fit, "" when all does."""
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        encoded = self.tokenizer.encode(prompt)
+        self.tokenizer.enable_truncation(self.max_tokens)
+        self.tokenizer.enable_padding(length=self.max_tokens)
+        if len(encoded.ids) <= self.max_tokens:
+            return ""
+        return prompt[encoded.offsets[self.max_tokens - 1][0] :]
+
+
+def sentence(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the real tokens' states, at unit length (b, d)."""
+    weight = mask[..., None].to(states.dtype)
+    return F.normalize((states * weight).sum(1) / weight.sum(1), dim=-1)
+
+
+class Embeddings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(VOCABULARY, WIDTH)
+        self.position_embeddings = nn.Embedding(POSITIONS, WIDTH)
+        self.token_type_embeddings = nn.Embedding(2, WIDTH)
+        self.LayerNorm = nn.LayerNorm(WIDTH, eps=1e-12)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.word_embeddings(ids) + self.token_type_embeddings.weight[0]
+        return self.LayerNorm(x + self.position_embeddings.weight[: ids.shape[1]])
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.ModuleDict(
+            {
+                "self": nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in ("query", "key", "value")}),
+                "output": nn.ModuleDict({"dense": nn.Linear(WIDTH, WIDTH), "LayerNorm": nn.LayerNorm(WIDTH, eps=1e-12)}),
+            }
+        )
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(WIDTH, HIDDEN)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(HIDDEN, WIDTH), "LayerNorm": nn.LayerNorm(WIDTH, eps=1e-12)})
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        project = self.attention["self"]
+        q, k, v = (
+            rearrange(project[name](x), "b l (h e) -> b h l e", h=HEADS)  # type: ignore[index]
+            for name in ("query", "key", "value")
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        out = self.attention["output"]
+        x = out["LayerNorm"](x + out["dense"](rearrange(attended, "b h l e -> b l (h e)")))  # type: ignore[index]
+        return self.output["LayerNorm"](x + self.output["dense"](F.gelu(self.intermediate["dense"](x))))
+

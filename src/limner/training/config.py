@@ -1,0 +1,168 @@
+"""What a training run is told, and how `field=value` on the command line changes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from limner.catalog import SystemConfig
+from limner.data.batches import DataConfig
+from limner.errors import FileProblem, UnknownName, UsageError
+
+Count = Annotated[int, Field(gt=0)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+PositiveOrZero = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class TrainConfig:
+    """One training run, complete: a recipe returns it, every checkpoint holds it.
+
+    Every value is checked when the config is made; pydantic's ValidationError names the field.
+    """
+
+    name: str
+    """Of the recipe; the final weights are RUN/final/NAME.safetensors."""
+    system: SystemConfig
+    data: DataConfig
+    steps: Count
+    batch_size: Count
+    """Images a step, over all processes together."""
+    lr: Positive = 3e-4
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    eps: Positive = 1e-8
+    weight_decay: PositiveOrZero = 0.01
+    """Of matrices; vectors and embeddings do not decay."""
+    warmup: CountOrZero = 0
+    """Steps over which the learning rate rises from 0."""
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    lr_final: Fraction = 0.0
+    """What the cosine ends at, as a fraction of `lr`."""
+    ema_half_life: Positive = 50_000.0
+    """Images after which a weight counts half in the moving average."""
+    ema_warmup: PositiveOrZero = 0.05
+    """The half-life is never more than this fraction of the images seen so far; 0 for the full half-life at once."""
+    grad_clip: PositiveOrZero = 1.0
+    """Longest gradient (2-norm over a phase's parameters); 0 for no clipping."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the forward pass (autocast); weights, gradients, optimizer and EMA stay as they are, fp32."""
+    compile: bool = False
+    seed: CountOrZero = 0
+    log_every: Count = 50
+    sample_every: CountOrZero = 0
+    """Steps between sample grids; 0 for none but the last."""
+    save_every: Count = 1000
+    keep: Count = 2
+    """How many of the newest checkpoints are kept."""
+    sample_prompts: tuple[str, ...] = ()
+    """One drawing each in a grid; none, no grid."""
+    init_from: str = ""
+    """A final weights file, or a checkpoint's model.safetensors or ema.safetensors, to start the weights from."""
+
+
+def parse_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfig:
+    """`config` with `field=value` changes such as "lr=3e-4", "system.network.depth=4" or 'sample_prompts=["a fox"]'.
+
+    A value is read as the field's type; lists are JSON, or numbers joined by commas. Raises UnknownName for a field
+    that does not exist (naming the nearest) and UsageError for a value that is not of the field's type or range.
+    """
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals:
+            raise UsageError(f"{override!r} is not a field=value pair; write for example lr=3e-4")
+        try:
+            config = _replaced(config, path.strip().split("."), text.strip())
+        except _NoSuchField:
+            raise UnknownName("field", path, fields_of(config), f"({config.name} has no such field.)") from None
+        except ValidationError as error:
+            raise UsageError(f"{path}={text}: {_reason(error)}") from None
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{path}={text}: {error}") from None
+    return config
+
+
+def fields_of(config: TrainConfig) -> list[str]:
+    """The dotted paths of everything that can be changed, in order."""
+    return [path for path, _ in _leaves(_plain(config))]
+
+
+def to_json(config: TrainConfig) -> str:
+    """The resolved config, readable: two spaces an indent, fields in order of declaration."""
+    return json.dumps(_plain(config), indent=2, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str | bytes, source: str) -> TrainConfig:
+    """The inverse of `to_json`; `source` is the file's name for messages. Raises FileProblem."""
+    try:
+        config = TypeAdapter(TrainConfig).validate_json(text)
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise FileProblem(f"{source} is no training config: {where + ': ' if where else ''}{_reason(error)}") from None
+    known = set(fields_of(config))
+    for path, _ in _leaves(json.loads(text)):
+        if path not in known:
+            raise FileProblem(f"{source} has a field {path!r} that this version does not know; was it edited by hand?")
+    return config
+
+
+class _NoSuchField(Exception):
+    pass
+
+
+def _replaced(value: Any, path: list[str], text: str) -> Any:
+    """`value` with the entry at `path` set to `text`, read as the type that the entry has."""
+    if not path:
+        raise UsageError(f"{text!r} would replace a whole section; name one of its fields")
+    head, *rest = path
+    if dataclasses.is_dataclass(value):
+        if head not in {field.name for field in dataclasses.fields(value)}:
+            raise _NoSuchField
+        hints = get_type_hints(type(value), include_extras=True)
+        child, hint = getattr(value, head), hints[head]
+    elif isinstance(value, dict) and head in value:
+        child, hint = value[head], type(value[head])
+    else:
+        raise _NoSuchField
+    is_section = dataclasses.is_dataclass(child) or (isinstance(child, dict) and child)
+    new = _replaced(child, rest, text) if rest or is_section else _read(hint, text)
+    return {**value, head: new} if isinstance(value, dict) else dataclasses.replace(value, **{head: new})
+
+
+def _read(hint: Any, text: str) -> Any:
+    """`text` as the type `hint`: as it stands, as JSON, or as the inside of a JSON list."""
+    adapter = TypeAdapter(hint)
+    try:
+        return adapter.validate_python(text)
+    except ValidationError as first:
+        for document in (text, f"[{text}]"):
+            try:
+                return adapter.validate_json(document)
+            except ValidationError:
+                continue
+        raise first
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Nested dicts, lists and numbers, as JSON will hold them."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _reason(error: ValidationError) -> str:
+    """The first complaint, in one line."""
+    return str(error.errors()[0]["msg"]).replace("\n", " ")

@@ -1,0 +1,271 @@
+"""DATA → CHECKPOINT: `train` sets the run up, `fit` is the loop.
+
+The loop knows no models: a system returns named losses for each of its phases (a GAN has two, most have one). Step k
+depends on nothing but the state after step k-1 and on (seed, k, rank), so a run that was killed and resumed ends with
+the same bits as one that was not, on the same machine and with the same number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from limner import catalog, pipeline
+from limner.data.batches import open_batches
+from limner.data.images import Batches
+from limner.errors import TrainingDiverged, UsageError
+from limner.training.config import TrainConfig
+from limner.training.ema import ema_decay
+from limner.training.optimizers import clip_gradients, lr_at, step_unless
+from limner.training.processes import STOPS, Processes, StopRequests, join
+from limner.training.report import Report
+from limner.training.state import (
+    TrainState,
+    begin_run,
+    checkpoint_name,
+    final_file,
+    newest_checkpoint,
+    read_checkpoint,
+    remove_temporaries,
+    save_checkpoint,
+    warm_start,
+    write_final,
+)
+
+Draw = Callable[[Any, TrainConfig], list[Image.Image]]
+"""(system, config) -> one picture for each of config.sample_prompts."""
+Export = Callable[[Any, TrainConfig, Path], object]
+"""(system, config, path): write the final weights there."""
+
+
+def train(
+    config: TrainConfig, run: Path, *, resume: bool = False, device: str = "auto", stop_after: float | None = None
+) -> int:
+    """Train `config` in the folder `run` and leave the averaged weights in RUN/final/NAME.safetensors.
+
+    `resume` goes on from the newest checkpoint, or from the beginning where none was saved. `device` is auto, cpu or
+    cuda; under torchrun every process takes one. `stop_after` seconds of wall time the state is saved and the loop
+    left. Returns 0 when finished, else a key of `processes.STOPS`. Raises LimnerError.
+    """
+    with StopRequests(stop_after) as stop:
+        processes = join(device)
+        try:
+            if processes.first and not resume:
+                begin_run(run, config)
+            processes.agree(0)
+            if processes.device.type == "cuda":
+                torch.backends.cuda.matmul.allow_tf32 = True
+                torch.backends.cudnn.allow_tf32 = True
+            torch.manual_seed(config.seed)
+            system: Any = catalog.build(config.system)
+            if config.init_from:
+                warm_start(system, Path(config.init_from), catalog.load)
+            system.to(processes.device)
+            batches: Batches = open_batches(config.data, config.seed, processes.device)
+            if config.data.latent_views:
+                batches = system.cache(batches, config.data.latent_views)
+            if config.compile:
+                system.compile()
+            return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop)
+        finally:
+            processes.leave()
+
+
+def draw_prompts(system: Any, config: TrainConfig) -> list[Image.Image]:
+    """Prompt i with seed i, by the very code that draws for users."""
+    prompts = list(config.sample_prompts)
+    request = pipeline.prepare(system, prompt=prompts[0], seed=0)
+    return [pipeline.to_pil(x) for x in pipeline.draw(system, prompts, list(range(len(prompts))), request)]
+
+
+def save_weights(system: Any, config: TrainConfig, path: Path) -> None:
+    catalog.save(system, config.system, path)
+
+
+def fit(
+    system: Any,
+    batches: Batches,
+    config: TrainConfig,
+    run: Path,
+    *,
+    resume: bool = False,
+    draw: Draw = draw_prompts,
+    export: Export = save_weights,
+    processes: Processes | None = None,
+    stop: StopRequests | None = None,
+) -> int:
+    """Train `system`, a types.System that is an nn.Module, to `config.steps`, from the newest checkpoint if `resume`.
+
+    Returns 0 when finished, else a key of `processes.STOPS`. Raises TrainingDiverged, FileProblem, UsageError.
+    """
+    processes, stop = processes or Processes(), stop or StopRequests(None)
+    if config.batch_size % processes.world:
+        raise UsageError(f"batch_size={config.batch_size} cannot be shared by {processes.world} processes evenly")
+    state, ledger = TrainState(system, config), Ledger()
+    notes = restore(state, run, processes) if resume else []
+    losses = {phase: processes.share(PhaseLoss(state, phase)) for phase in system.phases}
+    start = state.step
+    saved = start if start else -1
+    looks = [1] if processes.device.type == "cpu" else [config.log_every, config.save_every, config.sample_every or 1000]
+    system.train()
+
+    with stop, Report(run, config.steps, config.batch_size, start, silent=not processes.first) as report:
+        for note in notes:
+            report.say(note)
+        report.say(f"{config.name}: step {start} of {config.steps} on {processes.world} x {processes.device.type}")
+        while True:
+            finished, stopping = state.step == config.steps, processes.agree(stop.asked())
+            halt = finished or stopping > 0
+
+            # once in a while: report, sample, save
+            if ledger.records and (halt or any(state.step % n == 0 for n in looks)):
+                ledger.check(run)
+            if ledger.records and (halt or state.step % config.log_every == 0):
+                report.log(state.step, ledger.means())
+            if processes.first and config.sample_prompts and state.step > start:
+                if finished or (config.sample_every and state.step % config.sample_every == 0):
+                    with report.aside(), state.ema.applied(), evaluating(system):
+                        report.draw(checkpoint_name(state.step), draw(system, config))
+            if processes.first and state.step != saved and (halt or state.step % config.save_every == 0):
+                with report.aside():
+                    save_checkpoint(run / "checkpoints", state.step, state.files(), config.keep)
+                saved = state.step
+            if halt:
+                break
+
+            # -----------------------------------------------------------------------------------------
+            # a single step
+            generator = randomness(config.seed, state.step, processes)
+            batch = batches.batch(state.step, config.batch_size, rank=processes.rank, world=processes.world)
+            batch = {k: v.to(processes.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            lr = lr_at(state.step, config)
+            ledger.begin(state.step, lr, list(batch.get("ids", [])))
+            for phase in system.phases:
+                state.only(phase)
+                optimizer, parameters = state.optimizers[phase], state.parameters[phase]
+                optimizer.zero_grad(set_to_none=True)
+                with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    terms = losses[phase](batch, generator)
+                terms["loss"].backward()
+                norm = clip_gradients(parameters, config.grad_clip)
+                bad = ledger.add(terms, norm, phase if len(system.phases) > 1 else "", processes)
+                step_unless(optimizer, lr, bad)
+            state.ema.update(ema_decay(config.ema_half_life, config.batch_size, state.images, config.ema_warmup))
+            state.step += 1
+            # -----------------------------------------------------------------------------------------
+
+        if finished and processes.first:
+            with state.ema.applied(), evaluating(system):
+                write_final(final_file(run, config), lambda path: export(system, config, path))
+        report.say(str(final_file(run, config)) if finished else f"{STOPS[stopping]}: saved at step {state.step}")
+    return 0 if finished else stopping
+
+
+def randomness(seed: int, step: int, processes: Processes) -> torch.Generator:
+    """The generator of this step and process, on its device; seeds torch's global ones alike."""
+    digest = hashlib.sha256(f"{seed}/{step}/{processes.rank}".encode()).digest()
+    number = int.from_bytes(digest[:8], "big") >> 1
+    torch.manual_seed(number)
+    return torch.Generator(processes.device).manual_seed(number)
+
+
+def restore(state: TrainState, run: Path, processes: Processes) -> list[str]:
+    """Bring `state` to the newest whole checkpoint of `run`; returns what there is to tell."""
+    notes: list[str] = []
+    folder = run / "checkpoints"
+    files, step = None, 0
+    if processes.first:
+        notes += [f"removed {name}, left half-written" for name in remove_temporaries(run)]
+        files = newest_checkpoint(folder, notes.append)
+        step = json.loads(files["state.json"])["step"] if files else -1
+    step = processes.agree(step)
+    if step < 0:
+        return [*notes, f"{run} never saved a checkpoint: starting anew"]
+    source = folder / checkpoint_name(step)
+    state.restore(files or read_checkpoint(source), str(source))
+    return notes
+
+
+class PhaseLoss(nn.Module):
+    """A system's loss for one phase as a forward pass, which is what DistributedDataParallel can wrap."""
+
+    def __init__(self, state: TrainState, phase: str) -> None:
+        super().__init__()
+        state.only(phase)
+        self.system, self.phase = state.system, phase
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        return cast(Any, self.system).loss(batch, self.phase, generator)
+
+
+@contextmanager
+def evaluating(system: nn.Module) -> Iterator[None]:
+    system.eval()
+    yield
+    system.train()
+
+
+@dataclass
+class Record:
+    """What one step said: scalars on the device, and what they were about."""
+
+    step: int
+    lr: float
+    ids: list[str]
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    bad: Tensor | None = None
+
+
+class Ledger:
+    """The steps since the last report. Their numbers stay on the device until somebody looks."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.bad: Tensor | None = None
+
+    def begin(self, step: int, lr: float, ids: list[str]) -> None:
+        self.records.append(Record(step, lr, ids))
+
+    def add(self, terms: dict[str, Tensor], norm: Tensor, phase: str, processes: Processes) -> Tensor:
+        """Note a phase's terms; returns 1 from the first loss or gradient that is not finite on, 0 before it."""
+        values = torch.stack([t.detach().float() for t in terms.values()] + [norm.to(terms["loss"].device).float()])
+        values = processes.mean(values)
+        names = [f"{phase}/{name}" if phase else name for name in [*terms, "grad_norm"]]
+        named = dict(zip(names, values.unbind(), strict=True))
+        prefix = f"{phase}/" if phase else ""
+        bad = (~torch.isfinite(named[f"{prefix}loss"] + named[f"{prefix}grad_norm"])).float()
+        self.bad = bad if self.bad is None else torch.maximum(self.bad, bad)
+        self.records[-1].terms |= named
+        self.records[-1].bad = self.bad
+        return self.bad
+
+    def check(self, run: Path) -> None:
+        """Raises TrainingDiverged for the first step that was bad."""
+        flags = torch.stack([r.bad for r in self.records if r.bad is not None]).tolist()
+        if not any(flags):
+            return
+        record = self.records[flags.index(1.0)]
+        terms = ", ".join(f"{name}={float(value):.4g}" for name, value in record.terms.items())
+        more = f" and {len(record.ids) - 8} more" if len(record.ids) > 8 else ""
+        raise TrainingDiverged(
+            f"step {record.step} diverged: {terms}, lr={record.lr:.3g}, samples {' '.join(record.ids[:8])}{more}; its "
+            f"update was not made, the last checkpoint in {run / 'checkpoints'} is good: start from it with a lower lr "
+            "(init_from=…)"
+        )
+
+    def means(self) -> dict[str, float]:
+        """Of each term over the records, and the last learning rate; then starts afresh."""
+        names = dict.fromkeys(name for record in self.records for name in record.terms)
+        values = {n: torch.stack([r.terms[n] for r in self.records if n in r.terms]).mean() for n in names}
+        means = {name: float(value) for name, value in values.items()} | {"lr": self.records[-1].lr}
+        self.records.clear()
+        return means

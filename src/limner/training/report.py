@@ -1,0 +1,171 @@
+"""What a run says: a line to the terminal, metrics.jsonl, TensorBoard, and grids of drawings."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from limner.checkpoints.files import write_atomically
+from limner.training.state import writing
+
+CHECKER = (255, 236)
+"""The two greys behind transparent drawings."""
+
+
+class Report:
+    """Writes RUN/metrics.jsonl (one JSON object a line) and, if TensorBoard is installed, RUN/tensorboard; tells rates.
+
+    A process other than the first (`silent`) writes and says nothing.
+    """
+
+    def __init__(self, run: Path, steps: int, batch_size: int, step: int, *, silent: bool = False) -> None:
+        self.run, self.steps, self.batch_size, self.silent = run, steps, batch_size, silent
+        self.console = Console(highlight=False, soft_wrap=True, quiet=silent)
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=self.console, disable=silent
+        )
+        self.task = self.progress.add_task("training", total=steps, completed=step)
+        self.bar = self.console.is_terminal and not silent
+        self.file: IO[str] | None = None
+        self.board: Any = None
+        self.mark = (step, time.perf_counter())
+        self.away = 0.0
+
+    def __enter__(self) -> Report:
+        if not self.silent:
+            with writing(self.run / "metrics.jsonl"):
+                _forget_after(self.run / "metrics.jsonl", self.mark[0])
+                self.file = (self.run / "metrics.jsonl").open("a", encoding="utf-8")
+            if importlib.util.find_spec("tensorboard") is None:
+                self.say("TensorBoard is not installed, so no event files: pip install 'limner[train]' adds it")
+            else:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.mark[0] + 1)
+        if self.bar:
+            self.progress.start()
+        self.mark = (self.mark[0], time.perf_counter())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.progress.stop()
+        if self.file:
+            self.file.close()
+        if self.board:
+            self.board.close()
+
+    def say(self, message: str) -> None:
+        """One line to stdout."""
+        self.console.print(message, markup=False)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time spent inside (saving, drawing) does not count in images/s."""
+        start = time.perf_counter()
+        yield
+        self.away += time.perf_counter() - start
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """`values` are means over the steps since the last call; adds images/s, seconds left and peak memory (GB)."""
+        now = time.perf_counter()
+        steps, seconds = step - self.mark[0], max(1e-9, now - self.mark[1] - self.away)
+        self.mark, self.away = (step, now), 0.0
+        rate = steps * self.batch_size / seconds
+        left = (self.steps - step) * seconds / max(1, steps)
+        line = {"step": step, "images": step * self.batch_size, **values}
+        line |= {"images_per_second": rate, "seconds_left": left, "memory_gb": peak_memory() / 1e9}
+        if self.file:
+            with writing(self.run / "metrics.jsonl"):
+                self.file.write(json.dumps({k: _rounded(v) for k, v in line.items()}) + "\n")
+                self.file.flush()
+        if self.board:
+            for name, value in line.items():
+                self.board.add_scalar(name, value, step)
+        terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.say(
+            f"step {step}/{self.steps}  {terms}  {rate:.0f} images/s  "
+            f"{line['memory_gb']:.2f} GB  {duration(left)} left"
+        )
+        if self.bar:
+            self.progress.update(self.task, completed=step)
+
+    def draw(self, name: str, images: Sequence[Image.Image]) -> None:
+        """Write the drawings as one picture, RUN/samples/`name`.png."""
+        data = io.BytesIO()
+        grid(images).save(data, "PNG")
+        write_atomically(self.run / "samples" / f"{name}.png", data.getvalue())
+
+
+def grid(images: Sequence[Image.Image], gap: int = 4) -> Image.Image:
+    """The drawings in rows, about as wide as high, each in a cell of the largest one's size, on a light checker board
+    where they are transparent. Returns RGB."""
+    width, height = max(i.width for i in images), max(i.height for i in images)
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    board = _checker(width, height)
+    for k, image in enumerate(images):
+        corner = (gap + k % columns * (width + gap), gap + k // columns * (height + gap))
+        picture = image.convert("RGBA")
+        sheet.paste(board, corner)
+        sheet.paste(picture, corner, picture)
+    return sheet
+
+
+def _checker(width: int, height: int, cell: int = 16) -> Image.Image:
+    light = torch.arange(height)[:, None] // cell + torch.arange(width)[None] // cell
+    grey = torch.tensor(CHECKER, dtype=torch.uint8)[light % 2]
+    return Image.fromarray(grey.numpy()).convert("RGB")
+
+
+def duration(seconds: float) -> str:
+    """75 -> "1m15s", 7260 -> "2h01m"."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{m:02d}m"
+    return f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU where one is in use, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _rounded(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the lines of steps that will be done again, and a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(path, "".join(line + "\n" for line in kept).encode())

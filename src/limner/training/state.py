@@ -1,0 +1,355 @@
+"""All that a run must remember, and checkpoints that are either whole or not there.
+
+A checkpoint is a folder RUN/checkpoints/step-000123:
+
+    model.safetensors       trained weights, and buffers
+    ema.safetensors         moving average of the trained weights, fp32
+    optimizer.safetensors   PHASE/PARAMETER/NAME of each optimizer's state
+    state.json              step, images seen, seed, SHA-256 of the frozen weights
+    config.json             the resolved TrainConfig
+    manifest.json           SHA-256 of each of the above
+
+Frozen weights are not stored again: building the system from its config gives them, and the hash proves it. The
+randomness and the data of step k are pure functions of (seed, k, rank), so `step` and `seed` are the state of all
+random number generators and of the data. It is written to a temporary folder, every file is flushed to the disk, then
+the folder is renamed: a crash at any moment leaves the older checkpoints and at most a temporary folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from limner.checkpoints.files import write_atomically
+from limner.errors import CheckpointMismatch, FileProblem
+from limner.training.config import TrainConfig, from_json, to_json
+from limner.training.ema import Ema
+from limner.training.optimizers import adamw
+
+TEMPORARY = ".tmp"
+TORN = ".torn"
+MANIFEST = "manifest.json"
+CONFIG = "config.json"
+
+
+class TrainState:
+    """Step, weights, one optimizer a phase, and EMA."""
+
+    def __init__(self, system: nn.Module, config: TrainConfig) -> None:
+        self.system = system
+        self.config = config
+        self.step = 0
+        phases = cast(Any, system).phases
+        self.parameters: dict[str, list[nn.Parameter]] = {
+            phase: [p for p in cast(Any, system).phase_parameters(phase) if p.requires_grad] for phase in phases
+        }
+        self.optimizers = {phase: adamw(system, ps, config) for phase, ps in self.parameters.items()}
+        self.ema = Ema(system)
+        own = tensors_of(system)
+        frozen = {name for name, p in system.named_parameters() if not p.requires_grad}
+        self.frozen = hashlib.sha256(_pack({n: t for n, t in own.items() if n in frozen})).hexdigest()
+        self.tensors = {n: t for n, t in own.items() if n not in frozen}
+
+    @property
+    def images(self) -> int:
+        """Seen so far."""
+        return self.step * self.config.batch_size
+
+    def only(self, phase: str) -> None:
+        """From here on, gradients are for the parameters of this phase."""
+        if len(self.parameters) > 1:
+            chosen = {id(p) for p in self.parameters[phase]}
+            for p in (p for parameters in self.parameters.values() for p in parameters):
+                p.requires_grad_(id(p) in chosen)
+
+    def files(self) -> dict[str, bytes]:
+        """The contents of a checkpoint's files."""
+        state = {
+            "step": self.step,
+            "images": self.images,
+            "seed": self.config.seed,
+            "frozen": self.frozen,
+        }
+        return {
+            "model.safetensors": _pack(self.tensors),
+            "ema.safetensors": _pack(self.ema.values),
+            "optimizer.safetensors": _pack(self._optimizer_tensors()),
+            "state.json": (json.dumps(state, indent=2) + "\n").encode(),
+            "config.json": to_json(self.config).encode(),
+        }
+
+    def restore(self, files: Mapping[str, bytes], source: str) -> None:
+        """Become what `files` remember; `source` names them in messages. Raises FileProblem, CheckpointMismatch."""
+        if files["config.json"] != to_json(self.config).encode():
+            raise FileProblem(
+                f"{source} was trained with another config than this run's config.json; put that file back as it was, "
+                f"or start a new run with init_from={source}/ema.safetensors"
+            )
+        state = json.loads(files["state.json"])
+        if state["frozen"] != self.frozen:
+            raise FileProblem(
+                f"{source} was trained around other frozen weights than the config gives now (an autoencoder or text "
+                "encoder); put the old file back, or start a new run with init_from"
+            )
+        self.step = int(state["step"])
+        copy_tensors(safetensors.torch.load(files["model.safetensors"]), self.tensors, source)
+        self.ema.load(safetensors.torch.load(files["ema.safetensors"]))
+        self._load_optimizers(safetensors.torch.load(files["optimizer.safetensors"]))
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        names = {id(p): name for name, p in self.system.named_parameters()}
+        return {
+            f"{phase}/{names[id(p)]}/{key}": value
+            for phase, optimizer in self.optimizers.items()
+            for p, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def _load_optimizers(self, tensors: Mapping[str, Tensor]) -> None:
+        """In the memory layout of the parameter, since fused kernels run over both side by side."""
+        parameters = dict(self.system.named_parameters())
+        for optimizer in self.optimizers.values():
+            optimizer.state.clear()
+        for name, value in tensors.items():
+            phase, parameter, key = name.split("/")
+            p = parameters[parameter]
+            like = torch.empty_like(p, dtype=value.dtype) if value.shape == p.shape else value.to(p.device)
+            self.optimizers[phase].state[p][key] = like.copy_(value)
+
+
+def warm_start(system: nn.Module, path: Path, load: Callable[[Path], nn.Module]) -> None:
+    """Copy the weights of a final file (read by `load`) or of a checkpoint's model or ema file into `system`.
+
+    Every trained parameter must be there. Raises FileProblem, CheckpointMismatch.
+    """
+    if (path.parent / MANIFEST).exists():
+        tensors = safetensors.torch.load(read_checkpoint(path.parent)[path.name])
+    else:
+        tensors = tensors_of(load(path))
+    own = tensors_of(system)
+    trained = {name for name, p in system.named_parameters() if p.requires_grad}
+    copy_tensors(tensors, {n: t for n, t in own.items() if n in tensors or n in trained}, str(path))
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name; one that has two names only once."""
+    seen: dict[int, str] = {}
+    state = module.state_dict(keep_vars=True)
+    return {n: t.detach() for n, t in state.items() if seen.setdefault(id(t), n) == n}
+
+
+@torch.no_grad()
+def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], where: str) -> None:
+    """Copy by name; both must hold the same names and shapes. Raises CheckpointMismatch naming the first that differs."""
+    for name in sorted(source.keys() | target.keys()):
+        if name not in source or name not in target:
+            lacking = "is not in the file" if name not in source else "is in the file but not in this system"
+            raise CheckpointMismatch(f"{where}: {name} {lacking}; is it of another recipe or size?")
+        if source[name].shape != target[name].shape:
+            found, expected = tuple(source[name].shape), tuple(target[name].shape)
+            raise CheckpointMismatch(f"{where}: {name} is {found} in the file, {expected} in this system")
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+
+
+def _pack(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: t.detach().contiguous() for name, t in tensors.items()})
+
+
+# ---------------------------------------------------------------------------------------------------- the run's folder
+
+
+def begin_run(run: Path, config: TrainConfig) -> None:
+    """Make the folder of a new run. Raises FileProblem if it is not empty or not writable."""
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(run)
+        if any(run.iterdir()):
+            raise FileProblem(f"{run} is not empty; give another --out, or go on with it: limner train --resume {run}")
+    write_atomically(run / CONFIG, to_json(config).encode())
+
+
+def config_of(run: Path) -> TrainConfig:
+    """What the run in this folder was told. Raises FileProblem if there is none."""
+    path = run / CONFIG
+    if not path.is_file():
+        raise FileProblem(f"{run} holds no training run (no {CONFIG}); start one: limner train RECIPE --out {run}")
+    try:
+        return from_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise FileProblem(f"cannot read {path}: {_sentence(error)}") from None
+
+
+def final_file(run: Path, config: TrainConfig) -> Path:
+    """Where a finished run leaves its weights."""
+    return run / "final" / f"{config.name}.safetensors"
+
+
+def write_final(path: Path, export: Callable[[Path], object]) -> None:
+    """Let `export` write a file of this name, and show it with its folder only when it is whole. Raises FileProblem."""
+    with writing(path), _made_aside(path.parent) as temporary:
+        export(temporary / path.name)
+        _sync(temporary / path.name)
+
+
+# ---------------------------------------------------------------------------------------------- checkpoint folders
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first, by name alone."""
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def save_checkpoint(folder: Path, step: int, files: Mapping[str, bytes], keep: int) -> Path:
+    """Write `files` as checkpoint `step` of `folder`, then remove all but the newest `keep`.
+
+    Raises FileProblem when the disk is full or not writable; then nothing half-written is left, and no checkpoint
+    is lost.
+    """
+    final = folder / checkpoint_name(step)
+    write_folder(final, {**files, MANIFEST: _manifest(files)})
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def read_checkpoint(path: Path) -> dict[str, bytes]:
+    """The files of a checkpoint, each checked against the manifest. Raises FileProblem naming the file at fault."""
+    try:
+        manifest = (path / MANIFEST).read_bytes()
+        files = {p.name: p.read_bytes() for p in sorted(path.iterdir()) if p.name != MANIFEST}
+    except OSError as error:
+        raise FileProblem(f"checkpoint {path} cannot be read: {_sentence(error)}") from None
+    if manifest != _manifest(files):
+        raise FileProblem(f"checkpoint {path} is damaged: {_fault(manifest, files)}")
+    return files
+
+
+def newest_checkpoint(folder: Path, tell: Callable[[str], None]) -> dict[str, bytes] | None:
+    """The files of the newest whole checkpoint, or None where none was ever finished.
+
+    A damaged one is reported through `tell` and set aside as step-….torn. Raises FileProblem if all are damaged.
+    """
+    candidates = checkpoints(folder)
+    for path in reversed(candidates):
+        try:
+            return read_checkpoint(path)
+        except FileProblem as problem:
+            aside = path.with_name(path.name + TORN)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            tell(f"{problem}; set aside as {aside.name}, going back to the one before")
+    if candidates or any(folder.glob(f"*{TORN}")):
+        raise FileProblem(f"every checkpoint in {folder} is damaged; start a new run in another folder")
+    return None
+
+
+def _manifest(files: Mapping[str, bytes]) -> bytes:
+    """The one possible manifest of these files, so that comparing bytes also guards the manifest itself."""
+    hashes = {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)}
+    return (json.dumps(hashes, indent=2) + "\n").encode()
+
+
+def _fault(manifest: bytes, files: Mapping[str, bytes]) -> str:
+    try:
+        hashes = dict(json.loads(manifest))
+    except (ValueError, TypeError):
+        return f"{MANIFEST} is not readable"
+    for name in sorted(hashes.keys() | files.keys()):
+        if name not in files:
+            return f"{name} is missing"
+        if hashes.get(name) != hashlib.sha256(files[name]).hexdigest():
+            return f"{name} is not what {MANIFEST} says"
+    return f"{MANIFEST} was changed"
+
+
+# --------------------------------------------------------------------------------------------- files that are whole
+
+
+def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
+    """Make the folder `final` with these files: all of it or nothing, also across a crash or a power cut."""
+    need = sum(len(data) for data in files.values())
+    with writing(final, need):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(final.parent).free
+        if free < 1.2 * need:
+            raise FileProblem(
+                f"no room for {final}: it needs {1.2 * need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; "
+                "free some space and resume, what was saved before is kept"
+            )
+        with _made_aside(final) as temporary:
+            for name, data in files.items():
+                write_durably(temporary / name, data)
+
+
+@contextmanager
+def _made_aside(final: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `final` at the end, or goes away if anything fails."""
+    temporary = final.with_name(final.name + TEMPORARY)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        _sync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has this file, or the names in this folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporaries(run: Path) -> list[str]:
+    """Delete what a killed run left half-written; returns the names."""
+    found = [p for folder in (run, run / "checkpoints", run / "samples") for p in folder.glob("*" + TEMPORARY)]
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return [path.name for path in found]
+
+
+@contextmanager
+def writing(path: Path, need: int = 0) -> Iterator[None]:
+    """Inside, an OSError becomes a FileProblem with the path, the cause and, if known, the bytes needed."""
+    try:
+        yield
+    except OSError as error:
+        size = f"; it needs {need / 1e6:.1f} MB" if need else ""
+        raise FileProblem(f"cannot write {path}: {_sentence(error)}{size}; what was saved before is kept") from error
+
+
+def _sentence(error: OSError) -> str:
+    return error.strerror or type(error).__name__

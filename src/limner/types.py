@@ -1,0 +1,151 @@
+"""The nouns of the package and the seams between its parts.
+
+Shapes: b batch, c channels, h w height and width, l text tokens, d width of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor
+
+from limner import metadata
+
+Images = Float[Tensor, "b c h w"]
+"""Pixels in [-1, 1]; with four channels the colours are premultiplied by alpha, so (-1, -1, -1, -1) is transparent."""
+Latents = Float[Tensor, "b c h w"]
+"""What a diffusion network works on: scaled to about unit variance."""
+Tokens = Float[Tensor, "b l d"]
+
+OnStep = Callable[[int, int], None]
+"""Called after every sampling step with (steps done, steps in all)."""
+Noise = Callable[[], Tensor]
+"""Each call draws fresh standard normal noise of the shape being sampled."""
+Denoise = Callable[[Tensor, float], Tensor]
+"""(x (b c h w), sigma) -> x0: the one contract every solver and every guidance works on."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a network is told beside x and t. `mask` is True where `tokens` are real."""
+
+    tokens: Tokens | None = None
+    mask: Bool[Tensor, "b l"] | None = None
+    pooled: Float[Tensor, "b d"] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Apply `function` to every tensor present."""
+        values = {k: None if v is None else function(v) for k, v in vars(self).items()}
+        return replace(self, **values)
+
+    @staticmethod
+    def cat(parts: list[Conditioning]) -> Conditioning:
+        """Join along the batch axis; every part must fill the same slots."""
+        names = vars(parts[0])
+        return Conditioning(
+            **{k: None if names[k] is None else torch.cat([getattr(p, k) for p in parts]) for k in names}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a model draws with when the request does not say. Sizes in pixels."""
+
+    width: int = 256
+    height: int = 256
+    steps: int = 16
+    guidance: float = 4.0
+    sampler: str = "euler"
+    schedule: str = "uniform"
+    strength: float = 0.6
+    min_size: int = 128
+    max_size: int = 512
+    max_prompt_chars: int = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A picture asked for, complete: `pipeline.prepare` has filled in the model's defaults and checked every value."""
+
+    prompt: str
+    negative: str
+    seed: int
+    batch: int
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    sampler: str
+    schedule: str
+    image: Image.Image | None = None
+    strength: float | None = None
+    on_step: OnStep | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """A finished picture with the seed and the settings that give it again."""
+
+    image: Image.Image
+    seed: int
+    settings: dict[str, Any]
+
+    def save(self, path: str | Path) -> Path:
+        """Write a PNG that carries its settings and the mark of a generated image; never overwrites.
+
+        A taken name gets a number (`fox.png`, `fox-2.png`). Returns the path written. Raises FileProblem.
+        """
+        return metadata.save_png(self.image, self.settings, Path(path))
+
+
+class TextEncoder(Protocol):
+    def __call__(self, prompts: list[str]) -> Conditioning: ...
+
+
+class Network(Protocol):
+    def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
+
+
+@runtime_checkable
+class Autoencoder(Protocol):
+    """Images <-> latents, scaling included. `factor` pixels a latent, `channels` of a latent."""
+
+    factor: int
+    channels: int
+
+    def encode(self, images: Images) -> Latents: ...
+    def decode(self, latents: Latents) -> Images: ...
+
+
+class System(Protocol):
+    """What can be trained and sampled: an nn.Module with these besides."""
+
+    name: str
+    family: str
+    task: str
+    phases: tuple[str, ...]
+    defaults: Defaults
+    grid: int
+    """Width and height must be multiples of this many pixels."""
+
+    def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
+        """{"loss": what is minimised in this phase, and named terms to report}, each a scalar."""
+        ...
+
+    def phase_parameters(self, phase: str) -> list[torch.nn.Parameter]: ...
+
+    def condition(self, prompts: list[str], negatives: list[str]) -> Any:
+        """What `sample` is told of the words; one row a picture."""
+        ...
+
+    def sample(self, cond: Any, request: Request, noise: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+        """Latents of one picture a row; `noise(shape)` draws fresh noise for every row, shape without the batch."""
+        ...
+
+    def decode(self, latents: Tensor) -> Images: ...
