@@ -32,7 +32,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from limner.data.images import ImageSet, premultiply
+from limner.data.folders import square
+from limner.data.images import ImageSet
 from limner.errors import FileProblem, ImageProblem, MissingExtra, UnknownName, UsageError
 
 FILES = ("svgs.json.xz", "raster.npz", "captions.json.gz")
@@ -220,7 +221,7 @@ class IconPack:
 
 
 def open_icons(folder: Path | None = None) -> IconPack:
-    """Open the pack in `folder`; None looks in $LIMNER_DATA, ./data/icons and the user's cache, in this order.
+    """Open the pack in `folder`; None looks in $LIMNER_DATA, $LIMNER_DATA/icons, ./data/icons and the user's cache, in this order.
 
     Raises FileProblem if there is none or it is torn.
     """
@@ -254,7 +255,7 @@ def default_folders() -> list[Path]:
     """Where `open_icons()` looks; `limner data icons` writes to the last."""
     given = os.environ.get("LIMNER_DATA")
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [*([Path(given)] if given else []), Path("data", "icons"), user / "limner" / "icons"]
+    return [*([Path(given), Path(given, "icons")] if given else []), Path("data", "icons"), user / "limner" / "icons"]
 
 
 def mirrors(record: IconRecord) -> bool:
@@ -286,12 +287,7 @@ def draw(source: str | bytes, size: int) -> np.ndarray:
         picture = Image.open(io.BytesIO(bytes(png)), formats=["PNG"])
     else:
         picture = Image.open(io.BytesIO(source), formats=["WEBP", "PNG", "JPEG"])
-    rgba = picture.convert("RGBA")
-    if rgba.size == (size, size):
-        return premultiply(np.asarray(rgba))
-    resized = np.array(rgba.convert("RGBa").resize((size, size), Image.Resampling.LANCZOS))
-    resized[..., :3] = np.minimum(resized[..., :3], resized[..., 3:])  # Lanczos overshoots
-    return resized
+    return square(picture.convert("RGBA"), size, "pad")
 
 
 def _renderer() -> Callable[..., bytes]:

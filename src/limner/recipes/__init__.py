@@ -1,0 +1,31 @@
+"""Training recipes: each name is a function that returns a complete TrainConfig; derive a variant by `replace`.
+
+Every recipe NAME has a NAME-tiny beside it that needs no data outside the package and trains in under a minute on two
+CPU cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from limner.errors import UnknownName
+from limner.recipes import icons
+from limner.training.config import TrainConfig
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "icons-autoencoder": icons.autoencoder,
+    "icons-autoencoder-tiny": icons.autoencoder_tiny,
+    "icons": icons.icons,
+    "icons-tiny": icons.icons_tiny,
+}
+
+
+def names() -> list[str]:
+    return list(RECIPES)
+
+
+def get(name: str) -> TrainConfig:
+    """Raises UnknownName."""
+    if name not in RECIPES:
+        raise UnknownName("recipe", name, RECIPES, hint="`limner recipes` lists all.")
+    return RECIPES[name]()

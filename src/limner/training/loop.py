@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from limner import catalog, pipeline
 from limner.data.batches import open_batches
 from limner.data.images import Batches
+from limner.data.latents import LatentBatches
 from limner.errors import TrainingDiverged, UsageError
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
@@ -165,6 +166,8 @@ def fit(
 
         if finished and processes.first:
             with state.ema.applied(), evaluating(system):
+                if hasattr(system, "finish"):
+                    system.finish(batches)
                 write_final(final_file(run, config), lambda path: export(system, config, path))
         report.say(str(final_file(run, config)) if finished else f"{STOPS[stopping]}: saved at step {state.step}")
     return 0 if finished else stopping
