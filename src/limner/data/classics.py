@@ -18,6 +18,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def _read_animals(folder: Path) -> _Raw:
 def _read_avatars(folder: Path) -> _Raw:
     arrays, rows = _npz(folder / "avatars64.npz"), _rows(folder, "avatars64.captions.json")
     blob, offsets = arrays["blob"], arrays["offsets"]
-    images = np.stack([draw(blob[a:b].tobytes(), 64) for a, b in zip(offsets[:-1], offsets[1:], strict=True)])
+    images = np.stack([draw(blob[a:b].tobytes(), 64) for a, b in pairwise(offsets)])
     groups = {key: [str(row[key]) for row in rows] for key in ("style", "licence")}
     return _Raw(images, _all_captions(rows), [row["id"] for row in rows], [row["split"] for row in rows], groups)
 
@@ -135,7 +136,7 @@ def _labelled(
     if grey.dtype != np.uint8 or grey.ndim != 3:
         raise ValueError(f"pictures are {grey.dtype} {grey.shape}, not uint8 (n, h, w)")
     opaque = np.full_like(grey, 255)
-    captions = [(label, phrase.format(label).replace(" a e", " an e")) for label in labels]
+    captions: list[tuple[str, ...]] = [(label, phrase.format(label).replace(" a e", " an e")) for label in labels]
     ids = [f"{name}-{i:05d}" for i in range(len(grey))]
     return _Raw(np.stack([grey, grey, grey, opaque], axis=-1), captions, ids, splits, {"label": labels}, mirror)
 
@@ -164,8 +165,7 @@ def _npz(file: Path) -> dict[str, np.ndarray]:
 
 
 def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
-    data = _bytes(folder, name)
-    return json.loads(data)
+    return json.loads(_bytes(folder, name))
 
 
 def _bytes(folder: Path, name: str) -> bytes:
@@ -177,7 +177,7 @@ def _bytes(folder: Path, name: str) -> bytes:
 
 
 def _idx(folder: Path, name: str) -> np.ndarray:
-    """The IDX format: two zero bytes, type 8 (uint8), the number of axes, their lengths as big-endian int32, the data."""
+    """The IDX format: two zero bytes, type 8 (uint8), number of axes, their lengths as big-endian int32, the data."""
     data = _bytes(folder, name)
     if data[:3] != b"\0\0\x08" or len(data) < 4:
         raise ValueError(f"{name} is no IDX file of bytes")

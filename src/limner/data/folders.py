@@ -1,7 +1,7 @@
 """A folder of pictures with captions -> ImageSet.
 
-Captions lie in `metadata.jsonl` (lines {"file_name": ..., "text": ...}, as Hugging Face datasets write them) or in a `.txt`
-beside each picture, one caption a line.
+Captions lie in `metadata.jsonl` (lines {"file_name": ..., "text": ...}, as Hugging Face datasets write them) or in a
+`.txt` beside each picture, one caption a line.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def read_picture(file: Path) -> Image.Image:
 
 
 def square(rgba: Image.Image, size: int, fit: Fit) -> np.ndarray:
-    """RGBA picture -> uint8 (size, size, 4), colours premultiplied; resampled so too, so transparent pixels bleed none."""
+    """RGBA picture -> uint8 (size, size, 4), premultiplied before resampling: transparent pixels bleed no colour."""
     width, height = rgba.size
     if (width, height) == (size, size):
         return premultiply(np.asarray(rgba))

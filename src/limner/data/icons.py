@@ -221,7 +221,7 @@ class IconPack:
 
 
 def open_icons(folder: Path | None = None) -> IconPack:
-    """Open the pack in `folder`; None looks in $LIMNER_DATA, $LIMNER_DATA/icons, ./data/icons and the user's cache, in this order.
+    """Open the pack in `folder`; None looks in each of `default_folders()`.
 
     Raises FileProblem if there is none or it is torn.
     """
@@ -248,11 +248,12 @@ def open_icons(folder: Path | None = None) -> IconPack:
 
 
 def _record(row: dict[str, Any]) -> IconRecord:
-    return IconRecord(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
+    return IconRecord(**fields)
 
 
 def default_folders() -> list[Path]:
-    """Where `open_icons()` looks; `limner data icons` writes to the last."""
+    """$LIMNER_DATA, $LIMNER_DATA/icons, ./data/icons and the user's cache; `limner data icons` writes to the last."""
     given = os.environ.get("LIMNER_DATA")
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return [*([Path(given), Path(given, "icons")] if given else []), Path("data", "icons"), user / "limner" / "icons"]

@@ -73,7 +73,7 @@ def train(
             system.to(processes.device)
             batches: Batches = open_batches(config.data, config.seed, processes.device)
             if config.data.latent_views:
-                batches = system.cache(batches, config.data.latent_views)
+                batches = LatentBatches(batches, system.autoencoder, config.data.latent_views)
             if config.compile:
                 system.compile()
             return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop)

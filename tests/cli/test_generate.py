@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from limner import metadata, pipeline
+from limner.cli.generate import slug
+
+
+def painted(result) -> list[str]:
+    """The paths a successful command printed, and nothing but the seed on stderr."""
+    assert result.code == 0, result.err
+    assert re.fullmatch(r"seed \d+\n", result.err)
+    return result.out.splitlines()
+
+
+def pixels(path) -> bytes:
+    return Image.open(path).tobytes()
+
+
+def test_a_prompt_becomes_a_png_named_after_it(limner, here, tiny_model):
+    assert painted(limner("generate", "A red fox!", "-m", tiny_model, "-s", 7)) == ["a-red-fox-7.png"]
+    assert [f.name for f in here.iterdir()] == ["a-red-fox-7.png"]
+    image = Image.open("a-red-fox-7.png")
+    assert (image.format, image.mode, image.size) == ("PNG", "RGBA", (32, 32))
+
+
+def test_the_short_form_takes_its_options_on_either_side(limner, here, tiny_model):
+    assert painted(limner("fox", "-m", tiny_model, "-s", 1)) == ["fox-1.png"]
+    assert painted(limner("-m", tiny_model, "-s", 2, "fox")) == ["fox-2.png"]
+    assert pixels("fox-1.png") != pixels("fox-2.png")
+
+
+def test_command_names_win_over_prompts_unless_told(limner, here, tiny_model):
+    assert "icons-tiny" in limner("models").out
+    assert painted(limner("-m", tiny_model, "-s", 3, "--", "models")) == ["models-3.png"]
+    assert painted(limner("generate", "-m", tiny_model, "-s", 4, "train")) == ["train-4.png"]
+
+
+def test_a_leading_double_dash_paints(limner, here, tiny_model, monkeypatch):
+    monkeypatch.setattr("limner.cli.generate.DEFAULT_MODEL", str(tiny_model))
+    (path,) = painted(limner("--", "models"))
+    assert metadata.read_settings(here / path)["prompt"] == "models"
+
+
+def test_nothing_asks_for_help(limner):
+    alone = limner()
+    assert (alone.code, alone.err) == (0, "")
+    assert alone.out == limner("--help").out == limner("-h").out
+    assert "generate" in alone.out
+
+
+def test_the_drawing_is_that_of_the_pipeline(limner, here, tiny_model):
+    wanted = {"negative": "blue", "width": 48, "height": 16, "steps": 3, "guidance": 3.5, "seed": 11}
+    wanted |= {"sampler": "dpmpp_2m", "schedule": "karras"}
+    flags = "-n blue -W 48 -H 16 --steps 3 --guidance 3.5 -s 11 --sampler dpmpp_2m --schedule karras".split()
+    (path,) = painted(limner("fox", "-m", tiny_model, *flags))
+    (image,) = pipeline.load(tiny_model, "cpu").generate("fox", **wanted)
+    assert pixels(path) == image.image.tobytes()
+    assert metadata.read_settings(here / path) == image.settings
+    assert {name: image.settings[name] for name in wanted} == wanted
+
+
+def test_aliases_mean_the_same(limner, here, tiny_model):
+    common = ("fox", "-m", tiny_model, "--seed", 1, "--steps", 2)
+    (a,) = painted(limner(*common, "--guidance", 6, "--schedule", "karras"))
+    (b,) = painted(limner(*common, "--cfg-scale", 6, "--scheduler", "karras"))
+    assert (a, b) == ("fox-1.png", "fox-1-2.png")
+    assert (here / a).read_bytes() == (here / b).read_bytes()
+
+
+def test_a_random_seed_is_printed_embedded_and_in_the_name(limner, here, tiny_model):
+    seeds = []
+    for _ in range(2):
+        result = limner("fox", "-m", tiny_model, "--steps", 1)
+        (path,) = painted(result)
+        seed = int(result.err.split()[1])
+        assert path == f"fox-{seed}.png"
+        assert metadata.read_settings(here / path)["seed"] == seed
+        seeds.append(seed)
+    assert seeds[0] != seeds[1]
+
+
+def test_a_batch_has_following_seeds_each_as_if_alone(limner, here, tiny_model):
+    assert painted(limner("fox", "-m", tiny_model, "-s", 5, "-b", 3)) == ["fox-5.png", "fox-6.png", "fox-7.png"]
+    painted(limner("fox", "-m", tiny_model, "-s", 6, "-o", "alone.png"))
+    difference = max(abs(a - b) for a, b in zip(pixels("fox-6.png"), pixels("alone.png"), strict=True))
+    assert difference <= 1
+    assert metadata.read_settings(here / "fox-6.png") == metadata.read_settings(here / "alone.png")
+
+
+def test_output_is_a_file_a_folder_or_numbered_files(limner, here, tiny_model):
+    run = lambda *args: painted(limner("fox", "-m", tiny_model, "-s", 1, "--steps", 1, *args))  # noqa: E731
+    assert run("-o", "new/deep/x.png") == ["new/deep/x.png"]
+    assert run("-o", "new/deep/x.png") == ["new/deep/x-2.png"]
+    assert run("-o", "new") == ["new/fox-1.png"]
+    assert run("-o", "other/") == ["other/fox-1.png"]
+    assert run("-o", "x.png", "-b", 2) == ["x-1.png", "x-2.png"]
+    assert all((here / f).is_file() for f in ("new/deep/x.png", "new/deep/x-2.png", "new/fox-1.png", "x-1.png"))
+
+
+def test_standard_output_carries_the_png(here, tiny_model):
+    command = [sys.executable, "-m", "limner", "fox", "-m", tiny_model, "-s", "1", "-o", "-"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert Image.open(io.BytesIO(done.stdout)).size == (32, 32)
+    assert done.stderr == b"seed 1\n"
+    assert list(here.iterdir()) == []
+
+
+def test_settings_of_a_picture_give_it_again_and_flags_override_them(limner, here, tiny_model):
+    flags = ("-n", "blue", "-W", 48, "--steps", 3, "--sampler", "heun", "-s", 11)
+    (path,) = painted(limner("a fox, running", "-m", tiny_model, *flags))
+    (again,) = painted(limner("-C", path, "-m", tiny_model, "-o", "again.png"))
+    assert (here / path).read_bytes() == (here / again).read_bytes()
+    (other,) = painted(limner("-C", path, "-m", tiny_model, "a cat", "--steps", 2, "-s", 12))
+    told = metadata.read_settings(here / path) | {"prompt": "a cat", "steps": 2, "seed": 12}
+    assert metadata.read_settings(here / other) == told
+
+
+def test_painting_over_a_picture(limner, here, tiny_model):
+    Image.new("RGBA", (64, 64), (255, 0, 0, 255)).save("red.png")
+    common = ("fox", "-m", tiny_model, "-s", 1)
+    (weak,) = painted(limner(*common, "-i", "red.png", "--strength", 0.1))
+    (default,) = painted(limner(*common, "-i", "red.png"))
+    assert metadata.read_settings(here / weak)["strength"] == 0.1
+    assert metadata.read_settings(here / default)["strength"] == 0.6
+    assert pixels(weak) != pixels(default)
+    (again,) = painted(limner("-C", weak, "-i", "red.png", "-m", tiny_model))
+    assert pixels(again) == pixels(weak)
+
+
+def test_weights_are_not_loaded_because_a_picture_names_them(limner, here, tiny_model):
+    settings = {"prompt": "fox", "model": str(tiny_model), "seed": 1}
+    metadata.save_png(Image.new("RGBA", (8, 8)), settings, here / "bait.png")
+    refused = limner("-C", "bait.png")
+    assert refused.code == 2
+    assert "which is not in `limner models`: add -m" in refused.err
+    assert painted(limner("-C", "bait.png", "-m", tiny_model)) == ["fox-1.png"]
+
+
+def test_json_says_what_was_painted(limner, here, tiny_model):
+    result = limner("fox", "-m", tiny_model, "-s", 4, "-b", 2, "--json")
+    images = json.loads(result.out)["images"]
+    assert [(i["path"], i["seed"]) for i in images] == [("fox-4.png", 4), ("fox-5.png", 5)]
+    assert all(i["settings"] == metadata.read_settings(here / i["path"]) for i in images)
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(limner, here, tiny_model, monkeypatch):
+    monkeypatch.setattr(pipeline, "draw", lambda *_: pytest.fail("painted"))
+    flags = ("fox", "-m", tiny_model, "-s", 4, "-b", 2, "-W", 48, "-o", "new/", "--dry-run")
+    result = limner(*flags, "--json")
+    plan = json.loads(result.out)
+    told = {"model": "icons-tiny", "prompt": "fox", "width": 48, "height": 32, "steps": 12, "seed": 4, "batch": 2}
+    assert {key: plan[key] for key in told} == told
+    assert plan["output"] == ["new/fox-4.png", "new/fox-5.png"]
+    assert plan["parameters"] == sum(p.numel() for p in pipeline.load(tiny_model, "cpu").system.parameters())
+    assert 300 < plan["memory_mb"] < 1000
+    lines = dict(re.split(r" +", line, maxsplit=1) for line in limner(*flags).out.splitlines())
+    assert lines["output"] == "new/fox-4.png, new/fox-5.png"
+    assert lines["parameters"] == str(plan["parameters"])
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("A red fox!", "a-red-fox"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("狐 🦊", "狐"),
+        ("🦊", "picture"),
+        ("a_b/c\\d\0e", "a-b-c-d-e"),
+        ("ein Füchslein", "ein-füchslein"),
+        ("x" * 100, "x" * 60),
+        ("狐" * 100, "狐" * 20),
+    ],
+)
+def test_names_are_safe_and_short(prompt, name):
+    assert slug(prompt) == name
+
+
+def test_a_terminal_sees_a_bar_with_rate_and_time_left(here, tiny_model):
+    reader, terminal = pty.openpty()
+    command = [sys.executable, "-m", "limner", "fox", "-m", tiny_model, "--steps", "300"]
+    done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, env={**os.environ, "TERM": "xterm"})
+    os.close(terminal)
+    seen = b""
+    while True:
+        try:
+            part = os.read(reader, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        seen += part
+    out, _ = done.communicate()
+    os.close(reader)
+    assert re.fullmatch(rb"fox-\d+\.png\n", out)
+    assert b"300/300" in seen
+    assert re.search(rb"\d\.\d steps/s", seen)
+    assert re.search(rb"0:00:0\d", seen)
+
+
+def test_ctrl_c_while_painting_leaves_nothing(here, tiny_model):
+    command = [sys.executable, "-m", "limner", "fox", "-m", tiny_model, "--steps", "1000", "-b", "64"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("seed ")
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "limner: interrupted\n")
+    assert list(here.iterdir()) == []

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+from limner import catalog, recipes
+
+
+def test_models_lists_the_catalogue(limner):
+    rows = json.loads(limner("models", "--json").out)
+    assert [row["name"] for row in rows] == catalog.names()
+    for row in rows:
+        assert all(isinstance(row[key], str) and row[key] for key in ("name", "family", "task", "weights"))
+        assert row["weights"] in ("bundled", "needed")
+
+
+def test_bundled_means_that_the_file_is_there(limner, tmp_path, monkeypatch):
+    def weights() -> list[str]:
+        return [row["weights"] for row in json.loads(limner("models", "--json").out)]
+
+    file = tmp_path / "icons.safetensors"
+    monkeypatch.setattr(catalog, "CATALOG", {"icons": replace(catalog.entry("icons"), file=file)})
+    assert weights() == ["needed"]
+    file.touch()
+    assert weights() == ["bundled"]
+
+
+def test_recipes_lists_the_recipes(limner):
+    rows = json.loads(limner("recipes", "--json").out)
+    assert [row["name"] for row in rows] == list(recipes.names())
+    for row in rows:
+        assert all(isinstance(row[key], str) and row[key] for key in ("name", "family", "task"))
+
+
+def test_tables_are_the_json_for_people(limner):
+    for command in ("models", "recipes"):
+        head, *lines = limner(command).out.splitlines()
+        rows = json.loads(limner(command, "--json").out)
+        assert head.split()[:2] == ["NAME", "FAMILY"]
+        assert [line.split()[0] for line in lines] == [row["name"] for row in rows]
+
+
+def test_a_reader_that_goes_away_is_no_error_message():
+    command = f"{sys.executable} -m limner models | true"
+    done = subprocess.run(["bash", "-c", f"{command}; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.strip() in ("0", "1")

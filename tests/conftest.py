@@ -1,0 +1,58 @@
+"""What several test files share: a small model, and the command line run inside the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def limner(capsys) -> Callable[..., Result]:
+    """Run `limner ARGS` in this process."""
+    from limner.cli.main import main
+
+    def run(*args: object) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        return Result(exit.value.code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty current folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A weight file of `icons-tiny` with fixed random weights: it draws noise, at once and always the same."""
+    import torch
+
+    from limner import catalog
+
+    config = replace(catalog.entry("icons-tiny").config, autoencoder_from="")
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        system = catalog.build(config)
+        for parameter in system.network.parameters():  # so that nothing is left at zero and every setting matters
+            parameter.normal_(std=0.1)
+    path = tmp_path_factory.mktemp("model") / "icons-tiny.safetensors"
+    catalog.save(system, config, path)
+    return path
