@@ -1,4 +1,4 @@
-"""What people get wrong, and what machines do: one line on stderr, the exit code of its kind, and nothing left behind."""
+"""What people and machines get wrong: one line on stderr, the exit code of its kind, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_strengths_that_cannot_be_meant(refused, here, tiny_model, strength):
 
 
 def test_names_that_do_not_exist_name_the_nearest(refused):
-    refused(USAGE, "no model 'icon-tiny'. Did you mean 'icons-tiny'", "fox", "-m", "icon-tiny")
+    refused(FILE, "no model 'icon-tiny'. Did you mean 'icons-tiny'", "fox", "-m", "icon-tiny")
     refused(USAGE, "no recipe 'icons-tny'", "train", "icons-tny", "--out", "run")
 
 
@@ -210,7 +210,7 @@ def test_a_full_standard_output(here, tiny_model):
                 [sys.executable, "-m", "limner", *args], stdout=full, stderr=subprocess.PIPE, text=True
             )
         assert done.returncode == FILE
-        assert done.stderr.splitlines()[-1] == "limner: cannot write to standard output: no space left on device"
+        assert done.stderr.splitlines()[-1] == "limner: cannot write the output: no space left on the device; free some"
         assert "Traceback" not in done.stderr
 
 

@@ -104,6 +104,7 @@ CATALOG = {
                 network=JOINT_DIT_TINY,
                 autoencoder=DCAE_TINY,
                 autoencoder_from=str(Path("icons-tiny", "autoencoder.safetensors")),
+                max_tokens=8,
                 defaults=_TINY,
             ),
             task=DiffusionSystem.task,

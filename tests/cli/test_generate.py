@@ -63,7 +63,7 @@ def test_nothing_asks_for_help(limner):
 def test_the_drawing_is_that_of_the_pipeline(limner, here, tiny_model):
     wanted = {"negative": "blue", "width": 48, "height": 16, "steps": 3, "guidance": 3.5, "seed": 11}
     wanted |= {"sampler": "dpmpp_2m", "schedule": "karras"}
-    flags = "-n blue -W 48 -H 16 --steps 3 --guidance 3.5 -s 11 --sampler dpmpp_2m --schedule karras".split()
+    flags = [word for name, value in wanted.items() for word in (f"--{name}", value)]
     (path,) = painted(limner("fox", "-m", tiny_model, *flags))
     (image,) = pipeline.load(tiny_model, "cpu").generate("fox", **wanted)
     assert pixels(path) == image.image.tobytes()

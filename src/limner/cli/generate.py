@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import sys
@@ -79,6 +80,11 @@ def generate_command(
     }
     if "prompt" not in asked:
         raise UsageError('no prompt: say what to paint, such as limner "a red fox"')
+    for text in (prompt, negative):
+        if text and not text.isascii() and text.encode("utf-8", "ignore").decode() != text:
+            raise UsageError(
+                f"{text.encode('utf-8', 'backslashreplace').decode()[:50]!r} is not valid UTF-8: retype it"
+            )
     if strength is not None and image is None:
         raise UsageError(f"--strength {strength:g} without a picture to paint over: add -i PICTURE")
     if output == "-" and (as_json or batch > 1 or sys.stdout.isatty()):
@@ -133,7 +139,7 @@ def slug(prompt: str) -> str:
 
 def _paths(output: str | None, request: Request) -> list[Path]:
     """One PNG name for each picture of the request; names that are taken get their number when saving."""
-    in_folder = output is None or output.endswith("/") or Path(output).is_dir()
+    in_folder = output is None or output.endswith("/") or os.path.isdir(output)  # noqa: PTH112 (Path's may raise)
     folder = Path(output or "") if in_folder else Path(output or "").parent
     if in_folder:
         return [folder / f"{slug(request.prompt)}-{request.seed + i}.png" for i in range(request.batch)]

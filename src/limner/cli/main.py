@@ -6,6 +6,7 @@ Exit codes: 0 done · 1 a bug (with a traceback), or whoever read our output wen
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -19,7 +20,7 @@ from limner.cli.evaluate import evaluate_command
 from limner.cli.generate import generate_command
 from limner.cli.models import models_command, recipes_command
 from limner.cli.train import train_command
-from limner.errors import INTERRUPTED, LimnerError, OutOfMemory
+from limner.errors import INTERRUPTED, FileProblem, LimnerError, OutOfMemory
 
 COMMANDS = {
     "generate": generate_command,
@@ -69,9 +70,12 @@ def main(args: list[str] | None = None) -> None:
         code = _complain(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own flush at exit is quiet too
-        code = 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own flush at exit is quiet
+        reason = f"cannot write {error.filename or 'the output'}: no space left on the device; free some"
+        code = 1 if error.errno == errno.EPIPE else _complain(reason, FileProblem.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

@@ -114,7 +114,7 @@ class ImageBatches:
 
     def pictures(self, index: Tensor) -> Tensor:
         """Float images (len(index), 4, h, w) on the device."""
-        return to_float(self.set.images[index.to(self.set.images.device)].to(self.device))
+        return to_float(self.set.images[sent(index, self.set.images.device)].to(self.device))
 
 
 def caption_weights(images: ImageSet) -> Tensor:
@@ -128,6 +128,11 @@ def caption_weights(images: ImageSet) -> Tensor:
         weights = [*shares[: len(captions)], *[0.1 if shares else 1.0] * (len(captions) - len(shares))]
         row[: len(captions)] = torch.tensor(weights[: len(captions)])
     return table
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small host tensor on `device`, without waiting for the work queued there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def seeded(seed: int, step: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from limner.data import transforms
-from limner.data.batches import ImageBatches, seeded
+from limner.data.batches import ImageBatches, seeded, sent
 from limner.types import Autoencoder
 
 
@@ -50,7 +50,7 @@ class LatentBatches:
     def batch(self, step: int, size: int, *, rank: int = 0, world: int = 1) -> dict[str, Any]:
         draw = self.batches.draw(step, size, rank=rank, world=world)
         device = self.latents.device
-        view = (draw.chance * self.views).long().to(device)
-        latents = self.latents[view, draw.index.to(device)].float()
+        view = (draw.chance * self.views).long()
+        latents = self.latents[sent(view, device), sent(draw.index, device)].float()
         ids = [self.batches.set.ids[i] for i in draw.index.tolist()]
         return {"latents": latents, "captions": draw.captions, "ids": ids}

@@ -7,6 +7,7 @@ in at the borders, and draw from the generator they are given.
 from __future__ import annotations
 
 import math
+import random
 
 import torch
 from torch import Tensor
@@ -45,16 +46,17 @@ def for_autoencoder(images: Tensor, generator: torch.Generator) -> Tensor:
     """Half the pictures mirrored, moved by whole pixels; half zoomed (0.7 to 1.4) and turned (up to 20 degrees); colour
     channels exchanged in a quarter: what an autoencoder should carry over whatever the words."""
     n, device, size = len(images), images.device, images.shape[-1]
+    coin = random.Random(generator.initial_seed())  # on the host: asking the device would wait for it
     images = mirrored(images, torch.rand(n, generator=generator, device=device) < 0.5)
-    if torch.rand((), generator=generator, device=device) < 0.5:
+    if coin.random() < 0.5:
         shift = (uniform(2 * n, -size / 8, size / 8, generator, device)).round().long().view(n, 2)
         images = moved(images, shift)
     else:
         zoom = uniform(n, math.log(0.7), math.log(1.4), generator, device).exp()
         angle = uniform(n, -math.pi / 9, math.pi / 9, generator, device)
         images = affine(images, zoom, angle, uniform(2 * n, -0.1, 0.1, generator, device).view(n, 2))
-    if torch.rand((), generator=generator, device=device) < 0.25:
-        order = torch.randperm(3, generator=generator, device=device)
+    if coin.random() < 0.25:
+        order = coin.sample(range(3), 3)
         images = torch.cat([images[:, order], images[:, 3:]], 1)
     return images
 
@@ -65,7 +67,7 @@ def view(images: Tensor, mirror: Tensor, generator: torch.Generator) -> Tensor:
     n, device, size = len(images), images.device, images.shape[-1]
     images = mirrored(images, mirror & (torch.rand(n, generator=generator, device=device) < 0.5))
     shift = uniform(2 * n, -0.03, 0.03, generator, device).view(n, 2)
-    if torch.rand((), generator=generator, device=device) < 1 / 3:
+    if random.Random(generator.initial_seed()).random() < 1 / 3:
         zoom = uniform(n, 0.88, 1.06, generator, device)
         return affine(images, zoom, torch.zeros(n, device=device), 2 * shift)
     return moved(images, (shift * size).round().long())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,8 +61,8 @@ class DiffusionSystem(nn.Module):
         """
         x0 = batch["latents"] if "latents" in batch else self.encode(batch["images"])
         n, device = len(x0), x0.device
-        dropped = (torch.rand(n, generator=generator, device=device) < self.caption_dropout).tolist()
-        captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"], strict=True)]
+        coin = random.Random(generator.initial_seed())  # on the host: asking the device would wait for it
+        captions = ["" if coin.random() < self.caption_dropout else caption for caption in batch["captions"]]
         sigma = torch.randn(n, generator=generator, device=device).sigmoid()
         eps = torch.randn(x0.shape, generator=generator, device=device)
 

@@ -50,7 +50,10 @@ class MiniLM(nn.Module):
     def encode(self, prompts: list[str]) -> Conditioning:
         """Token states, their mask, and as `pooled` the unit sentence vectors (b, 384), scaled to unit variance."""
         device = self.embeddings.word_embeddings.weight.device
-        ids, mask = (tensor.to(device) for tensor in self.tokenize(prompts))
+        ids, mask = self.tokenize(prompts)
+        if device.type == "cuda":  # pinned, so that the copy does not wait for the work queued there
+            ids, mask = ids.pin_memory(), mask.pin_memory()
+        ids, mask = ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
         states = self(ids, mask)
         return Conditioning(tokens=states, mask=mask, pooled=sentence(states, mask) * WIDTH**0.5)
 

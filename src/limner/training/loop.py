@@ -75,7 +75,7 @@ def train(
             if config.data.latent_views:
                 batches = LatentBatches(batches, system.autoencoder, config.data.latent_views)
             if config.compile:
-                system.compile()
+                system.compile(dynamic=False)
             return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop)
         finally:
             processes.leave()
