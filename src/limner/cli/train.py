@@ -24,7 +24,7 @@ def train_command(
 ) -> None:
     """Train a recipe, or go on with a run. The weights end up in RUN/final/NAME.safetensors."""
     if resume is not None and (recipe or overrides or out is not None):
-        raise UsageError("--resume takes the run's folder and nothing else: its recipe and fields are kept as they were")
+        raise UsageError("--resume takes the run's folder and nothing else: its recipe and fields stay as they were")
     if resume is None and not recipe:
         raise UsageError("no recipe: limner train RECIPE --out RUN, or limner train --resume RUN")
     if resume is None and out is None:

@@ -283,12 +283,17 @@ def draw(source: str | bytes, size: int) -> np.ndarray:
     """
     if isinstance(source, str):
         svg = source.replace('width="128" height="128"', f'width="{size}" height="{size}"', 1)
-        # Without dpi=96 every length in mm or pt is an error.
-        png = _renderer()(svg_string=svg, width=size, height=size, skip_system_fonts=True, dpi=96)
-        picture = Image.open(io.BytesIO(bytes(png)), formats=["PNG"])
+        picture = render_svg(svg, size, size)
     else:
         picture = Image.open(io.BytesIO(source), formats=["WEBP", "PNG", "JPEG"])
     return square(picture.convert("RGBA"), size, "pad")
+
+
+def render_svg(svg: str, width: int, height: int | None = None) -> Image.Image:
+    """SVG text -> RGBA picture of these pixels; without `height` in its own proportions. Raises ValueError."""
+    # Without dpi=96 every length in mm or pt is an error.
+    png = _renderer()(svg_string=svg, width=width, height=height, skip_system_fonts=True, dpi=96)
+    return Image.open(io.BytesIO(bytes(png)), formats=["PNG"]).convert("RGBA")
 
 
 def _renderer() -> Callable[..., bytes]:

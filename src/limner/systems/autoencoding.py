@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from limner.nn.convolution import ChannelToSpace, ResidualBlock, SpaceToChannel
 from limner.types import Defaults, Images, Latents, Request
 
 
@@ -57,8 +58,10 @@ class AutoencodingSystem(nn.Module):
         return list(self.autoencoder.parameters())
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        self.autoencoder.encoder.compile(*args, **kwargs)
-        self.autoencoder.decoder.compile(*args, **kwargs)
+        torch._dynamo.config.recompile_limit = 64  # blocks of one class at many widths and sizes
+        for module in self.autoencoder.modules():
+            if isinstance(module, ResidualBlock | SpaceToChannel | ChannelToSpace):
+                module.compile(*args, **kwargs)
 
     @torch.no_grad()
     def finish(self, batches: Any, samples: int = 4096, chunk: int = 128) -> None:

@@ -70,10 +70,10 @@ def train(
             system: Any = catalog.build(config.system)
             if config.init_from:
                 warm_start(system, Path(config.init_from), catalog.load)
-            system.to(processes.device)
-            batches: Batches = open_batches(config.data, config.seed, processes.device)
-            if config.data.latent_views:
-                batches = LatentBatches(batches, system.autoencoder, config.data.latent_views)
+            system.to(processes.device, memory_format=torch.channels_last)
+            images = open_batches(config.data, config.seed, processes.device)
+            views = config.data.latent_views
+            batches: Batches = LatentBatches(images, system.autoencoder, views) if views else images
             if config.compile:
                 system.compile(dynamic=False)
             return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop)
@@ -116,8 +116,10 @@ def fit(
     losses = {phase: processes.share(PhaseLoss(state, phase)) for phase in system.phases}
     start = state.step
     saved = start if start else -1
-    looks = [1] if processes.device.type == "cpu" else [config.log_every, config.save_every, config.sample_every or 1000]
     system.train()
+
+    def every(steps: int) -> bool:
+        return steps > 0 and state.step % steps == 0
 
     with stop, Report(run, config.steps, config.batch_size, start, silent=not processes.first) as report:
         for note in notes:
@@ -128,15 +130,19 @@ def fit(
             halt = finished or stopping > 0
 
             # once in a while: report, sample, save
-            if ledger.records and (halt or any(state.step % n == 0 for n in looks)):
+            log, draw_now, save = (
+                every(config.log_every),
+                finished or every(config.sample_every),
+                every(config.save_every),
+            )
+            if ledger.records and (halt or log or draw_now or save or processes.device.type == "cpu"):
                 ledger.check(run)
-            if ledger.records and (halt or state.step % config.log_every == 0):
+            if ledger.records and (halt or log):
                 report.log(state.step, ledger.means())
-            if processes.first and config.sample_prompts and state.step > start:
-                if finished or (config.sample_every and state.step % config.sample_every == 0):
-                    with report.aside(), state.ema.applied(), evaluating(system):
-                        report.draw(checkpoint_name(state.step), draw(system, config))
-            if processes.first and state.step != saved and (halt or state.step % config.save_every == 0):
+            if processes.first and config.sample_prompts and draw_now and state.step > start:
+                with report.aside(), state.ema.applied(), evaluating(system):
+                    report.draw(checkpoint_name(state.step), draw(system, config))
+            if processes.first and state.step != saved and (halt or save):
                 with report.aside():
                     save_checkpoint(run / "checkpoints", state.step, state.files(), config.keep)
                 saved = state.step

@@ -117,5 +117,3 @@ class StopRequests:
         if self.noted:
             return self.noted
         return OUT_OF_TIME if self.deadline is not None and time.monotonic() >= self.deadline else 0
-
-

@@ -101,8 +101,7 @@ class Report:
                 self.board.add_scalar(name, value, step)
         terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.say(
-            f"step {step}/{self.steps}  {terms}  {rate:.0f} images/s  "
-            f"{line['memory_gb']:.2f} GB  {duration(left)} left"
+            f"step {step}/{self.steps}  {terms}  {rate:.0f} images/s  {line['memory_gb']:.2f} GB  {duration(left)} left"
         )
         if self.bar:
             self.progress.update(self.task, completed=step)

@@ -151,7 +151,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], where: str) -> None:
-    """Copy by name; both must hold the same names and shapes. Raises CheckpointMismatch naming the first that differs."""
+    """Copy by name; names and shapes must be the same. Raises CheckpointMismatch naming the first that differs."""
     for name in sorted(source.keys() | target.keys()):
         if name not in source or name not in target:
             lacking = "is not in the file" if name not in source else "is in the file but not in this system"

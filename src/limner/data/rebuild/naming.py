@@ -17,11 +17,13 @@ TONES = {1: "light", 2: "medium-light", 3: "medium", 4: "medium-dark", 5: "dark"
 _NAMED_BY_CODE_POINT = ("noto", "twemoji", "openmoji")  # sets whose file names are also good names of emoji
 
 # Parts of the run-together names of Firefox OS emoji that are no words of any emoji's name.
-_EXTRA_WORDS = """a left right writing networked three lower upper tip hand with text picture document documents screen
+_EXTRA_WORDS = """
+    a left right writing networked three lower upper tip hand with text picture document documents screen
     desktop touchtone pocket calculator folder stamped envelope lighthing lightning mouse trackball button one two stock
     chart page empty notes note pages pad frame tiles oldpc hard disk cartridge tape optical disc icon fax bouquet black
     white pushpin sideways victory reversed raised thumbs down speech bubbles mood anger lips musical keyboard jacks
-    ascending descending wired network printer""".split()
+    ascending descending wired network printer
+"""
 
 
 def tone_name(tone: int) -> str:
@@ -73,7 +75,9 @@ class EmojiNames:
         for point in (*range(0x2000, 0x3300), *range(0x1F000, 0x1FB00)):
             if name := unicodedata.name(chr(point), ""):
                 self._squeezed.setdefault(slug(name).replace("-", ""), normal(f"{point:X}"))
-        self._words = {word for name in self.by_slug for word in name.split("-") if len(word) > 1} | {*_EXTRA_WORDS}
+        self._words = {word for name in self.by_slug for word in name.split("-") if len(word) > 1} | {
+            *_EXTRA_WORDS.split()
+        }
 
     def _add(self, entry: dict[str, Any], words: dict[str, list[str]]) -> None:
         code = normal(entry["hexcode"])

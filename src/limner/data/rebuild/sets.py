@@ -70,14 +70,14 @@ TINTS = {
 # fmt: on
 _UNTINTED = "#222222"
 
-_BRANDS = re.compile(
-    r"""\b(logo|brand|facebook|twitter|google|apple\ logo|instagram|youtube|tiktok|linkedin|whatsapp|github|gitlab|amazon
-    |paypal|microsoft|android|windows|chrome|figma|dribbble|behance|pinterest|reddit|slack|snapchat|spotify|skype|telegram
-    |twitch|discord|medium\ logo|steam|stripe|netflix|wechat|alipay|weibo|mastercard|visa|bitcoin|ethereum|vk|xbox
-    |playstation|nintendo|angular|codepen|dropbox|soundcloud|patreon|messenger|notion|mastodon|meta|threads|onlyfans|openai
-    |adobe|photoshop|illustrator|uber|airbnb|ikea|tesla|nvidia|intel|pokemon|mcdonalds|starbucks)\b""",
-    re.VERBOSE,
-)
+_BRAND_WORDS = """
+    logo brand facebook twitter google apple_logo instagram youtube tiktok linkedin whatsapp github gitlab amazon
+    paypal microsoft android windows chrome figma dribbble behance pinterest reddit slack snapchat spotify skype
+    telegram twitch discord medium_logo steam stripe netflix wechat alipay weibo mastercard visa bitcoin ethereum vk
+    xbox playstation nintendo angular codepen dropbox soundcloud patreon messenger notion mastodon meta threads
+    onlyfans openai adobe photoshop illustrator uber airbnb ikea tesla nvidia intel pokemon mcdonalds starbucks
+"""
+_BRANDS = re.compile(rf"\b({'|'.join(_BRAND_WORDS.split()).replace('_', ' ')})\b")
 _COMPONENT = re.compile(r"regional indicator|keycap digit|^u[0-9a-f]{4}|^e[0-9a-f]{3}\b")
 _TWO_TONES = re.compile(
     r"(light|medium|dark) skin tone.*(light|medium|dark) skin tone"
