@@ -94,6 +94,7 @@ def test_names_that_do_not_exist_name_the_nearest(refused):
 
 def test_a_device_that_is_not_here(refused, tiny_model):
     refused(USAGE, "no device 'gpu'", "fox", "-m", tiny_model, "--device", "gpu")
+    refused(USAGE, "no device 'meta'", "fox", "-m", tiny_model, "--device", "meta")
     refused(USAGE, "no device 'cuda:99'", "fox", "-m", tiny_model, "--device", "cuda:99")
 
 

@@ -32,9 +32,9 @@ from limner import catalog, pipeline
 from limner.data.icons import IconPack
 from limner.data.images import ImageSet, to_float
 from limner.errors import FileProblem
-from limner.metrics import retrieval
-from limner.metrics.distances import copying, frechet, kid, nearest, precision_recall
-from limner.metrics.features import EffLite0
+from limner.metrics import distances, retrieval
+from limner.metrics.distances import frechet, kid, nearest, precision_recall
+from limner.metrics.features import EffLite0, full_precision
 from limner.metrics.prompts import GRID_PROMPTS, HELD_OUT, Prompt, held_out_prompts, sha256_of
 from limner.metrics.scores import Figure, alpha_errors, mean, psnr, ratio, squared_errors, wilson
 from limner.text.minilm import MiniLM
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 JUDGE = Path(__file__).parent / "weights" / "judge"
 SIZE = 256
-VIEWS = 3
 MAX_TOKENS = 64
 KINDS = {
     "val": ("prompt accuracy, new pictures (val)", 0.85),
@@ -78,6 +77,7 @@ def prepare_judge(
     started = time.monotonic()
     features, minilm = EffLite0(device), catalog.minilm(MAX_TOKENS).to(device)
     prompts = held_out_prompts(pack.records)
+    out.mkdir(parents=True, exist_ok=True)
     train = pack.image_set("train", size, cache=cache)
     held = held_out_images(pack, prompts, size, cache)
     train_features = features_of_train(train, features, pack, cache)
@@ -85,12 +85,14 @@ def prepare_judge(
     captions = [c[:4] for c in train.captions]
     known = sorted({text for four in captions for text in four})
     place = {text: k for k, text in enumerate(known)}
+    with full_precision():
+        sentences = minilm.sentences(known)
     groups = train.groups
     judge = retrieval.train_judge(
         retrieval.JudgeData(
             features=train_features,
             captions=torch.tensor([[place[c] for c in four] for four in captions]),
-            sentences=minilm.sentences(known),
+            sentences=sentences,
             things=[f"{c}|{t}|{i}" for c, t, i in zip(groups["concept"], groups["tone"], groups["tint"], strict=True)],
             styles=groups["style"],
         ),
@@ -99,7 +101,6 @@ def prepare_judge(
         seed=seed,
         device=device,
     )
-    out.mkdir(parents=True, exist_ok=True)
     retrieval.save(judge, out / "judge.safetensors")
     judge = retrieval.load(out / "judge.safetensors", device)  # what is shipped is what is measured: fp16 weights
     texts, sentences = sentences_of(prompts, minilm)
@@ -107,7 +108,7 @@ def prepare_judge(
     others = torch.arange(len(prompts)).roll(len(prompts) // 2)
     wrong = retrieval.picked(judge, held_features[others], prompts, texts, sentences)
     wanted = [p.style for p in prompts]
-    distance, _ = nearest(held_features.to(device), bank(train_features, device))
+    distance, _ = nearest(held_features.to(device), known_features(train_features, device))
     report = {
         "pack_sha256": pack.digest,
         "prompts_sha256": sha256_of(prompts),
@@ -121,7 +122,7 @@ def prepare_judge(
         | {"style": asdict(share(retrieval.styled(judge, held_features, wanted)))},
         "floors": accuracies(prompts, wrong)
         | {"style": asdict(share(retrieval.styled(judge, held_features[others], wanted)))},
-        "kid_scale": kid_scale(held, held_features, features),
+        "kid_scale": kid_scale(held.images, held_features, features),
         "nearest_train_cosine_distance": {
             f"{q:.2f}": float(distance.double().quantile(q)) for q in (0.01, 0.05, 0.25, 0.5, 0.75)
         },
@@ -141,23 +142,28 @@ def held_out_images(pack: IconPack, prompts: Sequence[Prompt], size: int, cache:
     return held.select([place[p.id] for p in prompts])
 
 
-def features_of_train(train: ImageSet, features: EffLite0, pack: IconPack, cache: Path | None) -> Tensor:
-    """(n, 3, 1280) fp16 of each picture as it is, mirrored where it may be, and moved and scaled a little.
+def features_of_train(
+    train: ImageSet, features: EffLite0, pack: IconPack, cache: Path | None, views: int = 3
+) -> Tensor:
+    """(n, views, 1280) fp16 of each picture as it is, mirrored where it may be, and (view 3) moved and scaled a little.
 
     With a folder `cache` they are kept there and read the next time.
     """
     path = cache / f"train-features-{pack.digest[:16]}-{train.images.shape[-1]}.safetensors" if cache else None
     if path and path.is_file():
-        return load_file(path)["features"]
-    found = torch.empty(len(train), VIEWS, retrieval.FEATURES, dtype=torch.float16)
+        kept = load_file(path)["features"]
+        if kept.shape[1] >= views:
+            return kept[:, :views]
+    found = torch.empty(len(train), views, retrieval.FEATURES, dtype=torch.float16)
     generator = torch.Generator().manual_seed(0)
     for start in range(0, len(train), 256):
         here = slice(start, start + 256)
         images, mirror = to_float(train.images[here].to(features.device)), train.mirror[here]
         flipped = torch.where(mirror.to(images.device)[:, None, None, None], images.flip(-1), images)
-        for view, chunk in enumerate((images, flipped, jittered(images, mirror, generator))):
-            found[here, view] = features(chunk).half()
+        seen = [images, flipped, *([jittered(images, mirror, generator)] if views > 2 else [])]
+        found[here] = torch.stack([features(view).half() for view in seen], 1)
     if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"features": found}, path)
     return found
 
@@ -174,42 +180,42 @@ def jittered(images: Tensor, mirror: Tensor, generator: torch.Generator) -> Tens
     return F.grid_sample(images + 1, grid, align_corners=False) - 1  # outside is 0 + transparent: -1
 
 
-def kid_scale(held: ImageSet, held_features: Tensor, features: EffLite0) -> dict[str, Any]:
-    """What KID-EffLite0 is worth: half of the real held-out pictures against the other half, and known damage."""
-    images = to_float(held.images)
-    small = F.interpolate(F.interpolate(images, size=(32, 32), mode="area"), size=images.shape[-2:], mode="bilinear")
+def kid_scale(images: Tensor, real_features: Tensor, features: EffLite0) -> dict[str, Any]:
+    """What KID-EffLite0 is worth: half of the real pictures against the other half, and known damage to all of them."""
+
+    def damaged(damage: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        chunks = [features(damage(to_float(chunk.to(features.device)))) for chunk in images.split(128)]
+        return asdict(kid(torch.cat(chunks), real_features, paired=True))
+
     shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     half = len(images) // 2
-    real = kid(held_features[shuffled[:half]], held_features[shuffled[half:]])
     return {
-        "real against real": asdict(real),
-        "blur of 2 px": asdict(kid(features(blurred(images, 2.0)), held_features, paired=True)),
-        "drawn at 32 px": asdict(kid(features(small), held_features, paired=True)),
+        "real against real": asdict(kid(real_features[shuffled[:half]], real_features[shuffled[half:]])),
+        "blur of 2 px": damaged(lambda x: blurred(x, 2.0)),
+        "drawn at 32 px": damaged(lambda x: F.interpolate(F.adaptive_avg_pool2d(x, 32), x.shape[-2:], mode="bilinear")),
     }
 
 
 def blurred(images: Tensor, sigma: float) -> Tensor:
     """(b, c, h, w) under a Gaussian of `sigma` pixels, cut off at 4 sigma, edges repeated."""
     reach = math.ceil(4 * sigma)
-    x = torch.arange(-reach, reach + 1, dtype=images.dtype)
+    x = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
     kernel = torch.softmax(-x.square() / (2 * sigma**2), 0)
-    out = []
-    for chunk in images.split(128):
-        c = chunk.shape[1]
-        chunk = F.pad(chunk, (reach, reach, reach, reach), mode="replicate")
-        chunk = F.conv2d(chunk, kernel.view(1, 1, 1, -1).expand(c, 1, 1, -1), groups=c)
-        out.append(F.conv2d(chunk, kernel.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c))
-    return torch.cat(out)
+    c = images.shape[1]
+    images = F.pad(images, (reach, reach, reach, reach), mode="replicate")
+    images = F.conv2d(images, kernel.view(1, 1, 1, -1).expand(c, 1, 1, -1), groups=c)
+    return F.conv2d(images, kernel.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c)
 
 
-def bank(train_features: Tensor, device: torch.device | str) -> Tensor:
-    """Every training picture and its mirror image where it may be mirrored: (2 n, 1280)."""
+def known_features(train_features: Tensor, device: torch.device | str) -> Tensor:
+    """Every training picture, and its mirror image where it may be mirrored: (2 n, 1280)."""
     return train_features[:, :2].flatten(0, 1).to(device)
 
 
 def sentences_of(prompts: Sequence[Prompt], minilm: MiniLM) -> tuple[list[str], Tensor]:
     texts = sorted({text for p in prompts for text in (p.text, *p.distractors)})
-    return texts, minilm.sentences(texts)
+    with full_precision():
+        return texts, minilm.sentences(texts)
 
 
 def accuracies(prompts: Sequence[Prompt], right: Tensor) -> dict[str, Any]:
@@ -237,25 +243,25 @@ def evaluate(
     out: Path,
     device: torch.device | str = "cpu",
     *,
-    limit: int | None = None,
-    batch: int = 64,
-    cache: Path | None = None,
     speed: bool = True,
-    copying: bool = True,
+    **choices: Any,
 ) -> dict[str, Any]:
-    """`evaluate_system` of the model of this name or file, and what one picture costs on 2 CPU cores; writes `out`."""
-    pipe = pipeline.load(model, str(device))
-    report = evaluate_system(
-        pipe.system, pack, out, device, limit=limit, batch=batch, cache=cache, check_copying=copying
-    )
-    if speed:
-        seconds, megabytes = speed_of(model)
-        report["figures"] += [
-            row("seconds for one picture, 2 CPU cores", seconds, "s", at_most=6.0),
-            row("peak memory for one picture", megabytes, "MB", at_most=1200.0),
-        ]
-    report = {"model": model, **report}
+    """`evaluate_system` (its `choices`) of the model of this name or file, and what one picture costs on 2 CPU cores.
+
+    Writes evaluation.json and evaluation.md into `out`, first without the cost.
+    """
+    report = {"model": model, **evaluate_system(pipeline.load(model, str(device)).system, pack, out, device, **choices)}
     write(report, out)
+    if speed:
+        try:
+            seconds, megabytes = speed_of(model)
+            report["figures"] += [
+                row("seconds for one picture, 2 CPU cores", seconds, "s", at_most=6.0),
+                row("peak memory for one picture", megabytes, "MB", at_most=1200.0),
+            ]
+        except FileProblem as error:
+            report["not_measured"].append(f"seconds and memory: {error}")
+        write(report, out)
     return report
 
 
@@ -268,88 +274,116 @@ def evaluate_system(
     limit: int | None = None,
     batch: int = 64,
     cache: Path | None = None,
-    check_copying: bool = True,
+    copying: bool = True,
     judge_folder: Path = JUDGE,
     **settings: Any,
 ) -> dict[str, Any]:
     """Draw the held-out prompts (`limit` of them, spread evenly) with seed = place in the list, and measure.
 
-    `system` draws through `pipeline.draw` with `settings` beside its defaults; `system.autoencoder`, if it has
-    one, is measured too. Writes grid.png (64 fixed prompts, seeds 0 to 63) and pairs.png (real | drawn) into `out`.
-    Returns {"figures": rows of name, value, low, high, n, unit, target, met, real, floor, ratio; ...}.
-    Raises FileProblem if the judge was made for other prompts or another pack.
+    `system` draws through `pipeline.draw` with `settings` beside its defaults, `batch` at a time; its autoencoder, if
+    it has one, is measured too; an autoencoder alone is measured without drawing. Writes grid.png (64 fixed prompts,
+    seeds 0 to 63) and pairs.png (real | drawn) into `out`. Returns {"figures":
+    rows of name, value, low, high, n, unit, target, met, real, floor, ratio; "not_measured": why; ...}.
     """
-    frozen = read_frozen(judge_folder)
+    started = time.monotonic()
     every = held_out_prompts(pack.records)
-    if sha256_of(every) != frozen["prompts_sha256"]:
-        raise FileProblem(f"{pack.folder} gives other held-out prompts than the judge in {judge_folder} was made for")
-    judge = retrieval.load(judge_folder / "judge.safetensors", device)
-    features, minilm = EffLite0(device), catalog.minilm(MAX_TOKENS).to(device)
     seeds = evenly(len(every), limit)
     prompts = [every[k] for k in seeds]
-    held = held_out_images(pack, prompts, SIZE, cache)
+    held = held_out_images(pack, prompts, system.defaults.width, cache)
+    features = EffLite0(device)
+    real_features = features(held.images)
     out.mkdir(parents=True, exist_ok=True)
-
-    # 1. draw
-    drawn = draw(system, [p.text for p in prompts], seeds, batch, **settings)
-    draw_grid(draw(system, list(GRID_PROMPTS), list(range(len(GRID_PROMPTS))), batch, **settings)).save(
-        out / "grid.png"
-    )
-    pairs = evenly(len(prompts), 32)
-    draw_grid(torch.stack([held.images[pairs], drawn[pairs]], 1).flatten(0, 1)).save(out / "pairs.png")
-
-    # 2. prompts and styles
-    real_features, drawn_features = features(held.images), features(drawn)
-    texts, sentences = sentences_of(prompts, minilm)
-    wanted = [p.style for p in prompts]
-    real = retrieval.picked(judge, real_features, prompts, texts, sentences)
-    ours = retrieval.picked(judge, drawn_features, prompts, texts, sentences)
-    floors = frozen["floors"]
-    rows = [compared("prompt accuracy, all", ours, real, floors["all"])]
-    for kind, (name, target) in KINDS.items():
-        keep = torch.tensor([p.kind == kind for p in prompts])
-        if keep.any():
-            rows.append(compared(name, ours[keep], real[keep], floors[kind], target))
-    ours_styled, real_styled = (retrieval.styled(judge, f, wanted) for f in (drawn_features, real_features))
-    rows.append(compared("style accuracy", ours_styled, real_styled, floors["style"], 0.97))
-
-    # 3. the autoencoder, and how far the drawings are from the pictures they stand for
-    scale = frozen["kid_scale"]
-    autoencoder = getattr(system, "autoencoder", None)
-    reconstruction = None
-    if autoencoder is not None:
-        found, reconstruction = autoencoder_figures(autoencoder, held, prompts, features, real_features, batch, device)
-        rows += found
-    distance = kid(drawn_features, real_features, paired=True)
-    limit_kid = None if reconstruction is None else max(0.0, reconstruction.value) + 0.010
-    rows.append(row("KID-EffLite0 of drawings", distance, at_most=limit_kid, real=scale["real against real"]["value"],
-                    floor=scale["blur of 2 px"]["value"]))  # fmt: skip
-    precision, recall = precision_recall(real_features, drawn_features)
-
-    # 4. copying
-    if check_copying:
-        train = features_of_train(pack.image_set("train", SIZE, cache=cache), features, pack, cache)
-        known = bank(train, device)
-        ours_near, real_near = (nearest(f.to(device), known)[0].cpu() for f in (drawn_features, real_features))
-        near, over = copying(ours_near, real_near)
-        rows.append(row("share nearer to a training picture than the nearest 5 % of real ones", near, real=0.05))
-        rows.append(row("copying, against real held-out pictures", over, "x", at_most=1.5, real=1.0))
-
-    return {
+    report: dict[str, Any] = {
         "limner": limner.__version__,
         "device": str(device),
         "prompts": len(prompts),
         "settings": settings,
         "pack_sha256": pack.digest,
-        "prompts_sha256": frozen["prompts_sha256"],
-        "judge_sha256": file_sha256(judge_folder / "judge.safetensors"),
-        "figures": rows,
-        "also": {
-            "precision (k = 3)": precision,
-            "recall (k = 3)": recall,
-            "Frechet distance, EffLite0": frechet(real_features, drawn_features),
-        },
+        "prompts_sha256": sha256_of(every),
+        "figures": [],
+        "also": {},
+        "not_measured": [],
     }
+    rows = report["figures"]
+
+    # 1. the autoencoder
+    most_kid = None
+    autoencoder = getattr(system, "autoencoder", None)
+    if autoencoder is not None:
+        found, most_kid = autoencoder_figures(autoencoder, held, prompts, features, real_features, batch, device)
+        rows += found
+
+    if system.task != "autoencoding":
+        # 2. draw
+        drawn = draw(system, [p.text for p in prompts], seeds, batch, **settings)
+        grid = draw(system, list(GRID_PROMPTS), list(range(len(GRID_PROMPTS))), batch, **settings)
+        draw_grid(grid).save(out / "grid.png")
+        some = evenly(len(prompts), 32)
+        draw_grid(torch.stack([held.images[some], drawn[some]], 1).flatten(0, 1)).save(out / "pairs.png")
+        drawn_features = features(drawn)
+
+        # 3. do they show what was asked for, in the style that was asked for?
+        scale: dict[str, Any] = {}
+        try:
+            frozen = read_frozen(judge_folder, report["prompts_sha256"])
+            scale = frozen["kid_scale"]
+            report["judge_sha256"] = frozen["judge_sha256"]
+            judge = retrieval.load(judge_folder / "judge.safetensors", device)
+            rows += judged_figures(judge, frozen["floors"], prompts, drawn_features, real_features, device)
+        except FileProblem as error:
+            report["not_measured"].append(f"prompt and style accuracy: {error}")
+
+        # 4. how far are they, as a set, from the pictures they stand for?
+        distance = kid(drawn_features.to(device), real_features.to(device), paired=True)
+        real_kid, blur_kid = (scale[name]["value"] if scale else None for name in ("real against real", "blur of 2 px"))
+        rows.append(row("KID-EffLite0 of drawings", distance, at_most=most_kid, real=real_kid, floor=blur_kid))
+        if len(prompts) > 3:
+            precision, recall = precision_recall(real_features.to(device), drawn_features.to(device))
+            report["also"] |= {"precision (k = 3)": precision, "recall (k = 3)": recall}
+        report["also"]["Frechet distance, EffLite0"] = frechet(real_features, drawn_features)
+
+        # 5. are they copies?
+        if copying:
+            train = pack.image_set("train", system.defaults.width, cache=cache)
+            rows += copying_figures(
+                features_of_train(train, features, pack, cache, views=2), drawn_features, real_features, device
+            )
+    report["seconds"] = round(time.monotonic() - started, 1)
+    return report
+
+
+def judged_figures(
+    judge: retrieval.Judge,
+    floors: dict[str, Any],
+    prompts: Sequence[Prompt],
+    drawn_features: Tensor,
+    real_features: Tensor,
+    device: torch.device | str,
+) -> list[dict[str, Any]]:
+    """Prompt accuracy, over all prompts and by kind, and style accuracy, each beside real pictures of the prompts."""
+    texts, sentences = sentences_of(prompts, catalog.minilm(MAX_TOKENS).to(device))
+    ours, real = (retrieval.picked(judge, f, prompts, texts, sentences) for f in (drawn_features, real_features))
+    rows = [compared("prompt accuracy, all", ours, real, floors["all"])]
+    for kind, (name, target) in KINDS.items():
+        keep = torch.tensor([p.kind == kind for p in prompts])
+        if keep.any():
+            rows.append(compared(name, ours[keep], real[keep], floors[kind], target))
+    wanted = [p.style for p in prompts]
+    ours, real = (retrieval.styled(judge, f, wanted) for f in (drawn_features, real_features))
+    return [*rows, compared("style accuracy", ours, real, floors["style"], 0.97)]
+
+
+def copying_figures(
+    train_features: Tensor, drawn_features: Tensor, real_features: Tensor, device: torch.device | str
+) -> list[dict[str, Any]]:
+    """Cosine distances to the nearest training picture (or its mirror image), drawings against held-out pictures."""
+    known = known_features(train_features, device)
+    ours, real = (nearest(f.to(device), known)[0].cpu() for f in (drawn_features, real_features))
+    near, over = distances.copying(ours, real)
+    return [
+        row("share nearer to a training picture than the nearest 5 % of real ones", near, real=0.05),
+        row("copying, against real held-out pictures", over, "x", at_most=1.5, real=1.0),
+    ]
 
 
 def autoencoder_figures(
@@ -360,8 +394,8 @@ def autoencoder_figures(
     real_features: Tensor,
     batch: int,
     device: torch.device | str,
-) -> tuple[list[dict[str, Any]], Figure]:
-    """Reconstructions of the real pictures: the rows of the table, and their KID over all prompts."""
+) -> tuple[list[dict[str, Any]], float]:
+    """Reconstructions of the real pictures: the rows of the table, and the KID that drawings may have at most."""
     parts = []
     with torch.inference_mode():
         for chunk in held.images.split(batch):
@@ -373,17 +407,20 @@ def autoencoder_figures(
     ]
     squared, alpha = (torch.cat(e) for e in zip(*errors, strict=True))
     again_features = features(again)
-    everything = kid(again_features, real_features, paired=True)
+    everything = kid(again_features.to(device), real_features.to(device), paired=True)
+    rows = []
     val = torch.tensor([p.kind == "val" for p in prompts])
-    rows = [
-        row("autoencoder PSNR on white (val)", mean(psnr(squared[val])), "dB", at_least=30.0),
-        row("autoencoder PSNR of the mean error (val)", one(float(psnr(squared[val].mean())), int(val.sum())), "dB"),
-        row("autoencoder alpha error (val)", mean(alpha[val])),
-        row("reconstruction KID-EffLite0 (val)", kid(again_features[val], real_features[val], paired=True),
-            at_most=0.005),
-        row("reconstruction KID-EffLite0 (all prompts)", everything),
-    ]  # fmt: skip
-    return rows, everything
+    if val.sum() > 2:
+        n, whole = int(val.sum()), float(psnr(squared[val].mean()))
+        again_val, real_val = again_features[val], real_features[val]
+        rows = [
+            row("autoencoder PSNR on white (val)", mean(psnr(squared[val])), "dB", at_least=30.0),
+            row("autoencoder PSNR of the mean error (val)", Figure(whole, whole, whole, n), "dB"),
+            row("autoencoder alpha error (val)", mean(alpha[val])),
+            row("reconstruction KID-EffLite0 (val)", kid(again_val, real_val, paired=True), at_most=0.005),
+        ]
+    rows.append(row("reconstruction KID-EffLite0 (all prompts)", everything))
+    return rows, max(0.0, everything.value) + 0.010
 
 
 def draw(system: System, prompts: list[str], seeds: list[int], batch: int, **settings: Any) -> Tensor:
@@ -455,20 +492,19 @@ def spread(values: list[float]) -> Figure:
 # ---------------------------------------------------------------------------------------------- the report
 
 
-def read_frozen(folder: Path) -> dict[str, Any]:
-    """judge.json. Raises FileProblem if it is missing or torn, or does not belong to the weights beside it."""
+def read_frozen(folder: Path, prompts_sha256: str) -> dict[str, Any]:
+    """judge.json. Raises FileProblem if it is missing or torn, or not of the weights beside it, or of other prompts."""
     try:
         frozen = json.loads((folder / "judge.json").read_text())
         matches = frozen["judge_sha256"] == file_sha256(folder / "judge.safetensors")
+        same = frozen["prompts_sha256"] == prompts_sha256
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileProblem(f"no judge in {folder} ({error}): make it with `limner evaluate --prepare-judge`") from error
     if not matches:
         raise FileProblem(f"{folder}/judge.safetensors is not the judge of judge.json: make both again")
+    if not same:
+        raise FileProblem(f"the judge in {folder} was made for other prompts: give the icon pack it was made with")
     return cast(dict[str, Any], frozen)
-
-
-def one(value: float, n: int) -> Figure:
-    return Figure(value, value, value, n)
 
 
 def row(
@@ -487,19 +523,25 @@ def row(
         target, met = f">= {at_least:g}", figure.value >= at_least
     if at_most is not None:
         target, met = f"<= {at_most:.4g}", figure.value <= at_most
-    return {"name": name, **asdict(figure), "unit": unit, "target": target, "met": met, "real": real, "floor": floor}
+    return {"name": name, **finite(figure), "unit": unit, "target": target, "met": met, "real": real, "floor": floor}
 
 
 def compared(
     name: str, ours: Tensor, real: Tensor, floor: dict[str, Any], target: float | None = None
 ) -> dict[str, Any]:
-    """A share beside that of real pictures on the same prompts; the target is for their ratio."""
+    """A share beside that of real pictures on the same prompts; the target is for the ratio, if there is one."""
     found = ratio(ours, real)
     line = row(name, share(ours), real=float(real.double().mean()), floor=floor["value"])
-    line["ratio"] = asdict(found)
+    line["ratio"] = finite(found)
     if target is not None:
-        line["target"], line["met"] = f">= {target:g} of real", found.value >= target
+        line["target"] = f">= {target:g} of real"
+        line["met"] = found.value >= target if real.any() else None
     return line
+
+
+def finite(figure: Figure) -> dict[str, Any]:
+    """As a dictionary with None for what is infinite or undefined, which JSON has no word for."""
+    return {k: v if math.isfinite(v) else None for k, v in asdict(figure).items()}
 
 
 def write(report: dict[str, Any], out: Path) -> None:
@@ -511,10 +553,10 @@ def write(report: dict[str, Any], out: Path) -> None:
 
 def table(report: dict[str, Any]) -> str:
     """The figures as Markdown: one line each, with its 95 % interval, target, real pictures and floor."""
+    judge = report.get("judge_sha256", "none")[:12]
     lines = [
-        f"Measured by `limner evaluate {report.get('model', '')}`".rstrip("` ") + "`"
-        f" (limner {report['limner']}, {report['prompts']} held-out prompts, judge {report['judge_sha256'][:12]},"
-        f" prompts {report['prompts_sha256'][:12]}).",
+        f"Measured by `limner evaluate {report.get('model', 'icons')}` (limner {report['limner']}, {report['prompts']} "
+        f"held-out prompts {report['prompts_sha256'][:12]}, judge {judge}).",
         "",
         "| figure | value | 95 % interval | n | target | met | real pictures | of real | floor |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -529,11 +571,13 @@ def table(report: dict[str, Any]) -> str:
             r["target"],
             {True: "yes", False: "**no**", None: ""}[r["met"]],
             number(r["real"]),
-            "" if of_real is None else f"{of_real['value']:.3f} ({of_real['low']:.3f} to {of_real['high']:.3f})",
+            "" if of_real is None else "{} ({} to {})".format(*(number(of_real[k]) for k in ("value", "low", "high"))),
             number(r["floor"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Also: " + ", ".join(f"{k} {v:.4g}" for k, v in report["also"].items()) + "."]
+    if report["also"]:
+        lines += ["", "Also: " + ", ".join(f"{k} {v:.4g}" for k, v in report["also"].items()) + "."]
+    lines += ["", *(f"Not measured: {reason}" for reason in report["not_measured"])] if report["not_measured"] else []
     return "\n".join(lines)
 
 
@@ -549,4 +593,4 @@ def judge_table(report: dict[str, Any]) -> str:
 
 
 def number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    return "-" if value is None else f"{value:.4g}"

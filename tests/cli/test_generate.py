@@ -190,7 +190,7 @@ def test_names_are_safe_and_short(prompt, name):
 
 def test_a_terminal_sees_a_bar_with_rate_and_time_left(here, tiny_model):
     reader, terminal = pty.openpty()
-    command = [sys.executable, "-m", "limner", "fox", "-m", tiny_model, "--steps", "300"]
+    command = [sys.executable, "-m", "limner", "fox", "-m", tiny_model, "--steps", "60"]
     done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, env={**os.environ, "TERM": "xterm"})
     os.close(terminal)
     seen = b""
@@ -205,7 +205,7 @@ def test_a_terminal_sees_a_bar_with_rate_and_time_left(here, tiny_model):
     out, _ = done.communicate()
     os.close(reader)
     assert re.fullmatch(rb"fox-\d+\.png\n", out)
-    assert b"300/300" in seen
+    assert b"60/60" in seen
     assert re.search(rb"\d\.\d steps/s", seen)
     assert re.search(rb"0:00:0\d", seen)
 
@@ -220,3 +220,13 @@ def test_ctrl_c_while_painting_leaves_nothing(here, tiny_model):
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (130, "", "limner: interrupted\n")
     assert list(here.iterdir()) == []
+
+
+def test_from_recipe_to_picture_by_commands_alone(limner, here):
+    trained = limner("train", "icons-tiny", "--out", "run", "--device", "cpu", "steps=2", "sample_prompts=[]")
+    assert trained.code == 0, trained.err
+    (path,) = painted(limner("red circle", "-m", "run", "-s", 1))
+    settings = metadata.read_settings(here / path)
+    assert (settings["model"], settings["steps"]) == ("icons-tiny", 12)
+    assert pixels(path) == pipeline.load("run", "cpu").generate("red circle", seed=1)[0].image.tobytes()
+    assert pixels(painted(limner("-C", path, "-m", "run", "-o", "again.png"))[0]) == pixels(path)

@@ -54,7 +54,7 @@ def test_kid_of_equal_distributions_is_about_zero_and_of_shifted_ones_is_not():
 
 
 def test_paired_kid_is_unbiased_where_the_plain_one_is_not():
-    """Rows that are copies of each other: the same distribution, so zero; the pairs i = i pull the plain estimate below."""
+    """Copies are of one distribution, so zero; the pairs i = i pull the plain estimate below."""
     x = features(300)
     assert kid(x, x, paired=True).value == pytest.approx(0, abs=1e-12)
     assert kid(x, x).value < -0.01
@@ -88,7 +88,7 @@ def test_frechet_of_covariances_that_do_not_commute():
 
 def test_precision_and_recall_match_the_definition_and_tell_the_two_apart(monkeypatch):
     monkeypatch.setattr(distances, "BLOCK", 17)
-    real, drawn = features(60, 2), features(50, 2, 1) * 0.3  # all typical, little variety
+    real, drawn = features(40, 2), features(30, 2, 1) * 0.3  # all typical, little variety
 
     def inside(points, centres):
         hits = 0

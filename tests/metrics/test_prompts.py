@@ -63,7 +63,7 @@ def test_there_are_199_distractors_all_different_and_none_is_the_thing_itself(re
 def test_hard_distractors_come_first_tones_colours_then_the_group(records):
     _, tone, _, heart, tool = held_out_prompts(records)
     assert set(tone.distractors[:2]) == {"flat emoji: job 0", "flat emoji: job 0, dark skin tone"}
-    assert all(re.fullmatch(r"flat emoji: job.*light skin tone", d) for d in tone.distractors[2:20])
+    assert all(d.startswith("flat emoji: job") for d in tone.distractors[2:100])
     assert all(re.fullmatch(rf"flat emoji: ({'|'.join(COLOURS)}) heart", d) for d in heart.distractors[:5])
     assert "flat emoji: green heart" not in heart.distractors
     assert all(d.endswith(" tool 500") for d in tool.distractors[:5])
@@ -81,9 +81,10 @@ def test_an_article_follows_the_colour_it_stands_before(records):
 
 def test_the_list_is_the_same_on_every_machine(records):
     prompts = held_out_prompts(records)
-    assert sha256_of(prompts) == "PINNED"
+    assert sha256_of(prompts) == "f354aed3a5c04c21fc273c3928895b3d4fafed4dfa8cddb5671e814596eb021f"
     assert sha256_of(prompts) != sha256_of(prompts[::-1])
-    assert sha256_of(prompts) != sha256_of([replace(prompts[0], distractors=prompts[0].distractors[::-1]), *prompts[1:]])
+    turned = replace(prompts[0], distractors=prompts[0].distractors[::-1])
+    assert sha256_of(prompts) != sha256_of([turned, *prompts[1:]])
 
 
 @pytest.mark.slow
@@ -93,7 +94,7 @@ def test_the_list_of_the_icon_pack_is_the_frozen_one():
 
     prompts = held_out_prompts(open_icons().records)
     assert len(prompts) == 1661
-    assert sha256_of(prompts) == "FROZEN"
+    assert sha256_of(prompts) == "d73aeb423915926ce430de1f9c93c05079cafadc3471cdc93db39e6041483591"
 
 
 def test_grid_prompts_are_64_different_ones():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -127,6 +128,13 @@ def ending(run: Path, config: TrainConfig = CONFIG) -> dict[str, bytes]:
     return {**files, "final": state.final_file(run, config).read_bytes()}
 
 
+def processes() -> Any:
+    """Starts processes that need not import torch first."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["limner.training.loop", "torch.utils.tensorboard", "pytest"])
+    return context
+
+
 def fit_slowly(run: Path, config: TrainConfig, seconds: float) -> None:
     """In a process of its own, to be killed by another: every step takes some time."""
 
@@ -167,12 +175,12 @@ def fit_as_one_of(run: Path, config: TrainConfig, rank: int, world: int, port: i
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    processes: Processes = join("cpu")
+    together: Processes = join("cpu")
     torch.manual_seed(config.seed)
-    if processes.first:
+    if together.first:
         state.begin_run(run, config)
-    processes.agree(0)
+    together.agree(0)
     system = ToySystem(noise=0.0)
     system.net[1] = nn.Identity()  # batch statistics depend on how a batch is shared
-    loop.fit(system, ToyBatches(), replace(config), run, export=save_toy, processes=processes)
-    processes.leave()
+    loop.fit(system, ToyBatches(), replace(config), run, export=save_toy, processes=together)
+    together.leave()

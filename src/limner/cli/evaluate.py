@@ -15,7 +15,7 @@ def evaluate_command(
         "evaluation"
     ),
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")] = "auto",
-    limit: Annotated[int | None, typer.Option("--limit", min=8, help="Only this many prompts, spread evenly.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=32, help="Only this many prompts, spread evenly.")] = None,
     batch: Annotated[int, typer.Option("-b", "--batch", min=1, help="Pictures drawn at a time.")] = 64,
     cache: Annotated[Path | None, typer.Option("--cache", help="Folder that keeps drawn icons and features.")] = None,
     speed: Annotated[bool, typer.Option(help="Time `limner generate` on 2 CPU cores, in fresh processes.")] = True,

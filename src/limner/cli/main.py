@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -22,7 +23,7 @@ from limner.cli.models import models_command, recipes_command
 from limner.cli.train import train_command
 from limner.errors import INTERRUPTED, FileProblem, LimnerError, OutOfMemory
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate_command,
     "models": models_command,
     "recipes": recipes_command,

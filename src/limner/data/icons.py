@@ -203,7 +203,8 @@ class IconPack:
 
     def _draw_into(self, images: np.ndarray, rows: list[int], size: int, workers: int) -> list[int]:
         """Fill the front of `images` (n, 4, size, size) with `rows`; return the rows that failed."""
-        _renderer() if any(self.svgs[i] is not None for i in rows) else None  # missing: say so before any work
+        if any(self.svgs[i] is not None for i in rows):
+            svg_renderer()  # missing: say so before any work
         slow_first = sorted(range(len(rows)), key=lambda k: _effort(self.source(rows[k])), reverse=True)
         failed = []
         jobs = [(k, self.source(rows[k]), size) for k in slow_first]
@@ -292,11 +293,12 @@ def draw(source: str | bytes, size: int) -> np.ndarray:
 def render_svg(svg: str, width: int, height: int | None = None) -> Image.Image:
     """SVG text -> RGBA picture of these pixels; without `height` in its own proportions. Raises ValueError."""
     # Without dpi=96 every length in mm or pt is an error.
-    png = _renderer()(svg_string=svg, width=width, height=height, skip_system_fonts=True, dpi=96)
+    png = svg_renderer()(svg_string=svg, width=width, height=height, skip_system_fonts=True, dpi=96)
     return Image.open(io.BytesIO(bytes(png)), formats=["PNG"]).convert("RGBA")
 
 
-def _renderer() -> Callable[..., bytes]:
+def svg_renderer() -> Callable[..., bytes]:
+    """resvg: SVG text -> PNG bytes. Raises MissingExtra."""
     try:
         from resvg_py import svg_to_bytes
     except ImportError as error:

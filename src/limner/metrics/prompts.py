@@ -60,7 +60,7 @@ def held_out_prompts(records: Sequence[Record]) -> list[Prompt]:
     The skin-tone pairs of test_compose (concept seen in other tones) are kept apart from its composed concepts, which
     are not in the train split at all. Of the 199 distractors up to 100 are hard, taken in this order until there are
     100: the same picture in another tone; the caption with another colour word (up to 5); members of the same style
-    and group, those that share most words first; members of the same style. The others are captions of any records.
+    and group; members of the same style. The others are captions of any records.
     None is the concept itself in the same tone, in whatever style (another colour of it apart), and no text occurs
     twice.
     """
@@ -68,7 +68,6 @@ def held_out_prompts(records: Sequence[Record]) -> list[Prompt]:
     by_style: dict[str, list[Record]] = defaultdict(list)
     for r in records:
         by_style[r.style].append(r)
-    words = {r.id: frozenset(re.findall(r"\w+", r.label.lower())) for r in records}
     hashes = {r.id: number(r.id) for r in records}
     prompts = []
     for r in records:
@@ -77,7 +76,7 @@ def held_out_prompts(records: Sequence[Record]) -> list[Prompt]:
             if r.split == "test_compose":
                 kind = "compose_tone" if r.tone and r.concept in trained else "compose_concept"
             text = r.captions[STYLE_CAPTION]
-            hard = take(hard_distractors(r, by_style[r.style], words, hashes), HARD, {text})
+            hard = take(hard_distractors(r, by_style[r.style], hashes), HARD, {text})
             easy = take(any_captions(r, records), DISTRACTORS - len(hard), {text, *hard})
             prompts.append(Prompt(r.id, kind, r.style, text, (*hard, *easy)))
     return prompts
@@ -89,15 +88,12 @@ def sha256_of(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def hard_distractors(
-    r: Record, same_style: Sequence[Record], words: dict[str, frozenset[str]], hashes: dict[str, int]
-) -> Iterator[str]:
+def hard_distractors(r: Record, same_style: Sequence[Record], hashes: dict[str, int]) -> Iterator[str]:
     others = [o for o in same_style if not same_thing(o, r)]
     others.sort(key=lambda o: hashes[o.id] ^ hashes[r.id])  # any order, another one for each prompt
     yield from (o.captions[STYLE_CAPTION] for o in others if o.concept == r.concept)
     yield from recoloured(r)
-    mine = words[r.id]
-    others.sort(key=lambda o: (o.group != r.group, -len(words[o.id] & mine)))
+    others.sort(key=lambda o: o.group != r.group)
     yield from (o.captions[STYLE_CAPTION] for o in others)
 
 

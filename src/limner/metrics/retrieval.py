@@ -138,7 +138,7 @@ def train_judge(
         with torch.no_grad():
             judge.log_scale.clamp_(max=math.log(100))
         if report and step % 100 == 99:
-            report(step + 1, float(clip), float(style))
+            report(step + 1, clip.item(), style.item())
     return judge.eval().requires_grad_(False)
 
 

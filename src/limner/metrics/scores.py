@@ -37,7 +37,7 @@ def wilson(successes: int, n: int) -> Figure:
     share, z2 = successes / n, Z95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return Figure(share, max(0.0, centre - half), min(1.0, centre + half), n)
+    return Figure(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), n)
 
 
 def mean(values: Tensor) -> Figure:

@@ -14,6 +14,7 @@ from limner.catalog import SystemConfig
 from limner.data.batches import DataConfig
 from limner.errors import FileProblem, UnknownName, UsageError
 
+Name = Annotated[str, Field(min_length=1, pattern=r"^[\w.-]*$")]
 Count = Annotated[int, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -29,7 +30,7 @@ class TrainConfig:
     Every value is checked when the config is made; pydantic's ValidationError names the field.
     """
 
-    name: str
+    name: Name
     """Of the recipe; the final weights are RUN/final/NAME.safetensors."""
     system: SystemConfig
     data: DataConfig
@@ -120,7 +121,7 @@ class _NoSuchField(Exception):
 def _replaced(value: Any, path: list[str], text: str) -> Any:
     """`value` with the entry at `path` set to `text`, read as the type that the entry has."""
     if not path:
-        raise UsageError(f"{text!r} would replace a whole section; name one of its fields")
+        raise ValueError("this is a whole section; name one of its fields")
     head, *rest = path
     if dataclasses.is_dataclass(value):
         if head not in {field.name for field in dataclasses.fields(value)}:
@@ -139,15 +140,17 @@ def _replaced(value: Any, path: list[str], text: str) -> Any:
 def _read(hint: Any, text: str) -> Any:
     """`text` as the type `hint`: as it stands, as JSON, or as the inside of a JSON list."""
     adapter = TypeAdapter(hint)
-    try:
-        return adapter.validate_python(text)
-    except ValidationError as first:
-        for document in (text, f"[{text}]"):
-            try:
-                return adapter.validate_json(document)
-            except ValidationError:
-                continue
-        raise first
+    errors = []
+    for read, document in (
+        (adapter.validate_python, text),
+        (adapter.validate_json, text),
+        (adapter.validate_json, f"[{text}]"),
+    ):
+        try:
+            return read(document)
+        except ValidationError as error:
+            errors.append(error)
+    raise max(errors, key=lambda error: len(error.errors()[0]["loc"]))  # the reading that got furthest
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def fit(
     system.train()
 
     def every(steps: int) -> bool:
-        return steps > 0 and state.step % steps == 0
+        return steps > 0 and state.step > 0 and state.step % steps == 0
 
     with stop, Report(run, config.steps, config.batch_size, start, silent=not processes.first) as report:
         for note in notes:
@@ -191,7 +191,7 @@ def restore(state: TrainState, run: Path, processes: Processes) -> list[str]:
     """Bring `state` to the newest whole checkpoint of `run`; returns what there is to tell."""
     notes: list[str] = []
     folder = run / "checkpoints"
-    files, step = None, 0
+    files, step = None, -1
     if processes.first:
         notes += [f"removed {name}, left half-written" for name in remove_temporaries(run)]
         files = newest_checkpoint(folder, notes.append)

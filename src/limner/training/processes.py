@@ -52,7 +52,7 @@ class Processes:
         if self.world == 1:
             return loss
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(loss, device_ids=ids)
+        return nn.parallel.DistributedDataParallel(loss, device_ids=ids, gradient_as_bucket_view=True)
 
     def leave(self) -> None:
         if self.world > 1:

@@ -174,9 +174,11 @@ def begin_run(run: Path, config: TrainConfig) -> None:
     """Make the folder of a new run. Raises FileProblem if it is not empty or not writable."""
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(run)
-        if any(run.iterdir()):
+        unfinished = set(run.glob(f"{CONFIG}*{TEMPORARY}"))
+        if set(run.iterdir()) - unfinished:
             raise FileProblem(f"{run} is not empty; give another --out, or go on with it: limner train --resume {run}")
+        for path in unfinished:
+            path.unlink()
     write_atomically(run / CONFIG, to_json(config).encode())
 
 
@@ -235,7 +237,7 @@ def read_checkpoint(path: Path) -> dict[str, bytes]:
         manifest = (path / MANIFEST).read_bytes()
         files = {p.name: p.read_bytes() for p in sorted(path.iterdir()) if p.name != MANIFEST}
     except OSError as error:
-        raise FileProblem(f"checkpoint {path} cannot be read: {_sentence(error)}") from None
+        raise FileProblem(f"checkpoint {path} is damaged: {Path(error.filename).name}: {_sentence(error)}") from None
     if manifest != _manifest(files):
         raise FileProblem(f"checkpoint {path} is damaged: {_fault(manifest, files)}")
     return files

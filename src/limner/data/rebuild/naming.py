@@ -69,7 +69,7 @@ class EmojiNames:
         self._by_base_and_tone: dict[tuple[str, int | None], str] = {}
         for code, emoji in self.by_hex.items():
             self._by_base_and_tone.setdefault((emoji.base, emoji.tone), code)
-        self._squeezed = {}
+        self._squeezed: dict[str, str] = {}
         for name, code in self.by_slug.items():
             self._squeezed.setdefault(name.replace("-", ""), code)
         for point in (*range(0x2000, 0x3300), *range(0x1F000, 0x1FB00)):

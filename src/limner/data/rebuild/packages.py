@@ -89,7 +89,7 @@ class Package:
 
 def download(folder: Path, clipart: bool) -> dict[str, Package]:
     """Get every package into `folder` with npm (and apt-get for the clip art). Raises FileProblem."""
-    _call("npm", ["pack", "--silent", *(f"{name}@{version}" for name, (version, _) in NPM.items())], folder, "")
+    _call("npm", ["pack", "--loglevel=error", *(f"{name}@{version}" for name, (version, _) in NPM.items())], folder, "")
     files = {name: f"{name.lstrip('@').replace('/', '-')}-{version}.tgz" for name, (version, _) in NPM.items()}
     if clipart:
         hint = " (or leave clip art out with --without-clipart)"
@@ -118,11 +118,10 @@ def _call(client: str, arguments: list[str], folder: Path, hint: str) -> None:
     except subprocess.TimeoutExpired as error:
         raise FileProblem(f"{client} got no answer within {_TIMEOUT} s; try again{hint}") from error
     if done.returncode:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        said = next(
-            (line for line in lines if "rror" in line or line.startswith("E:")), lines[-1] if lines else "nothing"
-        )
-        raise FileProblem(f"{client} could not fetch the packages, it said: {said.strip()}{hint}")
+        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith(("npm error", "npm ERR!", "E:"))] or lines or ["nothing"]
+        said = "; ".join(errors)[:300]
+        raise FileProblem(f"{client} could not fetch the packages, it said: {said}{hint}")
 
 
 def _open_tar(file: Path) -> tarfile.TarFile:

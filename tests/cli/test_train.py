@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from limner import catalog
+from limner.training import loop
+
+FEW = ("steps=3", "batch_size=4", "save_every=2", "log_every=1", "data.limit=8")
+
+
+@pytest.fixture
+def trained(limner, here):
+    """A finished run of three steps in `run`."""
+    result = limner("train", "icons-autoencoder-tiny", "--out", "run", "--device", "cpu", *FEW)
+    assert result.code == 0, result
+    return result
+
+
+def test_a_recipe_is_trained_from_data_to_a_file_that_loads(limner, here, trained):
+    run = here / "run"
+    final = run / "final" / "icons-autoencoder-tiny.safetensors"
+    assert trained.out.splitlines()[-1] == str(final.relative_to(here))
+    assert catalog.load(final).family
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
+    config = json.loads((run / "config.json").read_text())
+    assert (config["steps"], config["data"]["limit"]) == (3, 8)
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(limner, here, trained):
+    before = {p: p.read_bytes() for p in here.rglob("*") if p.is_file()}
+    result = limner("train", "--resume", "run")
+    assert (result.code, result.err) == (0, "")
+    assert "run is finished: run/final/icons-autoencoder-tiny.safetensors" in result.out
+    assert {p: p.read_bytes() for p in here.rglob("*") if p.is_file()} == before
+
+
+def test_stop_after_saves_and_resume_goes_on_to_the_same_end(limner, here, trained):
+    args = ("icons-autoencoder-tiny", "--out", "parts", "--device", "cpu", *FEW)
+    result = limner("train", *args, "--stop-after", "0")
+    assert result.code == 0
+    assert "the time given is over: saved at step 0" in result.out
+    assert not (here / "parts" / "final").exists()
+    assert limner("train", "--resume", "parts", "--device", "cpu").code == 0
+    final = [here / run / "final" / "icons-autoencoder-tiny.safetensors" for run in ("run", "parts")]
+    assert final[0].read_bytes() == final[1].read_bytes()
+
+
+def test_a_run_that_never_saved_starts_anew(limner, here, trained):
+    for folder in ("checkpoints", "final"):
+        for path in sorted((here / "run" / folder).rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        (here / "run" / folder).rmdir()
+    result = limner("train", "--resume", "run", "--device", "cpu")
+    assert result.code == 0
+    assert "run never saved a checkpoint: starting anew" in result.out
+    assert (here / "run" / "final" / "icons-autoencoder-tiny.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "args"),
+    [
+        (2, "no recipe: limner train RECIPE --out RUN", []),
+        (2, "no folder for the run", ["icons-tiny"]),
+        (2, "no recipe 'icon-tiny'. Did you mean 'icons-tiny'", ["icon-tiny", "--out", "run"]),
+        (2, "no field 'stepps'. Did you mean 'steps'", ["icons-tiny", "stepps=3", "--out", "run"]),
+        (2, "steps=0: ", ["icons-tiny", "steps=0", "--out", "run"]),
+        (2, "lr=nan: ", ["icons-tiny", "lr=nan", "--out", "run"]),
+        (2, "not a field=value pair", ["icons-tiny", "steps", "--out", "run"]),
+        (2, "no device 'tpu'", ["icons-tiny", "--out", "run", "--device", "tpu"]),
+        (2, "--stop-after", ["icons-tiny", "--out", "run", "--stop-after", "-1"]),
+        (2, "--stop-after nan", ["icons-tiny", "--out", "run", "--stop-after", "nan"]),
+        (2, "--resume takes the run's folder and nothing else", ["icons-tiny", "--resume", "run"]),
+        (3, "run holds no training run", ["--resume", "run"]),
+        (3, "full is not empty", ["icons-autoencoder-tiny", "--out", "full"]),
+        (3, "cannot write full/file/run", ["icons-autoencoder-tiny", "--out", "full/file/run"]),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line_and_leaves_nothing(limner, here, code, message, args):
+    (here / "full").mkdir()
+    (here / "full" / "file").write_text("mine")
+    result = limner("train", *args)
+    assert (result.code, result.out) == (code, "")
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert sorted(str(p.relative_to(here)) for p in here.rglob("*")) == ["full", "full/file"]
+
+
+def test_a_run_that_diverges_ends_with_5_and_one_line(limner, here, monkeypatch):
+    original = loop.open_batches
+
+    def poisoned(*args):
+        batches = original(*args)
+        draw = batches.batch
+
+        def batch(step, *args, **kwargs):
+            made = draw(step, *args, **kwargs)
+            return made | {"images": made["images"] / (step != 2)}
+
+        batches.batch = batch
+        return batches
+
+    monkeypatch.setattr(loop, "open_batches", poisoned)
+    result = limner("train", "icons-autoencoder-tiny", "--out", "run", "--device", "cpu", *FEW)
+    assert result.code == 5
+    assert result.err.startswith("limner: step 2 diverged: ")
+    assert result.err.count("\n") == 1
+    assert [p.name for p in (here / "run" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_ctrl_c_saves_and_ends_with_130(limner, here, monkeypatch):
+    monkeypatch.setattr(loop.StopRequests, "asked", lambda self: 3)
+    result = limner("train", "icons-autoencoder-tiny", "--out", "run", "--device", "cpu", *FEW)
+    assert result.code == 130
+    assert "interrupted: saved at step 0" in result.out
+    assert [p.name for p in (here / "run" / "checkpoints").iterdir()] == ["step-000000"]

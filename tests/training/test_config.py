@@ -1,0 +1,112 @@
+"""What a run is told, and what `field=value` does to it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import toy
+from pydantic import ValidationError
+
+from limner.catalog import DiffusionConfig
+from limner.errors import FileProblem, UnknownName, UsageError
+from limner.training.config import from_json, parse_overrides, to_json
+
+CONFIG = replace(toy.CONFIG, system=DiffusionConfig())
+
+
+def test_overrides_are_read_as_the_type_of_their_field():
+    changes = ["lr=3e-4", "steps=7", "compile=true", "precision=bf16", "betas=0.5,0.75", 'sample_prompts=["a, b", "c"]']
+    config = parse_overrides(CONFIG, [*changes, "name=123", "init_from=a=b", "lr_schedule=constant"])
+    expected = {"lr": 3e-4, "steps": 7, "compile": True, "precision": "bf16", "betas": (0.5, 0.75)}
+    expected |= {"sample_prompts": ("a, b", "c"), "name": "123", "init_from": "a=b", "lr_schedule": "constant"}
+    assert config == replace(CONFIG, **expected)
+
+
+def test_dotted_paths_reach_into_sections():
+    config = parse_overrides(CONFIG, ["system.network.depth=4", "data.augment=view"])
+    assert config.system.network == replace(CONFIG.system.network, depth=4)
+    assert config.data == replace(CONFIG.data, augment="view")
+    assert CONFIG.data.augment == "none"
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("stepps=3", "'steps'"),
+        ("network.depth=4", "'system.network.depth'"),
+        ("system.network.dpeth=4", "'system.network.depth'"),
+        ("lr.x=3", "'lr'"),
+        ("=3", "Known: "),
+    ],
+)
+def test_an_unknown_field_names_the_nearest(override, nearest):
+    with pytest.raises(UnknownName, match="no field") as raised:
+        parse_overrides(CONFIG, [override])
+    assert nearest in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("steps", "not a field=value pair"),
+        ("steps=0", "greater than 0"),
+        ("steps=-1", "greater than 0"),
+        ("steps=1.5", "valid integer"),
+        ("steps=many", "valid integer"),
+        ("batch_size=0", "greater than 0"),
+        ("save_every=0", "greater than 0"),
+        ("log_every=0", "greater than 0"),
+        ("keep=0", "greater than 0"),
+        ("sample_every=-1", "greater than or equal to 0"),
+        ("lr=nan", "greater than 0"),
+        ("lr=inf", "finite"),
+        ("lr=-1", "greater than 0"),
+        ("betas=1,0.9", "less than 1"),
+        ("betas=0.9", "required"),
+        ("precision=fp8", "'fp32' or 'bf16'"),
+        ("compile=perhaps", "valid boolean"),
+        ("system.network.depth=deep", "valid integer"),
+        ("system.network=deep", "whole section"),
+        ("data={}", "whole section"),
+        ("name=", "at least 1 character"),
+        ("name=../other", "pattern"),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_field_and_reason(override, reason):
+    with pytest.raises(UsageError) as raised:
+        parse_overrides(CONFIG, [override])
+    assert reason in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert override.partition("=")[0].split(".")[-1] in str(raised.value)
+
+
+def test_a_recipe_with_a_bad_value_does_not_come_to_be():
+    with pytest.raises(ValidationError, match="batch_size"):
+        replace(CONFIG, batch_size=0)
+
+
+def test_json_gives_the_same_config_back():
+    config = parse_overrides(CONFIG, ["betas=0.5,0.75", "lr=0.1", "system.caption_dropout=0.3"])
+    assert from_json(to_json(config), "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": -1}, "steps: "),
+        ({"colour": "red"}, "colour"),
+        ({"data": {"source": "icons", "sise": 3}}, "data.sise"),
+    ],
+)
+def test_a_config_file_that_was_edited_badly_is_refused(change, message):
+    text = json.dumps(json.loads(to_json(CONFIG)) | change)
+    with pytest.raises(FileProblem, match=r"^RUN/config\.json ") as raised:
+        from_json(text, "RUN/config.json")
+    assert message in str(raised.value)
+
+
+def test_a_torn_config_file_is_refused():
+    with pytest.raises(FileProblem, match=r"RUN/config\.json"):
+        from_json(to_json(CONFIG)[:100], "RUN/config.json")

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import nn
+from toy import CONFIG, Players, StopAt, ToyBatches, ToySystem, fit, save_toy
+
+from limner.errors import TrainingDiverged, UsageError
+from limner.training import loop, state
+from limner.training.processes import Processes, StopRequests
+
+
+def lines(run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns(tmp_path):
+    assert fit(tmp_path / "run", replace(CONFIG, steps=100, log_every=10, save_every=100)) == 0
+    rows = lines(tmp_path / "run")
+    assert rows[-1]["error"] < 0.6 * rows[0]["error"]
+
+
+def test_metrics_tell_what_happened_once_a_step_also_after_a_resume(tmp_path):
+    assert fit(tmp_path / "run", stop=StopAt(13)) == 1
+    assert fit(tmp_path / "run") == 0
+    rows = lines(tmp_path / "run")
+    assert [row["step"] for row in rows] == [5, 10, 13, 15, 20, 25, 30]
+    assert [row["images"] for row in rows] == [8 * row["step"] for row in rows]
+    for row in rows:
+        assert {"loss", "error", "grad_norm", "lr", "images_per_second", "seconds_left", "memory_gb"} < set(row)
+        assert row["loss"] > row["error"] > 0
+        assert min(row["images_per_second"], row["grad_norm"], row["memory_gb"]) > 0
+    assert rows[-1]["seconds_left"] == 0
+
+
+def test_the_state_before_the_bad_step_is_what_remains(tmp_path):
+    system = ToySystem()
+    reference = ToySystem()
+    reference.load_state_dict(system.state_dict())
+    with pytest.raises(
+        TrainingDiverged, match=r"step 12 diverged: .*error=nan, grad_norm=nan.*samples toy-\d"
+    ) as caught:
+        fit(tmp_path / "bad", system=system, batches=ToyBatches(poison=12))
+    assert caught.value.exit_code == 5
+    assert "\n" not in str(caught.value)
+    assert fit(tmp_path / "good", system=reference, stop=StopAt(12)) == 1
+    assert all(torch.equal(a, b) for a, b in zip(system.parameters(), reference.parameters(), strict=True))
+    assert [p.name for p in state.checkpoints(tmp_path / "bad" / "checkpoints")] == ["step-000005", "step-000010"]
+
+
+def test_a_gradient_may_diverge_while_the_loss_is_finite(tmp_path):
+    class Root(ToySystem):
+        def loss(self, batch, phase, generator):
+            terms = super().loss(batch, phase, generator)
+            return {"loss": terms["loss"] + (0 * self.table.weight[0, 0]).sqrt() ** 1}
+
+    with pytest.raises(TrainingDiverged, match=r"step 0 diverged: loss=\d.*grad_norm=nan"):
+        fit(tmp_path / "run", system=Root())
+
+
+def test_where_nobody_looks_for_a_while_no_bad_update_is_made(tmp_path, monkeypatch):
+    """As on a GPU, whose numbers are read at log time only."""
+    original, looked = loop.Ledger.check, []
+
+    def check(self, run):
+        if self.records[-1].step % 5 == 4:
+            looked.append(self.records[-1].step)
+            original(self, run)
+
+    monkeypatch.setattr(loop.Ledger, "check", check)
+    system, reference = ToySystem(), ToySystem()
+    reference.load_state_dict(system.state_dict())
+    with pytest.raises(TrainingDiverged, match="step 12 diverged"):
+        fit(tmp_path / "bad", system=system, batches=ToyBatches(poison=12))
+    assert looked == [4, 9, 14]
+    monkeypatch.undo()
+    fit(tmp_path / "good", system=reference, stop=StopAt(12))
+    assert all(torch.equal(a, b) for a, b in zip(system.parameters(), reference.parameters(), strict=True))
+
+
+def test_each_phase_moves_only_its_own_parameters(tmp_path, monkeypatch):
+    system, moved = Players(), []
+    original = loop.step_unless
+
+    def watching(optimizer, lr, bad):
+        before = {name: p.detach().clone() for name, p in system.named_parameters()}
+        original(optimizer, lr, bad)
+        moved.append({name.split(".")[0] for name, p in system.named_parameters() if not torch.equal(p, before[name])})
+
+    monkeypatch.setattr(loop, "step_unless", watching)
+    assert fit(tmp_path / "run", replace(CONFIG, steps=3), system=system) == 0
+    assert moved == [{"generator"}, {"discriminator"}] * 3
+    assert {"generator/loss", "discriminator/loss", "generator/grad_norm"} < set(lines(tmp_path / "run")[-1])
+
+
+def test_a_run_of_two_phases_resumes_exactly(tmp_path):
+    start = Players()
+    for name, stops in (("whole", []), ("parts", [StopAt(7), StopAt(9)])):
+        system = Players()
+        system.load_state_dict(start.state_dict())
+        for stop in stops:
+            assert fit(tmp_path / name, system=system, stop=stop) == 1
+            system = Players()
+        assert fit(tmp_path / name, system=system) == 0
+    final = [state.final_file(tmp_path / name, CONFIG).read_bytes() for name in ("whole", "parts")]
+    assert final[0] == final[1]
+
+
+def test_samples_are_drawn_with_the_averages_and_training_goes_on_as_if_they_were_not(tmp_path):
+    drawn = []
+
+    def draw(system: nn.Module, config: Any) -> list[Image.Image]:
+        assert not system.training
+        torch.rand(10)
+        drawn.append(state._pack(state.tensors_of(system)))
+        return [Image.new("RGBA", (8, 8))] * len(config.sample_prompts)
+
+    config = replace(CONFIG, sample_every=10, sample_prompts=("a", "b"))
+    assert fit(tmp_path / "run", config, draw=draw) == 0
+    assert fit(tmp_path / "plain") == 0
+    assert sorted(p.name for p in (tmp_path / "run" / "samples").iterdir()) == [
+        f"step-{step:06d}.png" for step in (10, 20, 30)
+    ]
+    final = [state.final_file(tmp_path / name, CONFIG).read_bytes() for name in ("run", "plain")]
+    assert final[0] == final[1]
+    pictured, exported = safetensors.torch.load(drawn[-1]), safetensors.torch.load(final[0])
+    assert all(torch.equal(pictured[name], exported[name]) for name in exported)
+
+
+def test_a_system_may_finish_with_the_averaged_weights_before_it_is_exported(tmp_path):
+    class Finishing(ToySystem):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros(()))
+
+        def finish(self, batches: Any) -> None:
+            assert len(batches) == 64
+            self.total.copy_(self.table.weight.detach().sum())
+
+    assert fit(tmp_path / "run", system=Finishing()) == 0
+    final = safetensors.torch.load_file(state.final_file(tmp_path / "run", CONFIG))
+    assert final["total"] == final["table.weight"].sum() != 0
+
+
+def test_the_time_given_ends_the_run_with_a_checkpoint(tmp_path):
+    class Slow(ToyBatches):
+        def batch(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            time.sleep(0.02)
+            return super().batch(*args, **kwargs)
+
+    start = time.monotonic()
+    config = replace(CONFIG, steps=10_000, save_every=10_000)
+    assert fit(tmp_path / "run", config, batches=Slow(), stop=StopRequests(0.3)) == 1
+    assert time.monotonic() - start < 5
+    assert len(state.checkpoints(tmp_path / "run" / "checkpoints")) == 1
+
+
+def test_bf16_is_for_the_forward_pass_only(tmp_path):
+    seen = set()
+
+    class Watching(ToySystem):
+        def loss(self, batch, phase, generator):
+            seen.add(self.net[0](batch["x"]).dtype)
+            return super().loss(batch, phase, generator)
+
+    system = Watching()
+    assert fit(tmp_path / "run", replace(CONFIG, precision="bf16", steps=5), system=system) == 0
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in system.parameters()} == {torch.float32}
+
+
+def test_a_batch_is_shared_evenly_or_not_at_all(tmp_path):
+    with pytest.raises(UsageError, match="batch_size=8 cannot be shared by 3 processes"):
+        loop.fit(ToySystem(), ToyBatches(), CONFIG, tmp_path, export=save_toy, processes=Processes(world=3))
+
+
+def test_randomness_depends_on_seed_step_and_rank_only():
+    def drawn(seed: int, step: int, rank: int) -> tuple[float, float]:
+        generator = loop.randomness(seed, step, Processes(rank=rank))
+        return float(torch.rand((), generator=generator)), float(torch.rand(()))
+
+    assert drawn(0, 0, 0) == drawn(0, 0, 0)
+    assert len({drawn(*key) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 11, 0), (0, 1, 1))}) == 6

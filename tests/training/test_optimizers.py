@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from toy import CONFIG, ToySystem
+
+from limner.training.optimizers import adamw, clip_gradients, lr_at, parameter_groups, step_unless
+
+NO, YES = torch.zeros(()), torch.ones(())
+
+
+def test_the_learning_rate_rises_in_a_line_then_falls_in_half_a_cosine():
+    config = replace(CONFIG, lr=2.0, warmup=4, steps=12, lr_final=0.1)
+    assert [lr_at(step, config) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert lr_at(4, config) == pytest.approx(2.0)
+    assert lr_at(6, config) == pytest.approx(0.2 + 1.8 * (1 + 2**-0.5) / 2)  # a quarter of the way: cos 45°
+    assert lr_at(8, config) == pytest.approx(1.1)
+    assert lr_at(12, config) == pytest.approx(0.2)
+
+
+def test_a_constant_learning_rate_stays_after_the_warm_up():
+    config = replace(CONFIG, lr=2.0, warmup=2, steps=12, lr_schedule="constant")
+    assert [lr_at(step, config) for step in (0, 1, 2, 11)] == [1.0, 2.0, 2.0, 2.0]
+
+
+def test_matrices_and_kernels_decay_and_vectors_norms_and_embeddings_do_not():
+    module = nn.ModuleDict(
+        {"table": nn.Embedding(5, 4), "linear": nn.Linear(4, 3), "conv": nn.Conv2d(2, 2, 3), "norm": nn.LayerNorm(3)}
+    )
+    names = {id(p): name for name, p in module.named_parameters()}
+    decaying, others = parameter_groups(module, module.parameters(), 0.1)
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert {names[id(p)] for p in decaying["params"]} == {"linear.weight", "conv.weight"}
+    assert {names[id(p)] for p in others["params"]} == {
+        *("table.weight", "linear.bias", "conv.bias", "norm.weight", "norm.bias")
+    }
+
+
+def test_it_is_torchs_adamw():
+    config = replace(CONFIG, weight_decay=0.3, betas=(0.7, 0.9), eps=1e-3)
+    ours, theirs = (nn.Linear(4, 3, bias=False) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    mine = adamw(ours, ours.parameters(), config)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=1.0, weight_decay=0.3, betas=(0.7, 0.9), eps=1e-3)
+    for step in range(5):
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+        for module, optimizer in ((ours, mine), (theirs, reference)):
+            optimizer.zero_grad()
+            module(x).square().sum().backward()
+            if module is ours:
+                step_unless(optimizer, 0.1 / (step + 1), NO)
+            else:
+                optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+                optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_withheld_step_leaves_weights_moments_and_count_as_they_were():
+    layer = nn.Linear(4, 3)
+    optimizer = adamw(layer, layer.parameters(), CONFIG)
+    layer(torch.ones(2, 4)).sum().backward()
+    step_unless(optimizer, 0.1, NO)
+    before = [p.detach().clone() for p in layer.parameters()]
+    state = {k: v.clone() for k, v in optimizer.state[layer.weight].items()}
+    layer.weight.grad.fill_(float("nan"))
+    step_unless(optimizer, 0.1, YES)
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), before, strict=True))
+    assert all(torch.equal(optimizer.state[layer.weight][k], v) for k, v in state.items())
+    layer.weight.grad.fill_(1.0)
+    step_unless(optimizer, 0.1, NO)
+    assert not torch.equal(layer.weight, before[0])
+
+
+@pytest.mark.parametrize(("longest", "expected"), [(0.0, 5.0), (10.0, 5.0), (1.0, 1.0)])
+def test_gradients_are_clipped_by_their_common_norm(longest, expected):
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    a.grad, b.grad = torch.tensor([0.0, 3.0]), torch.tensor([4.0])
+    assert clip_gradients([a, b, nn.Parameter(torch.zeros(1))], longest) == 5.0
+    assert torch.cat([a.grad, b.grad]).norm().item() == pytest.approx(expected, abs=1e-5)
+    assert b.grad.item() / a.grad[1].item() == pytest.approx(4 / 3)
+
+
+def test_every_trained_parameter_of_a_system_is_in_one_group():
+    system = ToySystem()
+    groups = parameter_groups(system, system.phase_parameters("main"), 0.1)
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(
+        id(p) for p in system.parameters() if p.requires_grad
+    )

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from toy import CONFIG, fit_as_one_of, processes
+
+from limner.errors import UsageError
+from limner.training import state
+from limner.training.processes import join
+
+
+def train(run: Path, world: int) -> dict[str, torch.Tensor]:
+    """Final weights of the toy run by `world` processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = [processes().Process(target=fit_as_one_of, args=(run, CONFIG, k, world, port)) for k in range(world)]
+    for process in together:
+        process.start()
+    for process in together:
+        process.join()
+    assert [process.exitcode for process in together] == [0] * world
+    return safetensors.torch.load_file(state.final_file(run, CONFIG))
+
+
+def test_two_processes_train_what_one_trains_with_the_same_batch(tmp_path):
+    one, two = train(tmp_path / "one", 1), train(tmp_path / "two", 2)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-5)
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert len(metrics[0]) == len(metrics[1]) == CONFIG.steps // CONFIG.log_every
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="finds no GPU"):
+        join("cuda")
+    with pytest.raises(UsageError, match="no device 'tpu'"):
+        join("tpu")
+    assert join("auto").device.type == "cpu"

@@ -1,0 +1,244 @@
+"""A run that was killed and resumed ends with the same bits as one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from toy import CONFIG, StopAt, ToyBatches, ending, fit, fit_slowly, fit_until_operation, processes
+
+from limner.errors import FileProblem
+from limner.training import loop, state
+from limner.training.ema import Ema
+
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(scope="session")
+def context() -> Any:
+    return processes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict[str, bytes]:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert fit(run) == 0
+    return ending(run)
+
+
+def same(run: Path, uninterrupted: dict[str, bytes]) -> bool:
+    assert not list(run.rglob("*.tmp"))
+    return ending(run) == uninterrupted
+
+
+def test_three_resumes_within_one_epoch(tmp_path, uninterrupted):
+    assert CONFIG.steps * CONFIG.batch_size < 4 * len(ToyBatches())
+    for looks in (3, 4, 2):
+        assert fit(tmp_path / "run", stop=StopAt(looks)) == 1
+    assert fit(tmp_path / "run") == 0
+    assert same(tmp_path / "run", uninterrupted)
+
+
+def test_stopping_before_the_first_step(tmp_path, uninterrupted):
+    assert fit(tmp_path / "run", stop=StopAt(0)) == 1
+    assert fit(tmp_path / "run") == 0
+    assert same(tmp_path / "run", uninterrupted)
+
+
+def _without_averages(monkeypatch):
+    monkeypatch.setattr(Ema, "load", lambda self, values: None)
+
+
+def _without_optimizer(monkeypatch):
+    monkeypatch.setattr(state.TrainState, "_load_optimizers", lambda self, tensors: None)
+
+
+def _without_buffers(monkeypatch):
+    original = state.copy_tensors
+
+    def weights_only(source, target, where):
+        keep = {name: tensor for name, tensor in target.items() if "running" not in name}
+        original({name: source[name] for name in keep}, keep, where)
+
+    monkeypatch.setattr(state, "copy_tensors", weights_only)
+
+
+def _without_weights(monkeypatch):
+    monkeypatch.setattr(state, "copy_tensors", lambda source, target, where: None)
+
+
+def _with_other_noise(monkeypatch):
+    original = loop.randomness
+    monkeypatch.setattr(loop, "randomness", lambda seed, step, processes: original(seed + 1, step, processes))
+
+
+def _with_other_dropout(monkeypatch):
+    original = loop.randomness
+
+    def unseeded(*args):
+        generator = original(*args)
+        torch.manual_seed(0)
+        return generator
+
+    monkeypatch.setattr(loop, "randomness", unseeded)
+
+
+def _with_other_data(monkeypatch):
+    original = ToyBatches.batch
+    monkeypatch.setattr(ToyBatches, "batch", lambda self, step, *args, **kw: original(self, step + 1, *args, **kw))
+
+
+def _at_another_step(monkeypatch):
+    original = state.TrainState.restore
+
+    def late(self, files, source):
+        original(self, files, source)
+        self.step += 1
+
+    monkeypatch.setattr(state.TrainState, "restore", late)
+
+
+@pytest.mark.parametrize(
+    "forget",
+    [
+        *(_without_averages, _without_optimizer, _without_buffers, _without_weights, _with_other_noise),
+        *(_with_other_dropout, _with_other_data, _at_another_step),
+    ],
+)
+def test_whatever_a_resume_forgets_shows_in_the_end(tmp_path, monkeypatch, uninterrupted, forget):
+    assert fit(tmp_path / "run", stop=StopAt(13)) == 1
+    forget(monkeypatch)
+    assert fit(tmp_path / "run") == 0
+    assert not same(tmp_path / "run", uninterrupted)
+
+
+def check_death_at(run: Path, context: Any, number: int, uninterrupted: dict[str, bytes]) -> bool:
+    """Die at file operation `number`, then finish; False if there were not so many operations."""
+    process = context.Process(target=fit_until_operation, args=(run, CONFIG, number))
+    process.start()
+    process.join()
+    assert process.exitcode in (0, KILLED)
+    if process.exitcode == KILLED:
+        fit(run)
+    assert same(run, uninterrupted)
+    return process.exitcode == KILLED
+
+
+def test_kill_9_between_any_two_file_operations_of_a_save(tmp_path, context, uninterrupted):
+    """The third save is the first that also removes an old checkpoint; the last operations write the final file."""
+    for number in (*range(24, 40), 70, 72, 74, 76, 78):
+        check_death_at(tmp_path / str(number), context, number, uninterrupted)
+
+
+@pytest.mark.slow
+def test_kill_9_between_any_two_file_operations(tmp_path, context, uninterrupted):
+    number = 0
+    while check_death_at(tmp_path / str(number), context, number, uninterrupted):
+        number += 1
+    assert number > 60
+
+
+def kill_at_random(run: Path, context: Any, config: Any, kills: int, chance: random.Random) -> int:
+    """Train in a process that is killed up to `kills` times, then to the end; returns how often it was."""
+    done = 0
+    for _ in range(kills):
+        process = context.Process(target=fit_slowly, args=(run, config, 0.01))
+        process.start()
+        while process.is_alive() and not (run / "config.json").exists():
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.25))
+        process.kill()
+        process.join()
+        done += process.exitcode == KILLED
+    fit(run, config)
+    return done
+
+
+def test_kill_9_at_random_moments(tmp_path, context, uninterrupted):
+    assert kill_at_random(tmp_path / "run", context, CONFIG, 5, random.Random(0)) >= 2
+    assert same(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
+def test_kill_9_at_fifty_random_moments(tmp_path, context):
+    config = replace(CONFIG, steps=600, save_every=3)
+    assert fit(tmp_path / "whole", config) == 0
+    assert kill_at_random(tmp_path / "run", context, config, 50, random.Random(1)) == 50
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert ending(tmp_path / "run", config) == ending(tmp_path / "whole", config)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_within_a_step(tmp_path, context, uninterrupted, number):
+    run = tmp_path / "run"
+    process = context.Process(target=fit_slowly, args=(run, replace(CONFIG, save_every=1000), 0.05))
+    process.start()
+    while not (run / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 0
+    (saved,) = state.checkpoints(run / "checkpoints")
+    assert state.read_checkpoint(saved)
+    assert not state.final_file(run, CONFIG).exists()
+    fit(run, replace(CONFIG, save_every=1000))
+    final = ending(run)
+    assert {k: v for k, v in final.items() if k != "config.json" and k != "manifest.json"} == {
+        k: v for k, v in uninterrupted.items() if k != "config.json" and k != "manifest.json"
+    }
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_end_is_the_same(tmp_path, capsys, uninterrupted):
+    run = tmp_path / "run"
+    assert fit(run, stop=StopAt(13)) == 1
+    ema = run / "checkpoints" / "step-000013" / "ema.safetensors"
+    ema.write_bytes(ema.read_bytes()[:-1])
+    capsys.readouterr()
+    assert fit(run) == 0
+    out = capsys.readouterr().out
+    assert "step-000013 is damaged: ema.safetensors is not what manifest.json says" in out
+    assert "step 10 of 30" in out
+    assert same(run, uninterrupted)
+
+
+def test_a_run_that_never_saved_starts_anew_and_says_so(tmp_path, capsys, uninterrupted):
+    run = tmp_path / "run"
+    state.begin_run(run, CONFIG)
+    (run / "checkpoints" / "step-000005.tmp").mkdir(parents=True)
+    assert fit(run) == 0
+    out = capsys.readouterr().out
+    assert "never saved a checkpoint: starting anew" in out
+    assert "removed step-000005.tmp, left half-written" in out
+    assert same(run, uninterrupted)
+
+
+def test_the_final_file_holds_the_averages(uninterrupted):
+    final = safetensors.torch.load(uninterrupted["final"])
+    averages = safetensors.torch.load(uninterrupted["ema.safetensors"])
+    own = safetensors.torch.load(uninterrupted["model.safetensors"])
+    for name, value in averages.items():
+        assert torch.equal(final[name], value)
+        assert not torch.equal(final[name], own[name])
+
+
+def test_a_new_run_leaves_what_is_in_its_folder_alone(tmp_path):
+    (tmp_path / "mine.tmp").write_text("kept")
+    with pytest.raises(FileProblem, match="is not empty"):
+        state.begin_run(tmp_path, CONFIG)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.tmp"]
+
+
+def test_a_new_run_may_enter_a_folder_where_one_was_killed_before_it_began(tmp_path):
+    (tmp_path / "config.jsonx1y2.tmp").write_text("{")
+    state.begin_run(tmp_path, CONFIG)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    assert state.config_of(tmp_path) == CONFIG
