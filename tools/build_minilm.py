@@ -8,7 +8,6 @@ Matrices are stored in 8 bits, the word table in 4; prints how far sentence vect
 import hashlib
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -40,7 +39,13 @@ def main() -> None:
     exact, shipped = MiniLM(OUT / "tokenizer.json"), MiniLM(OUT / "tokenizer.json")
     files.assign(exact, tensors, source)
     files.assign(shipped, files.load(OUT / "minilm.safetensors")[0], OUT)
-    texts = ["3d emoji of a red fox", "flag of andorra", "waving hand, dark skin tone", "a blue line icon of a bicycle", "zzz"]
+    texts = [
+        "3d emoji of a red fox",
+        "flag of andorra",
+        "waving hand, dark skin tone",
+        "a blue line icon of a bicycle",
+        "zzz",
+    ]
     cosine = (exact.sentences(texts) * shipped.sentences(texts)).sum(-1)
     print(f"cosine of sentence vectors, shipped against float32: {[round(c, 4) for c in cosine.tolist()]}")
     print(f"{sum(f.stat().st_size for f in OUT.iterdir()) / 2**20:.1f} MiB in {OUT.name}/")

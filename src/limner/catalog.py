@@ -244,7 +244,9 @@ def find(source: str | Path) -> Path:
     if path.is_file():
         return path
     if path.suffix or len(path.parts) > 1:
-        raise FileProblem(f"no file {path}: give a model's name (`limner models` lists them) or the path of its weights")
+        raise FileProblem(
+            f"no file {path}: give a model's name (`limner models` lists them) or the path of its weights"
+        )
     entry(str(source))
     raise AssertionError("entry() raises for unknown names")
 

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 JUDGE = Path(__file__).parent / "weights" / "judge"
 SIZE = 256
-MAX_TOKENS = 64
+MAX_TOKENS = 40
+"""No caption of the icon pack has more than 33."""
 KINDS = {
     "val": ("prompt accuracy, new pictures (val)", 0.85),
     "test_style": ("prompt accuracy, known thing in a new style", 0.80),
@@ -66,6 +67,7 @@ def prepare_judge(
     size: int = SIZE,
     steps: int = 4000,
     batch: int = 2048,
+    views: int = 3,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Train the judge on the train split and measure real pictures with it: writes judge.safetensors and judge.json.
@@ -80,7 +82,7 @@ def prepare_judge(
     out.mkdir(parents=True, exist_ok=True)
     train = pack.image_set("train", size, cache=cache)
     held = held_out_images(pack, prompts, size, cache)
-    train_features = features_of_train(train, features, pack, cache)
+    train_features = features_of_train(train, features, pack, cache, views)
     held_features = features(held.images)
     captions = [c[:4] for c in train.captions]
     known = sorted({text for four in captions for text in four})
@@ -115,6 +117,7 @@ def prepare_judge(
         "judge_sha256": file_sha256(out / "judge.safetensors"),
         "train_pictures": len(train),
         "prompts": len(prompts),
+        "views": views,
         "steps": steps,
         "batch": batch,
         "seed": seed,
@@ -145,7 +148,7 @@ def held_out_images(pack: IconPack, prompts: Sequence[Prompt], size: int, cache:
 def features_of_train(
     train: ImageSet, features: EffLite0, pack: IconPack, cache: Path | None, views: int = 3
 ) -> Tensor:
-    """(n, views, 1280) fp16 of each picture as it is, mirrored where it may be, and (view 3) moved and scaled a little.
+    """(n, views, 1280) fp16 of each picture as it is, mirrored where it may be, moved and scaled a bit: `views` of 3.
 
     With a folder `cache` they are kept there and read the next time.
     """
@@ -160,7 +163,7 @@ def features_of_train(
         here = slice(start, start + 256)
         images, mirror = to_float(train.images[here].to(features.device)), train.mirror[here]
         flipped = torch.where(mirror.to(images.device)[:, None, None, None], images.flip(-1), images)
-        seen = [images, flipped, *([jittered(images, mirror, generator)] if views > 2 else [])]
+        seen = (images, flipped, jittered(images, mirror, generator))[:views]
         found[here] = torch.stack([features(view).half() for view in seen], 1)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)

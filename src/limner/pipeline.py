@@ -172,9 +172,16 @@ def _whole(name: str, value: Any, low: int, high: int) -> int:
 
 
 def _number(name: str, value: Any, low: float, high: float, above: bool = False) -> float:
-    fits = isinstance(value, int | float) and math.isfinite(value) and (low < value if above else low <= value) and value <= high
+    fits = (
+        isinstance(value, int | float)
+        and math.isfinite(value)
+        and (low < value if above else low <= value)
+        and value <= high
+    )
     if not fits or isinstance(value, bool):
-        raise UsageError(f"{name} is {value!r}: give a number {'above' if above else 'from'} {low} {'and up ' if above else ''}to {high}")
+        raise UsageError(
+            f"{name} is {value!r}: give a number {'above' if above else 'from'} {low} {'and up ' if above else ''}to {high}"
+        )
     return float(value)
 
 
@@ -213,7 +220,9 @@ def to_tensor(image: Image.Image, width: int, height: int) -> Tensor:
     """Premultiplied (1, 4, height, width) in [-1, 1]: the picture scaled to cover the size and cropped to its middle."""
     scale = max(width / image.width, height / image.height)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    image = image.convert("RGBa").resize(size, Image.Resampling.LANCZOS)  # RGBa: premultiplied, so edges keep their colour
+    image = image.convert("RGBa").resize(
+        size, Image.Resampling.LANCZOS
+    )  # RGBa: premultiplied, so edges keep their colour
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     pixels = np.asarray(image.crop((left, top, left + width, top + height)))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1

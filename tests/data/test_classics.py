@@ -75,10 +75,11 @@ def test_a_pickle_that_holds_more_than_numbers_is_refused_unrun(tmp_path, capsys
     assert capsys.readouterr().out == ""
 
 
-def test_an_npz_that_hides_a_pickle_is_refused(tmp_path):
+def test_an_npz_that_hides_a_pickle_is_refused_unrun(tmp_path, capsys):
     np.savez(tmp_path / "mnist.npz", x_train=np.array([Attack()], dtype=object))
     with pytest.raises(FileProblem, match="torn or foreign"):
         open_classic("mnist", tmp_path)
+    assert capsys.readouterr().out == ""
 
 
 def test_avatars_keep_their_own_split_and_words(tmp_path):

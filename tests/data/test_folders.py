@@ -62,14 +62,20 @@ def test_the_middle_is_kept_or_the_whole_on_transparent_ground(tmp_path):
 
 
 def test_colours_are_premultiplied_and_stay_below_alpha(tmp_path):
-    paint(tmp_path / "a.png", color=(255, 0, 0, 128), mode="RGBA")
-    rgba = np.zeros((32, 32, 4), np.uint8)
-    rgba[::2] = 255
-    rgba[5:9, 5:9] = (255, 255, 255, 9)
-    Image.fromarray(rgba).save(tmp_path / "b.png")
-    images = open_folder(tmp_path, 8).images
-    assert images[0, :, 0, 0].tolist() == [128, 0, 0, 128]
+    paint(tmp_path / "a.png", color=(100, 0, 0, 128), mode="RGBA")
+    edge = np.zeros((32, 32, 4), np.uint8)
+    edge[..., 3] = 128
+    edge[:, 16:, :3] = 255  # a hard edge, where resampling overshoots
+    Image.fromarray(edge).save(tmp_path / "b.png")
+    hidden = np.zeros((32, 32, 4), np.uint8)
+    hidden[:, :16] = (255, 0, 0, 255)
+    hidden[:, 16:] = (0, 255, 0, 0)  # green that nobody can see
+    Image.fromarray(hidden).save(tmp_path / "c.png")
+    images = open_folder(tmp_path, 12).images
+    assert images[0, :, 0, 0].tolist() == [50, 0, 0, 128]
     assert (images[:, :3] <= images[:, 3:]).all()
+    assert images[1, 3].unique().tolist() == [128]
+    assert images[2, 1].max() == 0
 
 
 def test_a_photo_is_turned_upright_and_deep_grey_is_not_clipped(tmp_path):

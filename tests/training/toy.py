@@ -129,9 +129,9 @@ def ending(run: Path, config: TrainConfig = CONFIG) -> dict[str, bytes]:
 
 
 def processes() -> Any:
-    """Starts processes that need not import torch first."""
+    """Starts processes that need not first import all that a training step makes torch import."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["limner.training.loop", "torch.utils.tensorboard", "pytest"])
+    context.set_forkserver_preload(["limner.training.loop", "torch._dynamo", "torch.utils.tensorboard", "pytest"])
     return context
 
 

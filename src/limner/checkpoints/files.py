@@ -75,8 +75,14 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> No
     expected = module.state_dict()
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
-        parts = [f"{len(names)} {word} (first: {names[0]})" for names, word in ((missing, "missing"), (unknown, "unknown")) if names]
-        raise CheckpointMismatch(f"{source}: {' and '.join(parts)} of {len(expected)} keys; is it a file of another model?")
+        parts = [
+            f"{len(names)} {word} (first: {names[0]})"
+            for names, word in ((missing, "missing"), (unknown, "unknown"))
+            if names
+        ]
+        raise CheckpointMismatch(
+            f"{source}: {' and '.join(parts)} of {len(expected)} keys; is it a file of another model?"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             found, wanted = tuple(tensor.shape), tuple(expected[name].shape)

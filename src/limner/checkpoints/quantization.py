@@ -19,7 +19,9 @@ from limner.errors import CheckpointMismatch
 GROUP = 32
 
 
-def quantize(tensors: Mapping[str, Tensor], bits: Callable[[str, Tensor], int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def quantize(
+    tensors: Mapping[str, Tensor], bits: Callable[[str, Tensor], int]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """`bits(name, tensor)` chooses 8, 4, 16 (float16) or 32 (as it is). Returns (tensors for the file, how to restore)."""
     stored: dict[str, Tensor] = {}
     recipe: dict[str, Any] = {}

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from limner.data.images import on_white, to_float
 from limner.errors import MissingExtra
+from limner.metrics.scores import on_white
 
 FEATURES = 1280
 INPUT_SIZE = 224
@@ -54,7 +54,7 @@ class EffLite0:
     def forward(self, images: Tensor) -> Tensor:
         """One batch on the network's device -> (b, 1280)."""
         assert images.shape[1:2] == (4,), f"want (n, 4, h, w), got {tuple(images.shape)}"
-        white = on_white(to_float(images) if images.dtype == torch.uint8 else images.float())
+        white = on_white(images / 127.5 - 1 if images.dtype == torch.uint8 else images.float())
         x = (resize(white, INPUT_SIZE) + 1) / 2
         x = ((x * 255 - 127) / 128).contiguous(memory_format=torch.channels_last)
         return self.network.extract_features(x).mean(dim=(2, 3))

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from limner.data.images import on_white
-
 Z95 = 1.959963984540054
 PSNR_CAP = 100.0
 """dB given to a picture without any error, so that a mean over pictures stays finite."""
@@ -67,6 +65,11 @@ def ratio(ours: Tensor, theirs: Tensor, *, seed: int = 0) -> Figure:
         return float(ours[index].double().mean()) / below if below else math.inf
 
     return bootstrap(statistic, len(ours), seed=seed)
+
+
+def on_white(images: Tensor) -> Tensor:
+    """Premultiplied RGBA (b, 4, h, w) in [-1, 1] -> RGB (b, 3, h, w) in [-1, 1] on a white ground."""
+    return images[:, :3] + 1 - images[:, 3:]
 
 
 def squared_errors(a: Tensor, b: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from limner.sampling import samplers, schedules
 from limner.sampling.guidance import classifier_free
 from limner.sampling.interpolants import Interpolant
 from limner.sampling.predictions import Prediction
-from limner.types import Autoencoder, Conditioning, Defaults, Denoise, Images, Latents, Request, TextEncoder
+from limner.types import Conditioning, Defaults, Denoise, Images, Latents, Request
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,7 @@ class DiffusionSystem(nn.Module):
             x = self.interpolant.mix(start, eps, sigmas[0])
         sampler = samplers.get(request.sampler)
         denoise = self.denoiser(cond, request.guidance)
-        return sampler(
-            denoise, x, sigmas, self.interpolant, noise=lambda: noise(shape), on_step=request.on_step
-        )
+        return sampler(denoise, x, sigmas, self.interpolant, noise=lambda: noise(shape), on_step=request.on_step)
 
     def encode(self, images: Images) -> Latents:
         with torch.no_grad():

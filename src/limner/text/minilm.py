@@ -100,7 +100,9 @@ class Layer(nn.Module):
         self.attention = nn.ModuleDict(
             {
                 "self": nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in ("query", "key", "value")}),
-                "output": nn.ModuleDict({"dense": nn.Linear(WIDTH, WIDTH), "LayerNorm": nn.LayerNorm(WIDTH, eps=1e-12)}),
+                "output": nn.ModuleDict(
+                    {"dense": nn.Linear(WIDTH, WIDTH), "LayerNorm": nn.LayerNorm(WIDTH, eps=1e-12)}
+                ),
             }
         )
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(WIDTH, HIDDEN)})
@@ -116,4 +118,3 @@ class Layer(nn.Module):
         out = self.attention["output"]
         x = out["LayerNorm"](x + out["dense"](rearrange(attended, "b h l e -> b l (h e)")))  # type: ignore[index]
         return self.output["LayerNorm"](x + self.output["dense"](F.gelu(self.intermediate["dense"](x))))
-

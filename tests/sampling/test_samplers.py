@@ -1,0 +1,211 @@
+"""Solvers against answers known in closed form: a Gaussian mixture whose best denoiser is an integral done by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from limner.errors import UnknownName
+from limner.sampling import interpolants, samplers, schedules
+from limner.sampling.guidance import classifier_free
+from limner.sampling.interpolants import EDM, Flow, Interpolant
+from limner.sampling.predictions import PREDICTIONS
+
+MEANS = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
+SHARES = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
+SPREAD = 0.4
+BOTH = [EDM(), Flow()]
+
+
+def mixture_denoiser(interpolant: Interpolant):
+    """E[x0 | x] when x0 is a mixture of Gaussians of means MEANS and standard deviation SPREAD."""
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        alpha = interpolant.alpha(sigma)
+        variance = alpha**2 * SPREAD**2 + sigma**2
+        residual = x[..., None] - alpha * MEANS
+        posterior = (SHARES.log() - residual**2 / (2 * variance)).softmax(-1)
+        means = MEANS + alpha * SPREAD**2 / variance * residual
+        return (posterior * means).sum(-1)
+
+    return denoise
+
+
+def grid(interpolant: Interpolant, steps: int, low: float = 0.05, high: float = 20.0) -> list[float]:
+    """Even in lambda between two finite noise levels, so that no step is cut to first order by an infinite end."""
+    ratios = [math.exp(math.log(high) + i / steps * math.log(low / high)) for i in range(steps + 1)]
+    return [interpolant.from_ratio(r) for r in ratios]
+
+
+def begin(interpolant: Interpolant, sigma: float) -> Tensor:
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    return x * math.hypot(interpolant.alpha(sigma), sigma)
+
+
+def order(name: str, interpolant: Interpolant) -> float:
+    """log2 of how much the error shrinks when the steps double, against the same solver at very many steps."""
+    solve, denoise = samplers.get(name), mixture_denoiser(interpolant)
+    ends = {
+        n: solve(denoise, begin(interpolant, grid(interpolant, n)[0]), grid(interpolant, n), interpolant)
+        for n in (40, 80, 1280)
+    }
+    errors = [(ends[n] - ends[1280]).abs().max().item() for n in (40, 80)]
+    return math.log2(errors[0] / errors[1])
+
+
+@pytest.mark.parametrize("interpolant", BOTH, ids=lambda i: i.name)
+@pytest.mark.parametrize(("name", "expected"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2)])
+def test_a_solver_shows_its_order_on_a_gaussian_mixture(name, expected, interpolant):
+    assert order(name, interpolant) == pytest.approx(expected, abs=0.2)
+
+
+@pytest.mark.parametrize("interpolant", BOTH, ids=lambda i: i.name)
+@pytest.mark.parametrize("schedule", sorted(schedules.SCHEDULES))
+def test_euler_is_ddim_without_noise(interpolant, schedule):
+    sigmas = schedules.get(schedule)(12, interpolant)
+    denoise, x = mixture_denoiser(interpolant), begin(interpolant, sigmas[0])
+    one = samplers.euler(denoise, x, sigmas, interpolant)
+    other = samplers.ddim(denoise, x, sigmas, interpolant)
+    assert (one - other).abs().max() < 1e-12
+
+
+def test_flow_euler_follows_the_velocity():
+    """x + (t' - t) * velocity, with the velocity from the network's own definition eps - x0."""
+    flow, sigmas = Flow(), schedules.uniform(10, Flow())
+    denoise, x = mixture_denoiser(Flow()), begin(Flow(), 1.0)
+    by_hand = x
+    for t, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        x0 = denoise(by_hand, t)
+        eps = (by_hand - (1 - t) * x0) / t
+        by_hand = by_hand + (following - t) * (eps - x0)
+    assert (samplers.get("flow_euler")(denoise, x, sigmas, flow) - by_hand).abs().max() < 1e-12
+
+
+def test_euler_in_edm_and_in_flow_coordinates_walk_the_same_path():
+    """First order is free of the coordinate: x_flow = x_edm / (1 + ratio) at every step."""
+    edm, flow = EDM(), Flow()
+    edm_sigmas, flow_sigmas = grid(edm, 20), grid(flow, 20)
+    x = begin(edm, edm_sigmas[0])
+    one = samplers.euler(mixture_denoiser(edm), x, edm_sigmas, edm)
+    other = samplers.euler(mixture_denoiser(flow), x / (1 + edm_sigmas[0]), flow_sigmas, flow)
+    assert (one / (1 + edm_sigmas[-1]) - other).abs().max() < 1e-12
+
+
+def drawn_twice(solver, interpolant, sigmas, **kwargs):
+    generator = torch.Generator().manual_seed(5)
+    x = begin(interpolant, sigmas[0])
+    noise = lambda: torch.randn(x.shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    return solver(mixture_denoiser(interpolant), x, sigmas, interpolant, noise=noise, **kwargs)
+
+
+def test_euler_ancestral_is_ddpm_with_the_smaller_variance():
+    """Against the posterior mean and variance of DDPM (arXiv:2006.11239, equations 6 and 7), in VP coordinates."""
+    edm = EDM()
+    sigmas = schedules.karras(10, edm)
+    denoise, generator = mixture_denoiser(edm), torch.Generator().manual_seed(5)
+    x = begin(edm, sigmas[0])
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        bar, bar_next = 1 / (1 + sigma**2), 1 / (1 + following**2)
+        alpha, state = bar / bar_next, x * math.sqrt(bar)
+        x0 = denoise(x, sigma)
+        mean = (
+            math.sqrt(bar_next) * (1 - alpha) / (1 - bar) * x0 + math.sqrt(alpha) * (1 - bar_next) / (1 - bar) * state
+        )
+        variance = (1 - bar_next) / (1 - bar) * (1 - alpha)
+        z = torch.randn(x.shape, generator=generator, dtype=torch.float64) if following > 0 else 0.0
+        x = (mean + math.sqrt(variance) * z) / math.sqrt(bar_next)
+    assert (drawn_twice(samplers.euler_ancestral, edm, sigmas) - x).abs().max() < 1e-12
+    assert (drawn_twice(samplers.ddim, edm, sigmas, eta=1.0) - x).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("interpolant", BOTH, ids=lambda i: i.name)
+def test_dpmpp_2m_is_its_sde_without_noise(interpolant):
+    sigmas = schedules.get("uniform")(12, interpolant)
+    one = drawn_twice(samplers.dpmpp_2m, interpolant, sigmas)
+    other = drawn_twice(samplers.dpmpp_2m_sde, interpolant, sigmas, eta=0.0)
+    assert (one - other).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", ["euler_a", "dpmpp_2m_sde"])
+def test_a_stochastic_solver_keeps_the_variance_of_a_gaussian(name):
+    """Data N(0, 1) has x0 = x * alpha / (alpha^2 + sigma^2); samples must come out with variance 1, but for the bias of
+    400 steps, which is first order for `euler_a` (0.054 at 100 steps)."""
+    flow = Flow()
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        return x * flow.alpha(sigma) / (flow.alpha(sigma) ** 2 + sigma**2)
+
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(100_000, generator=generator, dtype=torch.float64)  # noqa: E731
+    end = samplers.get(name)(denoise, draw(), schedules.uniform(400, flow), flow, noise=draw)
+    assert end.var().item() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("name", sorted(samplers.SAMPLERS))
+def test_every_solver_reports_each_step_and_ends_on_the_data(name):
+    flow, seen = Flow(), []
+    target = torch.full((4,), 0.25, dtype=torch.float64)
+    noise = lambda: torch.ones(4, dtype=torch.float64)  # noqa: E731
+    end = samplers.get(name)(
+        lambda x, s: target,
+        noise(),
+        schedules.uniform(6, flow),
+        flow,
+        noise=noise,
+        on_step=lambda d, n: seen.append((d, n)),
+    )
+    assert (end - target).abs().max() < 1e-12
+    assert seen == [(i, 6) for i in range(1, 7)]
+
+
+@pytest.mark.parametrize("interpolant", BOTH, ids=lambda i: i.name)
+@pytest.mark.parametrize("name", sorted(schedules.SCHEDULES))
+@pytest.mark.parametrize("steps", [1, 2, 16])
+def test_a_schedule_falls_from_its_top_to_zero(name, interpolant, steps):
+    sigmas = schedules.get(name)(steps, interpolant)
+    assert len(sigmas) == steps + 1
+    assert sigmas[-1] == 0
+    assert all(a > b for a, b in zip(sigmas[:-1], sigmas[1:], strict=True))
+    assert sigmas[0] == pytest.approx(interpolant.sigma_max, rel=0.01)
+
+
+def test_karras_has_the_published_values():
+    """sigma_max 80, sigma_min 0.002, rho 7, n 3: the middle is ((80^(1/7) + 0.002^(1/7)) / 2)^7."""
+    assert schedules.karras(3, EDM()) == pytest.approx([80, 2.5152, 0.002, 0], rel=1e-3)
+
+
+def test_strength_walks_the_tail_of_the_schedule():
+    sigmas = schedules.uniform(10, Flow())
+    assert schedules.from_strength(sigmas, 0.6) == sigmas[4:]
+    assert schedules.from_strength(sigmas, 1.0) == sigmas
+    assert len(schedules.from_strength(sigmas, 0.001)) == 2
+
+
+@pytest.mark.parametrize("interpolant", BOTH, ids=lambda i: i.name)
+@pytest.mark.parametrize("name", sorted(PREDICTIONS))
+def test_a_prediction_of_the_target_gives_x0_back(name, interpolant):
+    prediction, sigma = PREDICTIONS[name], 0.37
+    x0, eps = torch.randn(2, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    alpha = interpolant.alpha(sigma)
+    x = interpolant.mix(x0, eps, sigma)
+    output = prediction.target(x0, eps, alpha, sigma)
+    if name == "velocity" and interpolant.name == "edm":
+        pytest.skip("velocity is defined on the flow interpolant")
+    assert (prediction.to_x0(output, x, alpha, sigma) - x0).abs().max() < 1e-12
+
+
+def test_guidance_extrapolates_from_the_negative_to_the_prompt():
+    denoise = classifier_free(lambda x, s: (torch.tensor(3.0), torch.tensor(1.0)), 4.0)
+    assert denoise(torch.zeros(1), 0.5) == 9.0
+
+
+@pytest.mark.parametrize(
+    ("module", "wrong", "nearest"),
+    [(samplers, "eulr", "euler"), (schedules, "karas", "karras"), (interpolants, "flwo", "flow")],
+)
+def test_an_unknown_name_gets_the_nearest(module, wrong, nearest):
+    with pytest.raises(UnknownName, match=nearest):
+        module.get(wrong)

@@ -1,0 +1,97 @@
+"""Properties of every system in the catalogue, at the size of its tiny sibling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from limner import catalog, pipeline, recipes
+from limner.data.batches import open_batches
+
+TINY = [name for name in catalog.names() if name.endswith("-tiny")]
+
+
+def noisy(name: str):
+    """Zero-initialised layers would make every test vacuous, so all parameters are noise."""
+    torch.manual_seed(0)
+    system = catalog.build(catalog.entry(name).config)
+    for p in system.parameters():
+        if p.requires_grad:
+            p.data.normal_(std=0.05)
+    return system
+
+
+def test_every_model_and_recipe_has_a_tiny_sibling():
+    for table in (catalog.names(), recipes.names()):
+        assert all(f"{name}-tiny" in table for name in table if not name.endswith("-tiny"))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_parameter_receives_a_gradient(name):
+    system, config = noisy(name), recipes.get(name)
+    batch = open_batches(config.data, 0, torch.device("cpu")).batch(0, 8)
+    sum(system.loss(batch, phase, torch.Generator().manual_seed(0))["loss"] for phase in system.phases).backward()
+    silent = [n for n, p in system.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    # a rotary table leaves keys' and queries' gains alive; nothing may be silent
+    assert silent == []
+
+
+def test_an_image_is_the_same_alone_and_anywhere_in_a_batch():
+    system = noisy("icons-tiny").eval()
+    for sampler in ("euler", "euler_a", "dpmpp_2m_sde"):
+        for guidance in (1.0, 3.0):
+            settings = {"steps": 4, "sampler": sampler, "guidance": guidance}
+            together = pipeline.generate(system, "red circle", seed=5, batch=5, **settings)
+            for i in (0, 3, 4):
+                alone = pipeline.generate(system, "red circle", seed=5 + i, **settings)[0]
+                assert furthest(alone.image, together[i].image) <= 1, (sampler, guidance, i)  # of 255
+                assert alone.settings == together[i].settings
+
+
+def furthest(a, b) -> int:
+    from PIL import ImageChops
+
+    return max(high for _, high in ImageChops.difference(a, b).getextrema())
+
+
+def test_noise_is_that_of_a_cpu_generator_whatever_the_batch():
+    noise = pipeline.noise_source([7, 8], "cpu")
+    first, second = noise((3, 5, 7)), noise((3, 5, 7))
+    generator = torch.Generator().manual_seed(8)
+    assert torch.equal(first[1], torch.randn(3, 5, 7, generator=generator))
+    assert torch.equal(second[1], torch.randn(3, 5, 7, generator=generator))
+
+
+@pytest.mark.parametrize(("width", "height"), [(16, 64), (64, 16), (32, 48)])
+def test_any_size_on_the_grid_can_be_drawn(width, height):
+    image = pipeline.generate(noisy("icons-tiny").eval(), "red circle", seed=0, steps=2, width=width, height=height)[
+        0
+    ].image
+    assert image.size == (width, height)
+    assert image.mode == "RGBA"
+
+
+def test_a_little_strength_keeps_the_picture_and_a_lot_does_not():
+    from PIL import Image, ImageChops, ImageStat
+
+    system = noisy("icons-tiny").eval()
+    drawing = Image.new("RGBA", (32, 32), (200, 30, 30, 255))
+    plain = pipeline.to_pil(system.decode(system.encode(pipeline.to_tensor(drawing, 32, 32)))[0].detach())
+
+    def distance(strength: float) -> float:
+        out = pipeline.generate(system, "red circle", seed=0, steps=20, image=drawing, strength=strength)[0].image
+        return sum(ImageStat.Stat(ImageChops.difference(out, plain)).mean)
+
+    assert distance(0.05) < distance(1.0) / 2
+
+
+def test_pixels_survive_the_way_to_a_tensor_and_back():
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 256, (32, 32, 4), dtype=np.uint8)
+    rgba[..., 3] = np.where(rgba[..., 3] < 128, 0, 255)
+    rgba[rgba[..., 3] == 0] = 0
+    back = np.asarray(pipeline.to_pil(pipeline.to_tensor(Image.fromarray(rgba), 32, 32)[0]))
+    assert (abs(back.astype(int) - rgba) <= 1).all()

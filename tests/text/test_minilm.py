@@ -1,0 +1,48 @@
+"""The text encoder against transformers' BertModel with the same weights, all of them noise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from limner import catalog
+from limner.text.minilm import MiniLM
+
+TEXTS = ["3d emoji of a red fox", "", "zzz", "Größe: 猫 🦊 naïve", "a " * 60]
+
+
+@pytest.fixture(scope="module")
+def noisy() -> MiniLM:
+    encoder = MiniLM(catalog.WEIGHTS / "minilm" / "tokenizer.json")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in encoder.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return encoder.eval()
+
+
+def test_token_states_equal_transformers(noisy):
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
+    oracle = BertModel(config, add_pooling_layer=False).eval()
+    oracle.load_state_dict(noisy.state_dict())
+    ids, mask = noisy.tokenize(TEXTS)
+    with torch.no_grad():
+        expected = oracle(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        found = noisy(ids, mask)
+    assert (found - expected)[mask].abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_prompt_is_cut_at_its_end_and_the_cut_is_told(noisy):
+    ids, mask = noisy.tokenize(["word " * 50])
+    assert ids.shape == (1, 24)
+    assert mask.all()
+    assert noisy.words_cut("word " * 50).split() == ["word"] * 28
+    assert noisy.words_cut("a red fox") == ""
+
+
+def test_the_shipped_encoder_knows_what_is_near():
+    vectors = catalog.minilm().sentences(["3d emoji of a red apple", "fruit", "locomotive"])
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.1
