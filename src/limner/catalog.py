@@ -23,6 +23,7 @@ from limner.text.minilm import MiniLM
 from limner.types import Defaults
 
 WEIGHTS = Path(__file__).parent / "weights"
+_PLAIN, _ONCE = Defaults(), Defaults(steps=1, guidance=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class AutoencodingConfig:
     family: str = "KL autoencoder"
     autoencoder: DCAEConfig = DCAE_ICONS
     loss: LossConfig = LossConfig()
-    defaults: Defaults = Defaults(steps=1, guidance=1.0)
+    defaults: Defaults = _ONCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class DiffusionConfig:
     interpolant: Literal["flow", "edm"] = "flow"
     prediction: Literal["velocity", "x0", "eps", "v"] = "velocity"
     caption_dropout: float = 0.1
-    defaults: Defaults = Defaults()
+    defaults: Defaults = _PLAIN
 
 
 SystemConfig = Annotated[AutoencodingConfig | DiffusionConfig, Field(discriminator="kind")]
@@ -144,7 +145,7 @@ def entry(name: str) -> Entry:
 
 
 def build(config: AutoencodingConfig | DiffusionConfig) -> AutoencodingSystem | DiffusionSystem:
-    """The system with fresh weights, except that a frozen autoencoder is read from `autoencoder_from` when that is given."""
+    """The system with fresh weights; a frozen autoencoder is read from `autoencoder_from` when that is given."""
     if isinstance(config, AutoencodingConfig):
         return AutoencodingSystem(
             DCAE(config.autoencoder), config.defaults, config.name, config.family, **asdict(config.loss)
@@ -192,7 +193,7 @@ def save(
     *,
     bits: int = 32,
 ) -> None:
-    """Write one self-describing file: everything but the text encoder. `bits` 8 stores matrices in 8 bits, the rest in 16.
+    """Write one self-describing file: all but the text encoder. `bits` 8 stores matrices in 8 bits, the rest in 16.
 
     Raises FileProblem.
     """

@@ -191,8 +191,7 @@ def _size(name: str, value: Any, defaults: Defaults, grid: int) -> int:
         below = value // grid * grid
         near = " or ".join(str(n) for n in (below, below + grid) if low <= n <= high)
         raise UsageError(f"{name} is {value}, not a multiple of {grid} pixels: take {near}")
-    size = _whole(name, value, low, high)
-    return size
+    return _whole(name, value, low, high)
 
 
 # -------------------------------------------------------------------- pictures

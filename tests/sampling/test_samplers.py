@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -77,7 +78,7 @@ def test_flow_euler_follows_the_velocity():
     flow, sigmas = Flow(), schedules.uniform(10, Flow())
     denoise, x = mixture_denoiser(Flow()), begin(Flow(), 1.0)
     by_hand = x
-    for t, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for t, following in itertools.pairwise(sigmas):
         x0 = denoise(by_hand, t)
         eps = (by_hand - (1 - t) * x0) / t
         by_hand = by_hand + (following - t) * (eps - x0)
@@ -107,7 +108,7 @@ def test_euler_ancestral_is_ddpm_with_the_smaller_variance():
     sigmas = schedules.karras(10, edm)
     denoise, generator = mixture_denoiser(edm), torch.Generator().manual_seed(5)
     x = begin(edm, sigmas[0])
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, following in itertools.pairwise(sigmas):
         bar, bar_next = 1 / (1 + sigma**2), 1 / (1 + following**2)
         alpha, state = bar / bar_next, x * math.sqrt(bar)
         x0 = denoise(x, sigma)
@@ -168,7 +169,7 @@ def test_a_schedule_falls_from_its_top_to_zero(name, interpolant, steps):
     sigmas = schedules.get(name)(steps, interpolant)
     assert len(sigmas) == steps + 1
     assert sigmas[-1] == 0
-    assert all(a > b for a, b in zip(sigmas[:-1], sigmas[1:], strict=True))
+    assert all(a > b for a, b in itertools.pairwise(sigmas))
     assert sigmas[0] == pytest.approx(interpolant.sigma_max, rel=0.01)
 
 

@@ -25,7 +25,7 @@ CONFIG_KEY = "limner"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a crash leaves either the old file or the new one, never a part. Raises FileProblem."""
+    """Write `data` to `path` so that a crash leaves the old file or the new one, never a part. Raises FileProblem."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Give `module` (which may be on the meta device) these weights. Every key and shape must fit: CheckpointMismatch."""
+    """Give `module` (it may be on the meta device) these weights. Every key and shape must fit: CheckpointMismatch."""
     expected = module.state_dict()
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:

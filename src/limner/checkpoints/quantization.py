@@ -22,7 +22,7 @@ GROUP = 32
 def quantize(
     tensors: Mapping[str, Tensor], bits: Callable[[str, Tensor], int]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`bits(name, tensor)` chooses 8, 4, 16 (float16) or 32 (as it is). Returns (tensors for the file, how to restore)."""
+    """`bits(name, tensor)` chooses 8, 4, 16 (float16) or 32 (as is). Returns (tensors for the file, how to restore)."""
     stored: dict[str, Tensor] = {}
     recipe: dict[str, Any] = {}
     for name, tensor in tensors.items():

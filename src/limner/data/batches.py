@@ -18,7 +18,7 @@ from limner.errors import FileProblem, UnknownName
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """`source`: "icons", "shapes", "folder" or a classic set; `folder` where its files lie ("" = the usual place).
-    `size` in pixels; `limit` > 0 keeps the first so many; `latent_views` > 0 encodes so many views of every picture once
+    `size` in pixels; `limit` > 0 keeps the first so many; `latent_views` > 0 encodes so many views of a picture once
     instead of encoding each batch; `cache` keeps rendered pictures in this folder ("" = in memory only)."""
 
     source: str = "icons"
@@ -118,11 +118,12 @@ class ImageBatches:
 
 
 def caption_weights(images: ImageSet) -> Tensor:
-    """How often each caption of each picture is taken (n, most captions): the icon set's shares by position, else equal."""
+    """How often each caption of a picture is taken (n, most captions): the icon set's shares by position, else equal."""
+    shares: tuple[float, ...] = ()
     if images.name == "icons":
-        from limner.data.icons import CAPTION_WEIGHTS as shares
-    else:
-        shares = ()
+        from limner.data.icons import CAPTION_WEIGHTS
+
+        shares = CAPTION_WEIGHTS
     table = torch.zeros(len(images), max(map(len, images.captions)))
     for row, captions in zip(table, images.captions, strict=True):
         weights = [*shares[: len(captions)], *[0.1 if shares else 1.0] * (len(captions) - len(shares))]

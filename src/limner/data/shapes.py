@@ -29,7 +29,10 @@ STYLES = ("solid", "outlined")
 def shapes(size: int = 32, copies: int = 4, seed: int = 0) -> ImageSet:
     """Every shape x colour x style, `copies` times with its own place and scale: 80 * copies pictures of `size` px."""
     rng = np.random.default_rng(seed)
-    pictures, captions, ids, groups = [], [], [], {"style": [], "concept": [], "colour": []}
+    pictures: list[np.ndarray] = []
+    captions: list[tuple[str, ...]] = []
+    ids: list[str] = []
+    groups: dict[str, list[str]] = {"style": [], "concept": [], "colour": []}
     for copy, shape, (colour, rgb), style in itertools.product(range(copies), SHAPES, COLOURS.items(), STYLES):
         scale, centre = rng.uniform(0.32, 0.42), rng.uniform(0.46, 0.54, 2)
         alpha = _coverage(shape, style, size, scale, centre)

@@ -1,10 +1,10 @@
 """A deep-compression autoencoder: images <-> latents, 16 pixels a latent.
 
-Deep Compression Autoencoder, Chen et al., arXiv:2410.10733: residual space-to-channel shortcuts let a plain convolutional
-autoencoder train at high compression. Here with the KL bottleneck of latent diffusion (arXiv:2112.10752).
-Unusual: four channels in and out (premultiplied RGBA, so transparency is part of the picture); the first and last 2x are
-free (pixel unshuffle); no attention, so any size that is a multiple of `factor` works; latents are shifted and scaled to
-unit variance inside, by buffers measured after training.
+Deep Compression Autoencoder, Chen et al., arXiv:2410.10733: residual space-to-channel shortcuts let a plain
+convolutional autoencoder train at high compression. Here with the KL bottleneck of latent diffusion (arXiv:2112.10752).
+Unusual: four channels in and out (premultiplied RGBA, so transparency is part of the picture); the first and last 2x
+are free (pixel unshuffle); no attention, so any size that is a multiple of `factor` works; latents are shifted and
+scaled to unit variance inside, by buffers measured after training.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ DCAE_TINY = DCAEConfig(latent_channels=8, widths=(16, 32), encoder_blocks=(1, 1)
 
 
 class DCAE(nn.Module):
+    latent_mean: Tensor
+    latent_std: Tensor
+
     def __init__(self, config: DCAEConfig) -> None:
         super().__init__()
         self.config = config

@@ -1,7 +1,7 @@
 """A joint-attention diffusion transformer over text and image tokens.
 
-Of the Stable Diffusion 3 kind (Esser et al., arXiv:2403.03206): text and image tokens attend to each other in every block,
-queries and keys are normalised, time and the pooled prompt modulate every block, and the output is a velocity.
+Of the Stable Diffusion 3 kind (Esser et al., arXiv:2403.03206): text and image tokens attend to each other in every
+block, queries and keys are normalised, time and the pooled prompt modulate every block, and the output is a velocity.
 Unusual, to stay small: text and image tokens share all weights (as FLUX's single-stream blocks do); one modulation
 projection serves all blocks, each block adding its own learned offset (PixArt-alpha's adaLN-single, arXiv:2310.00426);
 positions are 2-D rotary, centred, so sizes other than the trained one only extend the grid.
@@ -66,7 +66,9 @@ class JointDiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Latents (b, c, h, w) at times t (b,) in [0, 1] -> velocity (b, c, h, w)."""
-        assert cond.tokens is not None and cond.mask is not None and cond.pooled is not None
+        assert cond.tokens is not None
+        assert cond.mask is not None
+        assert cond.pooled is not None
         height, width = x.shape[-2:]
         image = self.image_in(rearrange(x, "b c h w -> b (h w) c"))
         text = self.text_in(self.text_norm(cond.tokens))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from limner import catalog
 from limner.data.batches import DataConfig
 from limner.training.config import TrainConfig
@@ -58,9 +56,7 @@ def autoencoder_tiny() -> TrainConfig:
 def icons() -> TrainConfig:
     return TrainConfig(
         name="icons",
-        system=replace(
-            catalog.entry("icons").config, autoencoder_from="runs/icons-autoencoder/final/icons-autoencoder.safetensors"
-        ),
+        system=catalog.DiffusionConfig(autoencoder_from="runs/icons-autoencoder/final/icons-autoencoder.safetensors"),
         data=DataConfig(source="icons", size=256, latent_views=6),
         steps=14_000,
         batch_size=1024,

@@ -21,6 +21,8 @@ class AutoencodingSystem(nn.Module):
     (scale equivariance, arXiv:2502.14831; EQ-VAE, arXiv:2502.09509).
     """
 
+    autoencoder: Any
+    grid: int
     task = "autoencoding"
     phases = ("main",)
 

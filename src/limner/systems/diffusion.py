@@ -29,6 +29,10 @@ class Prompts:
 class DiffusionSystem(nn.Module):
     """Trained with the loss of rectified flow or diffusion on latents, sampled by any solver of `limner.sampling`."""
 
+    network: Any
+    autoencoder: Any
+    text_encoder: Any
+    grid: int
     task = "text-to-image"
     phases = ("main",)
 
