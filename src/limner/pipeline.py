@@ -49,8 +49,8 @@ def load(source: str | Path = "icons", device: str = "auto") -> Pipeline:
 def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]:
     """Pictures of `prompt`, one for each seed from `seed` on.
 
-    Keywords, all optional: negative (str), seed (int; random without), batch, width and height in pixels, steps, guidance,
-    sampler, schedule, image (path, Pillow image) with strength in (0, 1], on_step(done, total). What is left out is the
+    Keywords, all optional: negative (str), seed (int; random without), batch, width and height in pixels, steps,
+    guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], on_step(done, total). What is left out is the
     model's default. Raises UsageError, UnknownName, ImageProblem.
     """
     request = prepare(system, prompt=prompt, **values)
@@ -86,7 +86,7 @@ def draw(system: System, prompts: list[str], seeds: list[int], request: Request,
 
 
 def noise_source(seeds: list[int], device: torch.device | str) -> Callable[[tuple[int, ...]], Tensor]:
-    """Standard normal noise of a shape for each seed, from a CPU generator of its own in float32: the noise of a picture
+    """Standard normal noise of a shape for each seed, from a CPU generator of its own in float32: a picture's noise
     depends on its seed alone, not on batch, device or precision."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return lambda shape: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
@@ -179,9 +179,7 @@ def _number(name: str, value: Any, low: float, high: float, above: bool = False)
         and value <= high
     )
     if not fits or isinstance(value, bool):
-        raise UsageError(
-            f"{name} is {value!r}: give a number {'above' if above else 'from'} {low} {'and up ' if above else ''}to {high}"
-        )
+        raise UsageError(f"{name} is {value!r}: give a number {'above' if above else 'from'} {low}, at most {high}")
     return float(value)
 
 
@@ -216,7 +214,7 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, width: int, height: int) -> Tensor:
-    """Premultiplied (1, 4, height, width) in [-1, 1]: the picture scaled to cover the size and cropped to its middle."""
+    """Premultiplied (1, 4, height, width) in [-1, 1]: the picture scaled to cover the size, cropped to its middle."""
     scale = max(width / image.width, height / image.height)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     image = image.convert("RGBa").resize(

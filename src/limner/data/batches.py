@@ -118,7 +118,7 @@ class ImageBatches:
 
 
 def caption_weights(images: ImageSet) -> Tensor:
-    """How often each caption of a picture is taken (n, most captions): the icon set's shares by position, else equal."""
+    """How often each caption of a picture is taken (n, most captions): by position in the icon set, else equal."""
     shares: tuple[float, ...] = ()
     if images.name == "icons":
         from limner.data.icons import CAPTION_WEIGHTS

@@ -39,7 +39,7 @@ class AutoencodingSystem(nn.Module):
         super().__init__()
         self.name, self.family, self.defaults = name, family, defaults
         self.autoencoder = autoencoder
-        self.grid = autoencoder.factor
+        self.grid = self.autoencoder.factor
         self.kl_weight, self.gradient_weight, self.scale_weight = kl_weight, gradient_weight, scale_weight
 
     def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ class DiffusionSystem(nn.Module):
         self.autoencoder = autoencoder.requires_grad_(False)
         self.text_encoder = text_encoder.requires_grad_(False)
         self.interpolant, self.prediction, self.caption_dropout = interpolant, prediction, caption_dropout
-        self.grid = autoencoder.factor
+        self.grid = self.autoencoder.factor
 
     # ---------------------------------------------------------------- training
 
@@ -93,7 +93,7 @@ class DiffusionSystem(nn.Module):
         return Prompts(pick(prompts), pick(negatives))
 
     def denoiser(self, prompts: Prompts, guidance: float) -> Denoise:
-        """The denoiser a solver asks, guided; guidance 1 asks the network once a step, anything else twice as one batch."""
+        """The denoiser a solver asks, guided; guidance 1 asks the network for one row a picture, else for two."""
         both = Conditioning.cat([prompts.cond, prompts.uncond])
 
         def predict(x: Tensor, sigma: float, cond: Conditioning) -> Tensor:
