@@ -50,8 +50,8 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     """Pictures of `prompt`, one for each seed from `seed` on.
 
     Keywords, all optional: negative (str), seed (int; random without), batch, width and height in pixels, steps,
-    guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], on_step(done, total). What is left out is the
-    model's default. Raises UsageError, UnknownName, ImageProblem.
+    guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], on_step(done, total). What is left
+    out is the model's default. Raises UsageError, UnknownName, ImageProblem.
     """
     request = prepare(system, prompt=prompt, **values)
     seeds = [request.seed + i for i in range(request.batch)]

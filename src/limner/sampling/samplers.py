@@ -3,8 +3,8 @@
 Each is (denoise, x, sigmas, interpolant, *, noise, on_step) -> x at sigmas[-1]. `x` (b, c, h, w) sits at sigmas[0];
 `denoise(x, sigma)` returns x0; `noise()` draws the fresh noise that stochastic solvers add. Every step is written on
 the pair (alpha, sigma) of both ends without dividing by alpha, so pure noise (alpha = 0) is a legal start and one
-function serves EDM and flow coordinates alike; second order needs a finite lambda = log(alpha / sigma) at both ends and is first
-order where it is not. Only first order is free of the coordinate: `heun` is second order in sigma, `dpmpp_2m`
+function serves EDM and flow coordinates alike; second order needs a finite lambda = log(alpha / sigma) at both ends and
+is first order where it is not. Only first order is free of the coordinate: `heun` is second order in sigma, `dpmpp_2m`
 in lambda.
 """
 

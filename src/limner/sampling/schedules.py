@@ -18,7 +18,7 @@ def uniform(steps: int, interpolant: Interpolant) -> list[float]:
 
 def shifted(shift: float) -> Schedule:
     """Uniform, then sigma -> shift * sigma / (1 + (shift - 1) * sigma): more steps at high noise (SD3,
-    arXiv:2403.03206, equation 23). Only meaningful for sigma in [0, 1]; other interpolants are scaled to it and back."""
+    arXiv:2403.03206, equation 23). Only meaningful for sigma in [0, 1]; others are scaled to it and back."""
 
     def schedule(steps: int, interpolant: Interpolant) -> list[float]:
         top = interpolant.sigma_max
