@@ -204,15 +204,16 @@ def test_a_disk_that_fills_while_painting(refused, here, tiny_model, monkeypatch
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
-def test_a_full_standard_output(here, tiny_model):
-    for args in (["fox", "-m", str(tiny_model), "-o", "-"], ["models"]):
-        with open("/dev/full", "wb") as full:  # noqa: PTH123
-            done = subprocess.run(
-                [sys.executable, "-m", "limner", *args], stdout=full, stderr=subprocess.PIPE, text=True
-            )
-        assert done.returncode == FILE
-        assert done.stderr.splitlines()[-1] == "limner: cannot write the output: no space left on the device; free some"
-        assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("args", [["fox", "-o", "-"], ["models"]])
+def test_a_full_standard_output(here, tiny_model, args):
+    command = [sys.executable, "-m", "limner", *args, *(["-m", str(tiny_model)] if args[0] == "fox" else [])]
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=buffered, check=False)
+    assert done.returncode == FILE
+    *_, line = done.stderr.splitlines()
+    assert line == "limner: cannot write the output: no space left on the device; free some"
+    assert "Traceback" not in done.stderr
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------
@@ -241,6 +242,8 @@ def test_the_error_torch_really_raises_without_memory(refused, tiny_model, monke
 def test_an_interruption(refused, tiny_model, monkeypatch):
     monkeypatch.setattr(pipeline, "draw", raising(KeyboardInterrupt()))
     refused(INTERRUPTED, "interrupted", "fox", "-m", tiny_model)
+    monkeypatch.setattr("limner.cli.main.app", raising(KeyboardInterrupt()))  # outside of any command
+    refused(INTERRUPTED, "interrupted", "fox", "-m", tiny_model)
 
 
 def test_a_bug_shows_its_traceback(limner, here, tiny_model, monkeypatch):
@@ -252,7 +255,7 @@ def test_a_bug_shows_its_traceback(limner, here, tiny_model, monkeypatch):
 
 
 def raising(error: BaseException):
-    def raise_(*_):
+    def raise_(*_, **__):
         raise error
 
     return raise_

@@ -50,3 +50,10 @@ def test_an_unknown_set_names_the_nearest(capsys):
     code, out, err = run(capsys, "icon")
     assert (code, out) == (2, "")
     assert "Did you mean 'icons'?" in err
+
+
+@pytest.mark.parametrize("args", [(), ("icons", "--workers", "-1"), ("icons", "--clipart")])
+def test_what_cannot_be_meant_is_a_usage_error_of_one_line(args, monkeypatch, capsys):
+    monkeypatch.setattr("limner.data.rebuild.rebuild_icons", lambda *_, **__: pytest.fail("started"))
+    code, out, err = run(capsys, *args)
+    assert (code, out, err.count("\n")) == (2, "", 1)

@@ -166,9 +166,23 @@ def test_a_pack_of_nothing_but_broken_pictures_is_an_error(tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_crash_inside_the_renderer_costs_one_picture(tmp_path, monkeypatch, capsys):
+    class PanicException(BaseException):  # what Rust code raises; no Exception
+        pass
+
+    def crash(**options):
+        raise PanicException("index out of bounds")
+
+    pack = open_icons(write(tmp_path / "p", [row(0), row(1)], [HALF_RED, webp(np.zeros((8, 8, 4), np.uint8))]))
+    monkeypatch.setattr(icons, "svg_renderer", lambda: crash)
+    assert pack.image_set(size=8).ids == ["toy/1"]
+    assert "toy/0" in capsys.readouterr().err
+
+
 def test_without_the_renderer_the_message_names_the_extra(tmp_path, monkeypatch):
     pack = open_icons(write(tmp_path / "p", [row(0)], [HALF_RED]))
     monkeypatch.setitem(sys.modules, "resvg_py", None)
+    monkeypatch.setattr(icons, "in_parallel", lambda *_: pytest.fail("work was begun"))
     with pytest.raises(MissingExtra, match=r"resvg_py.*limner\[data\]"):
         pack.image_set(size=8)
 

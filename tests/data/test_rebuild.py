@@ -170,7 +170,7 @@ def test_the_pack_is_made_from_what_the_clients_fetch(registry, tmp_path, monkey
     assert ink[64, 64].tolist() == pytest.approx([208, 16, 16, 255], abs=6)
     assert ink[:, :4].max() == 0
     assert lines[:2] == ["fetching packages", "drawing 12 pictures"]
-    assert "differ from those of the shipped model" in lines[-1]
+    assert "differ from the shipped model" in lines[-1]
     monkeypatch.setattr(rebuild, "RECORDS_SHA256", rebuild.fingerprint(pack.records))
     lines.clear()
     rebuild_icons(tmp_path / "again", workers=1, say=lines.append)

@@ -140,9 +140,9 @@ def test_a_stochastic_solver_keeps_the_variance_of_a_gaussian(name):
         return x * flow.alpha(sigma) / (flow.alpha(sigma) ** 2 + sigma**2)
 
     generator = torch.Generator().manual_seed(0)
-    draw = lambda: torch.randn(100_000, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = lambda: torch.randn(20_000, generator=generator, dtype=torch.float64)  # noqa: E731
     end = samplers.get(name)(denoise, draw(), schedules.uniform(400, flow), flow, noise=draw)
-    assert end.var().item() == pytest.approx(1, abs=0.03)
+    assert end.var().item() == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("name", sorted(samplers.SAMPLERS))

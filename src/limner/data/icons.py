@@ -293,7 +293,12 @@ def draw(source: str | bytes, size: int) -> np.ndarray:
 def render_svg(svg: str, width: int, height: int | None = None) -> Image.Image:
     """SVG text -> RGBA picture of these pixels; without `height` in its own proportions. Raises ValueError."""
     # Without dpi=96 every length in mm or pt is an error.
-    png = svg_renderer()(svg_string=svg, width=width, height=height, skip_system_fonts=True, dpi=96)
+    try:
+        png = svg_renderer()(svg_string=svg, width=width, height=height, skip_system_fonts=True, dpi=96)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # a bug inside resvg, which Python would take for an interrupt
+            raise
+        raise ValueError(f"the renderer gave up: {error}") from error
     return Image.open(io.BytesIO(bytes(png)), formats=["PNG"]).convert("RGBA")
 
 

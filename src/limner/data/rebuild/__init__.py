@@ -65,7 +65,7 @@ def rebuild_icons(
             f"the icon set cannot be made in {out}: {error}; free space or name another folder"
         ) from error
     if fingerprint([record for _, record in pictures]) != RECORDS_SHA256:
-        say("captions or splits differ from the shipped model's: fit for training, not to compare with its figures")
+        say("captions or splits differ from the shipped model's: train on them, but compare no figures")
     return out
 
 
