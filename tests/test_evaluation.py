@@ -282,7 +282,9 @@ def test_rows_say_whether_a_target_is_met():
     assert evaluation.row("a", figure, at_most=0.49)["met"] is False
     assert evaluation.row("a", figure)["met"] is None
     none = torch.zeros(10, dtype=torch.bool)
-    assert evaluation.compared("a", none, none, {"value": 0.1}, 0.9)["met"] is None
+    undefined = evaluation.compared("a", none, none, {"value": 0.1}, 0.9)
+    assert undefined["met"] is None
+    assert undefined["ratio"]["value"] is None  # JSON has no infinity
 
 
 def test_reports_are_json_and_a_table_with_a_line_for_each_figure(pack, judge, tmp_path):

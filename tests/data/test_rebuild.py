@@ -33,6 +33,7 @@ EMOJI_DATA = [
     },
     {"hexcode": f"{APPLE}-FE0F", "label": "red apple", "group": 4, "tags": ["fruit", "sexy fruit"]},
     {"hexcode": FLAG, "label": "flag: Andorra", "group": 9, "tags": ["AD"]},
+    {"hexcode": "1F4CC", "label": "push pin", "group": 7},
     {"hexcode": "1F3FB", "label": "light skin tone", "group": 2},
     {"hexcode": "1F1E6", "label": "regional indicator A"},
 ]  # fmt: skip
@@ -244,6 +245,7 @@ def test_emoji_are_found_by_many_names(names):
 
 def test_run_together_names_are_cut_into_the_fewest_known_words(names):
     assert names.segment("redapplehand") == ["red", "apple", "hand"]
+    assert names.segment("redpushpin") == ["red", "pushpin"]
     assert names.segment("redxyz") is None
     assert names.segment("") is None
 

@@ -70,6 +70,19 @@ def test_hard_distractors_come_first_tones_colours_then_the_group(records):
     assert all(d.startswith("mono emoji") for d in tool.distractors[5:100])
 
 
+def test_another_picture_of_the_same_thing_is_no_distractor(records):
+    """The same concept and tone under another name, in the same style (hard) and in another (easy)."""
+    val = records[5]
+    twins = [
+        replace(
+            val, id=f"twin {style}", style=style, split="train", label="beast", captions=("beast", f"{style} beast")
+        )
+        for style in ("flat", "3d")
+    ]
+    (found,) = [p for p in held_out_prompts([*twins * 40, *records]) if p.id == val.id]
+    assert not {"flat beast", "3d beast"} & set(found.distractors)
+
+
 def test_an_article_follows_the_colour_it_stands_before(records):
     row = make("mono", "axe", "object", split="val", tint="blue")
     row = replace(row, captions=("axe", "a blue monochrome emoji of an axe"))

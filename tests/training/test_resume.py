@@ -128,6 +128,7 @@ def check_death_at(run: Path, context: Any, number: int, uninterrupted: dict[str
     assert process.exitcode in (0, KILLED)
     if process.exitcode == KILLED:
         fit(run)
+    assert not list(run.rglob("*.torn"))  # a checkpoint is whole or not there
     assert same(run, uninterrupted)
     return process.exitcode == KILLED
 

@@ -46,7 +46,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 def save(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write tensors and the configuration they belong to, atomically. Raises FileProblem."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {CONFIG_KEY: json.dumps(config, sort_keys=True), "format": "pt"}
+    # one key only: safetensors orders several at random, and the same weights should give the same bytes
+    metadata = {CONFIG_KEY: json.dumps(config, sort_keys=True)}
     write_atomically(path, serialise(whole, metadata))
 
 
