@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from limner.data import icons
+from limner.data.batches import caption_weights
 from limner.data.icons import CAPTION_WEIGHTS, GROUPS, PART_SHARES, IconRecord, mirrors, open_icons
 from limner.errors import FileProblem, ImageProblem, MissingExtra, UnknownName, UsageError
 
@@ -215,6 +216,11 @@ def test_the_pack_is_looked_for_in_the_usual_places(tmp_path, monkeypatch):
     assert open_icons().records[0].label == "from here"
     monkeypatch.setenv("LIMNER_DATA", str(write(tmp_path / "given", [row(0, label="as told")], [HALF_RED])))
     assert open_icons().records[0].label == "as told"
+
+
+def test_batches_draw_the_captions_by_their_shares(tmp_path):
+    weights = caption_weights(open_icons(write(tmp_path / "p", [row(0)], [HALF_RED])).image_set(size=4))
+    assert weights[0].tolist() == pytest.approx(CAPTION_WEIGHTS)
 
 
 def test_an_unknown_split_an_empty_selection_and_no_pixels_are_refused(tmp_path):

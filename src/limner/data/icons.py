@@ -42,8 +42,7 @@ CAPTION_WEIGHTS = (0.15, 0.45, 0.25, 0.15)
 """How often captions 0 to 3 are drawn: label alone, with its style, with tags, with style and colours.
 
 127 pictures have a fifth or sixth caption: the name of an equal picture that was merged into this one (a flag that two
-territories share), in the form "name, style". They have no weight, so training never shows them; they are kept because
-both names are true.
+territories share), in the form "name, style". Both names are true; batches draw each a tenth as often as these four.
 """
 PART_SHARES = {"emoji": 0.65, "icon": 0.20, "mono": 0.12, "clipart": 0.03}
 """Share of the draws that go to each part; inside a part the records' own weights decide."""
@@ -163,7 +162,7 @@ class IconPack:
         kept = [i for i in rows if i not in set(failed)]
         records = [self.records[i] for i in kept]
         return ImageSet(
-            name=f"icons-{split or 'all'}-{size}",
+            name="icons",
             images=images,
             captions=[r.captions for r in records],
             ids=[r.id for r in records],
