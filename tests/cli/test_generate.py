@@ -212,7 +212,9 @@ def test_a_terminal_sees_a_bar_with_rate_and_time_left(here, tiny_model):
 
 def test_ctrl_c_while_painting_leaves_nothing(here, tiny_model):
     command = [sys.executable, "-m", "limner", "fox", "-m", tiny_model, "--steps", "1000", "-b", "64"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a shell's background job inherits an ignored SIGINT, and this run may be one
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("seed ")
     time.sleep(0.2)
