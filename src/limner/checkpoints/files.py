@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
@@ -89,7 +88,3 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> No
             found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
             raise CheckpointMismatch(f"{source}: {name} is {found} in the file, {wanted} in the model")
     module.load_state_dict(dict(tensors), assign=True)
-
-
-def parameter_count(tensors: Mapping[str, Tensor]) -> int:
-    return sum(t.numel() for t in tensors.values() if isinstance(t, torch.Tensor))

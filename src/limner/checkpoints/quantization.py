@@ -54,12 +54,6 @@ def dequantize(stored: Mapping[str, Tensor], recipe: Mapping[str, Any], source: 
     return tensors
 
 
-def fake_quantize(tensor: Tensor, bits: int) -> Tensor:
-    """What `tensor` becomes after a trip through the file."""
-    q, scale = _quantize(tensor.float(), bits)
-    return _dequantize(q, scale.float(), bits, list(tensor.shape))
-
-
 def _quantize(tensor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     rows = _grouped(tensor, bits)
     top = 2 ** (bits - 1) - 1

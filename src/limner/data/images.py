@@ -69,9 +69,3 @@ def premultiply(rgba: np.ndarray) -> np.ndarray:
 def to_float(images: Tensor) -> Tensor:
     """uint8 0..255 -> float32 in [-1, 1]."""
     return images.float().div_(127.5).sub_(1)
-
-
-def on_white(images: Tensor) -> Tensor:
-    """Premultiplied RGBA (b, 4, h, w) in [-1, 1] -> RGB (b, 3, h, w) in [-1, 1] on a white ground."""
-    alpha = (images[:, 3:4] + 1) / 2
-    return images[:, :3] + 2 * (1 - alpha)
