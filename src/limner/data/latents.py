@@ -9,25 +9,36 @@ from torch import Tensor, distributed
 
 from limner.data import transforms
 from limner.data.batches import ImageBatches, seeded, sent
+from limner.errors import UsageError
 from limner.types import Autoencoder
 
 
 class LatentBatches:
     """Batches of {"latents" (b, c, h, w), "captions", "ids"} over `views` encodings of every picture.
 
-    View 0 is the picture as it is; the others are `transforms.view`s. Held in float16 on the batches' device. Under
+    View 0 is the picture as it is; the others are `transforms.view`s. Each of the config's `other_sizes` has one view
+    more, fitted into its canvas; a batch has one size. Held in float16 on the batches' device. Under
     torch.distributed each rank encodes its share and all ranks end with the whole.
     """
 
     def __init__(self, batches: ImageBatches, autoencoder: Autoencoder, views: int, chunk: int = 256) -> None:
         self.batches, self.views = batches, views
-        self.latents = torch.stack([self.encode(v, autoencoder, chunk) for v in range(views)])
+        size, others = batches.config.size, batches.config.other_sizes
+        check_sizes(others, autoencoder.factor)
+        base = torch.stack([self.encode(v, size, size, autoencoder, chunk) for v in range(views)])
+        self.latents = [base]
+        for k, (width, height, _) in enumerate(others):
+            smaller = max(1, chunk * size * size // max(size * size, width * height))
+            self.latents.append(self.encode(views + k, height, width, autoencoder, smaller)[None])
+        shares = [share for *_, share in others]
+        self.shares = torch.tensor([1.0 - sum(shares), *shares])
+        self.fill = [min(1.0, base[0, 0].numel() / stack[0, 0].numel()) for stack in self.latents]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     @torch.no_grad()
-    def encode(self, view: int, autoencoder: Autoencoder, chunk: int) -> Tensor:
+    def encode(self, view: int, height: int, width: int, autoencoder: Autoencoder, chunk: int) -> Tensor:
         rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
         n, device = len(self.batches), self.batches.device
         share = -(-n // world)
@@ -38,6 +49,7 @@ class LatentBatches:
             if view:
                 generator = seeded(self.batches.seed, start, 1000 + view, device)
                 images = transforms.view(images, self.batches.set.mirror[index].to(device), generator)
+            images = transforms.fitted(images, height, width)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 parts.append(autoencoder.encode(images).to(torch.float16))
         mine = torch.cat(parts)
@@ -48,9 +60,20 @@ class LatentBatches:
         return whole[:n]
 
     def batch(self, step: int, size: int, *, rank: int = 0, world: int = 1) -> dict[str, Any]:
+        which = int(torch.multinomial(self.shares, 1, generator=seeded(self.batches.seed, step, 500)))
+        latents = self.latents[which]
+        size = max(1, int(size * self.fill[which]) // world) * world
         draw = self.batches.draw(step, size, rank=rank, world=world)
-        device = self.latents.device
-        view = (draw.chance * self.views).long()
-        latents = self.latents[sent(view, device), sent(draw.index, device)].float()
+        view = (draw.chance * len(latents)).long()
+        picked = latents[sent(view, latents.device), sent(draw.index, latents.device)].float()
         ids = [self.batches.set.ids[i] for i in draw.index.tolist()]
-        return {"latents": latents, "captions": draw.captions, "ids": ids}
+        return {"latents": picked, "captions": draw.captions, "ids": ids}
+
+
+def check_sizes(others: tuple[tuple[int, int, float], ...], factor: int) -> None:
+    """Raises UsageError for sizes off the autoencoder's grid, or shares that do not leave a part for the main size."""
+    for width, height, _ in others:
+        if min(width, height) < factor or width % factor or height % factor:
+            raise UsageError(f"data.other_sizes: {width} x {height} is not in multiples of {factor} pixels")
+    if any(share <= 0 for *_, share in others) or sum(share for *_, share in others) >= 1:
+        raise UsageError("data.other_sizes: give shares above 0 that add up to less than 1; data.size takes the rest")

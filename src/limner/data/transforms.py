@@ -71,3 +71,12 @@ def view(images: Tensor, mirror: Tensor, generator: torch.Generator) -> Tensor:
         zoom = uniform(n, 0.88, 1.06, generator, device)
         return affine(images, zoom, torch.zeros(n, device=device), 2 * shift)
     return moved(images, (shift * size).round().long())
+
+
+def fitted(images: Tensor, height: int, width: int) -> Tensor:
+    """Square pictures scaled to the shorter side of a height x width canvas and set in its middle, transparent around."""
+    side = min(height, width)
+    if side != images.shape[-1]:
+        images = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = (height - side) // 2, (width - side) // 2
+    return F.pad(images, (left, width - side - left, top, height - side - top), value=-1.0)

@@ -4,7 +4,8 @@ Of the Stable Diffusion 3 kind (Esser et al., arXiv:2403.03206): text and image 
 block, queries and keys are normalised, time and the pooled prompt modulate every block, and the output is a velocity.
 Unusual, to stay small: text and image tokens share all weights (as FLUX's single-stream blocks do); one modulation
 projection serves all blocks, each block adding its own learned offset (PixArt-alpha's adaLN-single, arXiv:2310.00426);
-positions are 2-D rotary, centred, so sizes other than the trained one only extend the grid.
+positions are 2-D rotary, centred, and measured in parts of the shorter side, so that a picture of another size is the
+same picture on a finer or coarser grid.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ class JointDiTConfig:
     num_heads: int = 8
     hidden: int = 1408
     text_width: int = 384
+    base_grid: int = 16
+    """Positions run over this many units along the shorter side, whatever its number of tokens."""
 
 
 JOINT_DIT_ICONS = JointDiTConfig()
-JOINT_DIT_TINY = JointDiTConfig(channels=8, width=64, depth=2, num_heads=2, hidden=128)
+JOINT_DIT_TINY = JointDiTConfig(channels=8, width=64, depth=2, num_heads=2, hidden=128, base_grid=8)
 
 
 class JointDiT(nn.Module):
@@ -96,8 +99,9 @@ class JointDiT(nn.Module):
 
     def rope(self, text: int, height: int, width: int, device: torch.device) -> Tensor:
         """Rotary table (text + height * width, head_width / 2, 2): the grid is centred on 0, text sits at 0."""
-        rows = torch.arange(height, device=device) - (height - 1) / 2
-        columns = torch.arange(width, device=device) - (width - 1) / 2
+        unit = self.config.base_grid / min(height, width)
+        rows = unit * (torch.arange(height, device=device) - (height - 1) / 2)
+        columns = unit * (torch.arange(width, device=device) - (width - 1) / 2)
         grid = torch.cartesian_prod(rows, columns)
         positions = torch.cat([grid.new_zeros(text, 2), grid])
         return rope_table(positions, self.config.width // self.config.num_heads)

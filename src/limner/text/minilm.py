@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from limner.types import Conditioning
 
 WIDTH, DEPTH, HEADS, HIDDEN, VOCABULARY, POSITIONS = 384, 6, 12, 1536, 30522, 512
+PADDING = 0
+MOST_KNOWN = 500_000
+"""Prompts whose tokens are remembered: training meets the same captions again and again."""
 
 
 class MiniLM(nn.Module):
@@ -30,14 +33,18 @@ class MiniLM(nn.Module):
         self.tokenizer = Tokenizer.from_file(str(tokenizer))
         self.tokenizer.enable_truncation(max_tokens)
         self.tokenizer.enable_padding(length=max_tokens)
+        self.known: dict[str, list[int]] = {}
         self.embeddings = Embeddings()
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer() for _ in range(DEPTH))})
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """ids (b, max_tokens) and a mask that is True on real tokens."""
-        encoded = self.tokenizer.encode_batch(prompts)
-        ids = torch.tensor([e.ids for e in encoded])
-        return ids, torch.tensor([e.attention_mask for e in encoded]).bool()
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        if len(self.known) + len(new) > MOST_KNOWN:
+            self.known, new = {}, list(dict.fromkeys(prompts))
+        self.known |= {p: e.ids for p, e in zip(new, self.tokenizer.encode_batch(new), strict=True)}
+        ids = torch.tensor([self.known[prompt] for prompt in prompts])
+        return ids, ids != PADDING
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token states (b, l, 384)."""

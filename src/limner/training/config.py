@@ -37,11 +37,15 @@ class TrainConfig:
     steps: Count
     batch_size: Count
     """Images a step, over all processes together."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for everything, or Muon for the matrices of repeated blocks and AdamW for the rest."""
     lr: Positive = 3e-4
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     eps: Positive = 1e-8
     weight_decay: PositiveOrZero = 0.01
     """Of matrices; vectors and embeddings do not decay."""
+    muon_lr_scale: Positive = 1.0
+    """Muon's learning rate over `lr`."""
     warmup: CountOrZero = 0
     """Steps over which the learning rate rises from 0."""
     lr_schedule: Literal["cosine", "constant"] = "cosine"

@@ -158,14 +158,16 @@ def fit(
             ledger.begin(state.step, lr, list(batch.get("ids", [])))
             for phase in system.phases:
                 state.only(phase)
-                optimizer, parameters = state.optimizers[phase], state.parameters[phase]
-                optimizer.zero_grad(set_to_none=True)
+                parameters = state.parameters[phase]
+                for parameter in parameters:
+                    parameter.grad = None
                 with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     terms = losses[phase](batch, generator)
                 terms["loss"].backward()
                 norm = clip_gradients(parameters, config.grad_clip)
                 bad = ledger.add(terms, norm, phase if len(system.phases) > 1 else "", processes)
-                step_unless(optimizer, lr, bad)
+                for optimizer in state.optimizers[phase]:
+                    step_unless(optimizer, lr, bad)
             state.ema.update(ema_decay(config.ema_half_life, config.batch_size, state.images, config.ema_warmup))
             state.step += 1
             # -----------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from limner.checkpoints.files import write_atomically
 from limner.errors import CheckpointMismatch, FileProblem
 from limner.training.config import TrainConfig, from_json, to_json
 from limner.training.ema import Ema
-from limner.training.optimizers import adamw
+from limner.training.optimizers import optimizers_for
 
 TEMPORARY = ".tmp"
 TORN = ".torn"
@@ -44,7 +44,7 @@ CONFIG = "config.json"
 
 
 class TrainState:
-    """Step, weights, one optimizer a phase, and EMA."""
+    """Step, weights, the optimizers of each phase, and EMA."""
 
     def __init__(self, system: nn.Module, config: TrainConfig) -> None:
         self.system = system
@@ -54,7 +54,7 @@ class TrainState:
         self.parameters: dict[str, list[nn.Parameter]] = {
             phase: [p for p in cast(Any, system).phase_parameters(phase) if p.requires_grad] for phase in phases
         }
-        self.optimizers = {phase: adamw(system, ps, config) for phase, ps in self.parameters.items()}
+        self.optimizers = {phase: optimizers_for(system, ps, config) for phase, ps in self.parameters.items()}
         self.ema = Ema(system)
         own = tensors_of(system)
         frozen = {name for name, p in system.named_parameters() if not p.requires_grad}
@@ -111,7 +111,8 @@ class TrainState:
         names = {id(p): name for name, p in self.system.named_parameters()}
         return {
             f"{phase}/{names[id(p)]}/{key}": value
-            for phase, optimizer in self.optimizers.items()
+            for phase, optimizers in self.optimizers.items()
+            for optimizer in optimizers
             for p, state in optimizer.state.items()
             for key, value in state.items()
         }
@@ -119,13 +120,20 @@ class TrainState:
     def _load_optimizers(self, tensors: Mapping[str, Tensor]) -> None:
         """In the memory layout of the parameter, since fused kernels run over both side by side."""
         parameters = dict(self.system.named_parameters())
-        for optimizer in self.optimizers.values():
+        owners = {
+            (phase, id(p)): optimizer
+            for phase, optimizers in self.optimizers.items()
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        for optimizer in owners.values():
             optimizer.state.clear()
         for name, value in tensors.items():
             phase, parameter, key = name.split("/")
             p = parameters[parameter]
             like = torch.empty_like(p, dtype=value.dtype) if value.shape == p.shape else value.to(p.device)
-            self.optimizers[phase].state[p][key] = like.copy_(value)
+            owners[phase, id(p)].state[p][key] = like.copy_(value)
 
 
 def warm_start(system: nn.Module, path: Path, load: Callable[[Path], nn.Module]) -> None:
