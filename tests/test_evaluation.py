@@ -14,8 +14,9 @@ from PIL import Image
 
 from limner import evaluation
 from limner.data.icons import IconPack, IconRecord
-from limner.errors import FileProblem
+from limner.errors import FileProblem, UnknownName
 from limner.metrics import retrieval
+from limner.metrics.features import FEATURES, FINAL, Features, colours
 from limner.metrics.scores import Figure
 from limner.types import Defaults
 
@@ -36,7 +37,7 @@ HASTE = {"size": SIZE, "steps": 60, "batch": 64}
 
 
 class Thumbnails:
-    """In the place of EffLite0: an 8 x 8 thumbnail, filled up to 1280 numbers."""
+    """In the place of EffLite0: an 8 x 8 thumbnail, filled up to 1280 numbers, and the true description of colours."""
 
     device = torch.device("cpu")
 
@@ -46,7 +47,9 @@ class Thumbnails:
     def __call__(self, images):
         x = evaluation.to_float(images) if images.dtype == torch.uint8 else images.float()
         small = torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1)
-        return torch.nn.functional.pad(small, (0, 1280 - small.shape[1]))
+        pad = torch.nn.functional.pad
+        seen = colours(x)
+        return Features(pad(small, (0, FINAL - small.shape[1])), pad(seen, (FEATURES - FINAL - seen.shape[1], 0)))
 
 
 class Words(torch.nn.Module):
@@ -236,15 +239,29 @@ def test_the_judge_is_trained_on_the_train_split_only(pack, blind, tmp_path, mon
 
 def test_features_of_training_pictures_are_kept_and_read_again(pack, blind, tmp_path, monkeypatch):
     train = pack.image_set("train", SIZE)
-    first = evaluation.features_of_train(train, Thumbnails(), pack, tmp_path)
-    assert first.shape == (len(train), 3, 1280)
-    assert torch.equal(first[:, 0], Thumbnails()(train.images).half())
+    first = evaluation.features_of_train(train, Thumbnails(), pack, tmp_path, views=4)
+    assert first.shape == (len(train), 4, FEATURES)
+    assert torch.equal(first[:, 0], Thumbnails()(train.images).whole.half())
     mirrored = evaluation.to_float(train.images).flip(-1)
-    want = torch.where(train.mirror[:, None], Thumbnails()(mirrored), Thumbnails()(train.images))
+    want = torch.where(train.mirror[:, None], Thumbnails()(mirrored).whole, Thumbnails()(train.images).whole)
     assert torch.equal(first[:, 1], want.half())
+    assert not torch.equal(first[:, 2], first[:, 3])  # each jittered view is another
     monkeypatch.setattr(Thumbnails, "__call__", lambda *_: pytest.fail("computed again"))
     again = evaluation.features_of_train(train, Thumbnails(), pack, tmp_path, views=2)
     assert torch.equal(again, first[:, :2])
+
+
+def test_an_evaluation_computes_nothing_of_the_training_pictures_that_the_judge_was_made_of(
+    pack, blind, tmp_path, monkeypatch
+):
+    evaluation.prepare_judge(pack, tmp_path / "judge", **HASTE | {"steps": 1}, cache=tmp_path)
+    counts = []
+    true_call = Thumbnails.__call__
+    monkeypatch.setattr(Thumbnails, "__call__", lambda self, x: counts.append(len(x)) or true_call(self, x))
+    monkeypatch.setattr(IconPack, "_draw_into", lambda *_: pytest.fail("drawn again"))
+    evaluation.evaluate_system(Painter({}), pack, tmp_path / "out", judge_folder=tmp_path / "judge", cache=tmp_path)
+    held = sum(r.split == "val" for r in pack.records)
+    assert counts == [held] * 3  # real, reconstructed, drawn
 
 
 def test_blur_of_an_edge_is_the_gaussian_integral():
@@ -285,6 +302,22 @@ def test_rows_say_whether_a_target_is_met():
     undefined = evaluation.compared("a", none, none, {"value": 0.1}, 0.9)
     assert undefined["met"] is None
     assert undefined["ratio"]["value"] is None  # JSON has no infinity
+
+
+def test_settings_reach_the_drawing_and_the_report_names_them_all(pack, judge, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        Painter, "sample", lambda self, cond, r, noise: asked.append(r) or torch.zeros(len(cond), 4, SIZE, SIZE)
+    )
+    report = evaluation.evaluate_system(
+        Painter({}), pack, tmp_path, judge_folder=judge, copying=False, steps=7, guidance=2.5, sampler="heun"
+    )
+    assert {(r.steps, r.guidance, r.sampler) for r in asked} == {(7, 2.5, "heun")}
+    wanted = {"steps": 7, "guidance": 2.5, "sampler": "heun", "schedule": Painter.defaults.schedule}
+    assert report["settings"] == wanted
+    assert "steps 7, guidance 2.5, sampler heun" in evaluation.table(report)
+    with pytest.raises(UnknownName, match="hein"):
+        evaluation.evaluate_system(Painter({}), pack, tmp_path, judge_folder=judge, sampler="hein")
 
 
 def test_reports_are_json_and_a_table_with_a_line_for_each_figure(pack, judge, tmp_path):

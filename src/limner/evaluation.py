@@ -1,9 +1,9 @@
-"""The evaluation, frozen before the first training run: what is measured, on which prompts, against which real
-pictures.
+"""The evaluation: what is measured, on which prompts, against which real pictures.
 
 `prepare_judge` trains the judge on real pictures and measures what real and wrong pictures reach; `evaluate` draws
 every held-out prompt with seed = its place in the list and sets each figure beside those. The prompts, their
-distractors and the judge are pinned by SHA-256, so that figures of two runs can be compared.
+distractors and the judge are pinned by SHA-256, so that figures of two runs can be compared. They were frozen before
+the first full-length training of the transformer; an early base, trained on 1.73 million images, is older.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,17 +24,18 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor
 
 import limner
 from limner import catalog, pipeline
+from limner.checkpoints import files
 from limner.data.icons import IconPack
 from limner.data.images import ImageSet, to_float
 from limner.errors import FileProblem
 from limner.metrics import distances, retrieval
 from limner.metrics.distances import frechet, kid, nearest, precision_recall
-from limner.metrics.features import EffLite0, full_precision
+from limner.metrics.features import FEATURES, FINAL, EffLite0, Features, full_precision
 from limner.metrics.prompts import GRID_PROMPTS, HELD_OUT, Prompt, held_out_prompts, sha256_of
 from limner.metrics.scores import Figure, alpha_errors, mean, psnr, ratio, squared_errors, wilson
 from limner.text.minilm import MiniLM
@@ -53,6 +54,8 @@ KINDS = {
     "compose_concept": ("prompt accuracy, newly composed thing", 0.65),
 }
 """Each kind of prompt: its words in the table, and the share of what real pictures reach that is aimed at."""
+DRAWING = ("steps", "guidance", "sampler", "schedule")
+"""The settings of a drawing that a report names."""
 
 
 # ---------------------------------------------------------------------------------------------- the judge, once
@@ -67,7 +70,7 @@ def prepare_judge(
     size: int = SIZE,
     steps: int = 4000,
     batch: int = 2048,
-    views: int = 3,
+    views: int = 5,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Train the judge on the train split and measure real pictures with it: writes judge.safetensors and judge.json.
@@ -106,11 +109,11 @@ def prepare_judge(
     retrieval.save(judge, out / "judge.safetensors")
     judge = retrieval.load(out / "judge.safetensors", device)  # what is shipped is what is measured: fp16 weights
     texts, sentences = sentences_of(prompts, minilm)
-    right = retrieval.picked(judge, held_features, prompts, texts, sentences)
+    right = retrieval.picked(judge, held_features.whole, prompts, texts, sentences)
     others = torch.arange(len(prompts)).roll(len(prompts) // 2)
-    wrong = retrieval.picked(judge, held_features[others], prompts, texts, sentences)
+    wrong = retrieval.picked(judge, held_features[others].whole, prompts, texts, sentences)
     wanted = [p.style for p in prompts]
-    distance, _ = nearest(held_features.to(device), known_features(train_features, device))
+    distance, _ = nearest(held_features.final.to(device), known_features(train_features, device))
     report = {
         "pack_sha256": pack.digest,
         "prompts_sha256": sha256_of(prompts),
@@ -122,10 +125,10 @@ def prepare_judge(
         "batch": batch,
         "seed": seed,
         "ceilings": accuracies(prompts, right)
-        | {"style": asdict(share(retrieval.styled(judge, held_features, wanted)))},
+        | {"style": asdict(share(retrieval.styled(judge, held_features.whole, wanted)))},
         "floors": accuracies(prompts, wrong)
-        | {"style": asdict(share(retrieval.styled(judge, held_features[others], wanted)))},
-        "kid_scale": kid_scale(held.images, held_features, features),
+        | {"style": asdict(share(retrieval.styled(judge, held_features[others].whole, wanted)))},
+        "kid_scale": kid_scale(held.images, held_features.final, features),
         "nearest_train_cosine_distance": {
             f"{q:.2f}": float(distance.double().quantile(q)) for q in (0.01, 0.05, 0.25, 0.5, 0.75)
         },
@@ -146,28 +149,29 @@ def held_out_images(pack: IconPack, prompts: Sequence[Prompt], size: int, cache:
 
 
 def features_of_train(
-    train: ImageSet, features: EffLite0, pack: IconPack, cache: Path | None, views: int = 3
+    train: ImageSet, features: EffLite0, pack: IconPack, cache: Path | None, views: int = 5
 ) -> Tensor:
-    """(n, views, 1280) fp16 of each picture as it is, mirrored where it may be, moved and scaled a bit: `views` of 3.
+    """(n, views, FEATURES) fp16 of each picture as it is, mirrored where it may be, then `jittered`.
 
-    With a folder `cache` they are kept there and read the next time.
+    With a folder `cache` they are kept there and read the next time, if there are enough views.
     """
-    path = cache / f"train-features-{pack.digest[:16]}-{train.images.shape[-1]}.safetensors" if cache else None
+    name = f"train-features-{FEATURES}-{pack.digest[:16]}-{train.images.shape[-1]}.safetensors"
+    path = cache / name if cache else None
     if path and path.is_file():
-        kept = load_file(path)["features"]
-        if kept.shape[1] >= views:
-            return kept[:, :views]
-    found = torch.empty(len(train), views, retrieval.FEATURES, dtype=torch.float16)
+        with safe_open(path, "pt") as file:
+            kept = file.get_slice("features")
+            if kept.get_shape()[:1] == [len(train)] and kept.get_shape()[1] >= views:
+                return kept[:, :views]
+    found = torch.empty(len(train), views, FEATURES, dtype=torch.float16)
     generator = torch.Generator().manual_seed(0)
-    for start in range(0, len(train), 256):
-        here = slice(start, start + 256)
+    for start in range(0, len(train), 128):
+        here = slice(start, start + 128)
         images, mirror = to_float(train.images[here].to(features.device)), train.mirror[here]
         flipped = torch.where(mirror.to(images.device)[:, None, None, None], images.flip(-1), images)
-        seen = (images, flipped, jittered(images, mirror, generator))[:views]
-        found[here] = torch.stack([features(view).half() for view in seen], 1)
+        seen = [images, flipped][:views] + [jittered(images, mirror, generator) for _ in range(views - 2)]
+        found[here] = features(torch.cat(seen)).whole.half().unflatten(0, (len(seen), -1)).transpose(0, 1)
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": found}, path)
+        files.save(path, {"features": found}, {})
     return found
 
 
@@ -186,9 +190,11 @@ def jittered(images: Tensor, mirror: Tensor, generator: torch.Generator) -> Tens
 def kid_scale(images: Tensor, real_features: Tensor, features: EffLite0) -> dict[str, Any]:
     """What KID-EffLite0 is worth: half of the real pictures against the other half, and known damage to all of them."""
 
+    real_features = real_features.to(features.device)
+
     def damaged(damage: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        chunks = [features(damage(to_float(chunk.to(features.device)))) for chunk in images.split(128)]
-        return asdict(kid(torch.cat(chunks), real_features, paired=True))
+        chunks = [features(damage(to_float(chunk.to(features.device)))).final for chunk in images.split(128)]
+        return asdict(kid(torch.cat(chunks).to(real_features.device), real_features, paired=True))
 
     shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     half = len(images) // 2
@@ -212,7 +218,7 @@ def blurred(images: Tensor, sigma: float) -> Tensor:
 
 def known_features(train_features: Tensor, device: torch.device | str) -> Tensor:
     """Every training picture, and its mirror image where it may be mirrored: (2 n, 1280)."""
-    return train_features[:, :2].flatten(0, 1).to(device)
+    return train_features[:, :2, :FINAL].flatten(0, 1).to(device)
 
 
 def sentences_of(prompts: Sequence[Prompt], minilm: MiniLM) -> tuple[list[str], Tensor]:
@@ -257,7 +263,7 @@ def evaluate(
     write(report, out)
     if speed:
         try:
-            seconds, megabytes = speed_of(model)
+            seconds, megabytes = speed_of(model, {k: v for k, v in choices.items() if k in DRAWING})
             report["figures"] += [
                 row("seconds for one picture, 2 CPU cores", seconds, "s", at_most=6.0),
                 row("peak memory for one picture", megabytes, "MB", at_most=1200.0),
@@ -283,12 +289,15 @@ def evaluate_system(
 ) -> dict[str, Any]:
     """Draw the held-out prompts (`limit` of them, spread evenly) with seed = place in the list, and measure.
 
-    `system` draws through `pipeline.draw` with `settings` beside its defaults, `batch` at a time; its autoencoder, if
-    it has one, is measured too; an autoencoder alone is measured without drawing. Writes grid.png (64 fixed prompts,
-    seeds 0 to 63) and pairs.png (real | drawn) into `out`. Returns {"figures":
-    rows of name, value, low, high, n, unit, target, met, real, floor, ratio; "not_measured": why; ...}.
+    `system` draws through `pipeline.draw` with `settings` (of DRAWING) beside its defaults, `batch` at a time; its
+    autoencoder, if it has one, is measured too; an autoencoder alone is measured without drawing. Writes grid.png
+    (64 fixed prompts, seeds 0 to 63) and pairs.png (real | drawn) into `out`. Returns {"figures": rows of name, value,
+    low, high, n, unit, target, met, real, floor, ratio; "not_measured": why; ...}.
     """
     started = time.monotonic()
+    if system.task != "autoencoding":  # what cannot be drawn is refused before an hour is spent
+        request = pipeline.prepare(system, prompt="any", **settings)
+        settings = {name: getattr(request, name) for name in DRAWING}
     every = held_out_prompts(pack.records)
     seeds = evenly(len(every), limit)
     prompts = [every[k] for k in seeds]
@@ -313,7 +322,7 @@ def evaluate_system(
     most_kid = None
     autoencoder = getattr(system, "autoencoder", None)
     if autoencoder is not None:
-        found, most_kid = autoencoder_figures(autoencoder, held, prompts, features, real_features, batch, device)
+        found, most_kid = autoencoder_figures(autoencoder, held, prompts, features, real_features.final, batch, device)
         rows += found
 
     if system.task != "autoencoding":
@@ -337,20 +346,20 @@ def evaluate_system(
             report["not_measured"].append(f"prompt and style accuracy: {error}")
 
         # 4. how far are they, as a set, from the pictures they stand for?
-        distance = kid(drawn_features.to(device), real_features.to(device), paired=True)
+        drawn_final, real_final = drawn_features.final.to(device), real_features.final.to(device)
+        distance = kid(drawn_final, real_final, paired=True)
         real_kid, blur_kid = (scale[name]["value"] if scale else None for name in ("real against real", "blur of 2 px"))
         rows.append(row("KID-EffLite0 of drawings", distance, at_most=most_kid, real=real_kid, floor=blur_kid))
         if len(prompts) > 3:
-            precision, recall = precision_recall(real_features.to(device), drawn_features.to(device))
+            precision, recall = precision_recall(real_final, drawn_final)
             report["also"] |= {"precision (k = 3)": precision, "recall (k = 3)": recall}
-        report["also"]["Frechet distance, EffLite0"] = frechet(real_features, drawn_features)
+        report["also"]["Frechet distance, EffLite0"] = frechet(real_features.final, drawn_features.final)
 
         # 5. are they copies?
         if copying:
             train = pack.image_set("train", system.defaults.width, cache=cache)
-            rows += copying_figures(
-                features_of_train(train, features, pack, cache, views=2), drawn_features, real_features, device
-            )
+            known = known_features(features_of_train(train, features, pack, cache, views=2), device)
+            rows += copying_figures(known, drawn_final, real_final)
     report["seconds"] = round(time.monotonic() - started, 1)
     return report
 
@@ -359,29 +368,26 @@ def judged_figures(
     judge: retrieval.Judge,
     floors: dict[str, Any],
     prompts: Sequence[Prompt],
-    drawn_features: Tensor,
-    real_features: Tensor,
+    drawn_features: Features,
+    real_features: Features,
     device: torch.device | str,
 ) -> list[dict[str, Any]]:
     """Prompt accuracy, over all prompts and by kind, and style accuracy, each beside real pictures of the prompts."""
     texts, sentences = sentences_of(prompts, catalog.minilm(MAX_TOKENS).to(device))
-    ours, real = (retrieval.picked(judge, f, prompts, texts, sentences) for f in (drawn_features, real_features))
+    ours, real = (retrieval.picked(judge, f.whole, prompts, texts, sentences) for f in (drawn_features, real_features))
     rows = [compared("prompt accuracy, all", ours, real, floors["all"])]
     for kind, (name, target) in KINDS.items():
         keep = torch.tensor([p.kind == kind for p in prompts])
         if keep.any():
             rows.append(compared(name, ours[keep], real[keep], floors[kind], target))
     wanted = [p.style for p in prompts]
-    ours, real = (retrieval.styled(judge, f, wanted) for f in (drawn_features, real_features))
+    ours, real = (retrieval.styled(judge, f.whole, wanted) for f in (drawn_features, real_features))
     return [*rows, compared("style accuracy", ours, real, floors["style"], 0.97)]
 
 
-def copying_figures(
-    train_features: Tensor, drawn_features: Tensor, real_features: Tensor, device: torch.device | str
-) -> list[dict[str, Any]]:
+def copying_figures(known: Tensor, drawn_final: Tensor, real_final: Tensor) -> list[dict[str, Any]]:
     """Cosine distances to the nearest training picture (or its mirror image), drawings against held-out pictures."""
-    known = known_features(train_features, device)
-    ours, real = (nearest(f.to(device), known)[0].cpu() for f in (drawn_features, real_features))
+    ours, real = (nearest(f, known)[0].cpu() for f in (drawn_final, real_final))
     near, over = distances.copying(ours, real)
     return [
         row("share nearer to a training picture than the nearest 5 % of real ones", near, real=0.05),
@@ -399,17 +405,15 @@ def autoencoder_figures(
     device: torch.device | str,
 ) -> tuple[list[dict[str, Any]], float]:
     """Reconstructions of the real pictures: the rows of the table, and the KID that drawings may have at most."""
-    parts = []
+    parts, errors = [], []
     with torch.inference_mode():
         for chunk in held.images.split(batch):
-            parts.append(to_bytes(autoencoder.decode(autoencoder.encode(to_float(chunk.to(device))))).cpu())
-    again = torch.cat(parts)
-    errors = [
-        (squared_errors(to_float(a), to_float(b)), alpha_errors(to_float(a), to_float(b)))
-        for a, b in zip(held.images.split(batch), again.split(batch), strict=True)
-    ]
-    squared, alpha = (torch.cat(e) for e in zip(*errors, strict=True))
-    again_features = features(again)
+            real = to_float(chunk.to(device))
+            made = to_bytes(autoencoder.decode(autoencoder.encode(real)))
+            errors.append(torch.stack([e(real, to_float(made)) for e in (squared_errors, alpha_errors)]).cpu())
+            parts.append(made.cpu())
+    squared, alpha = torch.cat(errors, 1)
+    again_features = features(torch.cat(parts)).final
     everything = kid(again_features.to(device), real_features.to(device), paired=True)
     rows = []
     val = torch.tensor([p.kind == "val" for p in prompts])
@@ -429,7 +433,8 @@ def autoencoder_figures(
 def draw(system: System, prompts: list[str], seeds: list[int], batch: int, **settings: Any) -> Tensor:
     """uint8 (n, 4, h, w) on the CPU, `batch` pictures at a time; `settings` beside the model's defaults."""
     request = pipeline.prepare(system, prompt="any", **settings)
-    return to_bytes(pipeline.draw(system, prompts, seeds, request, chunk=batch))
+    drawn = pipeline.draw(system, prompts, seeds, request, chunk=batch)
+    return torch.cat([to_bytes(some) for some in drawn.split(batch)])
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -453,7 +458,9 @@ def evenly(n: int, most: int | None) -> list[int]:
     return list(range(n)) if most is None or most >= n else [k * n // most for k in range(most)]
 
 
-def speed_of(model: str, runs: int = 3, cores: int = 2) -> tuple[Figure, Figure]:
+def speed_of(
+    model: str, settings: Mapping[str, Any] | None = None, runs: int = 3, cores: int = 2
+) -> tuple[Figure, Figure]:
     """Seconds from process start to file, and peak resident megabytes, of `limner generate` in fresh processes.
 
     The median of `runs` with the fastest and the slowest (the highest, for memory) as the interval; on Linux the
@@ -464,6 +471,7 @@ def speed_of(model: str, runs: int = 3, cores: int = 2) -> tuple[Figure, Figure]
         for run in range(runs):
             command = [sys.executable, "-m", "limner", "generate", GRID_PROMPTS[0], "--model", model, "--seed", "0"]
             command += ["--device", "cpu", "--output", str(Path(folder, f"{run}.png"))]
+            command += [word for name, value in (settings or {}).items() for word in (f"--{name}", str(value))]
             started = time.monotonic()
             with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                   preexec_fn=held_to(cores)) as process:  # fmt: skip
@@ -560,6 +568,11 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"Measured by `limner evaluate {report.get('model', 'icons')}` (limner {report['limner']}, {report['prompts']} "
         f"held-out prompts {report['prompts_sha256'][:12]}, judge {judge}).",
+        *(
+            ["Drawn with " + ", ".join(f"{k} {v}" for k, v in report["settings"].items()) + "."]
+            if report["settings"]
+            else []
+        ),
         "",
         "| figure | value | 95 % interval | n | target | met | real pictures | of real | floor |",
         "|---|---|---|---|---|---|---|---|---|",

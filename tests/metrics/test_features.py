@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from limner.errors import MissingExtra
-from limner.metrics.features import EffLite0, full_precision, resize
+from limner.metrics.features import BLOCKS, FEATURES, EffLite0, colours, full_precision, resize
 
 
 @pytest.fixture(scope="module")
@@ -20,16 +20,17 @@ def pictures(n=3, size=64, seed=0):
 
 def test_bytes_and_floats_of_a_picture_have_the_same_features_in_any_batch(features):
     images = pictures()
-    whole = features(images)
-    assert whole.shape == (3, 1280)
-    assert torch.allclose(features(images / 127.5 - 1), whole, atol=1e-4)
-    assert torch.allclose(features(images, batch=2), whole, atol=1e-4)
-    assert (whole[0] - whole[1]).abs().max() > 0.01
+    whole = features(images).whole
+    assert whole.shape == (3, FEATURES)
+    assert torch.allclose(features(images / 127.5 - 1).whole, whole, atol=1e-3)
+    assert torch.allclose(features(images, batch=2).whole, whole, atol=1e-3)
+    assert (whole[0] - whole[1])[:1280].abs().max() > 0.01
 
 
 def test_only_what_is_seen_on_white_counts_and_is_scaled_as_the_network_wants_it(features, monkeypatch):
     seen = []
-    monkeypatch.setattr(features.network, "extract_features", lambda x: seen.append(x) or x)
+    true_network = features.network.extract_features
+    monkeypatch.setattr(features.network, "extract_features", lambda x: seen.append(x) or true_network(x))
     images = torch.zeros(2, 4, 224, 224, dtype=torch.uint8)  # transparent: white
     images[1, 3] = 255  # opaque black
     images[1, 0] = 51  # a dark red
@@ -38,11 +39,45 @@ def test_only_what_is_seen_on_white_counts_and_is_scaled_as_the_network_wants_it
     assert seen[0][1, :, 0, 0].tolist() == pytest.approx([(51 - 127) / 128, -127 / 128, -127 / 128], abs=1e-5)
 
 
-def test_features_are_means_over_the_last_map(features):
-    white = torch.zeros(1, 4, 224, 224, dtype=torch.uint8)
-    last = features.network.extract_features(torch.ones(1, 3, 224, 224))
+def test_features_are_means_over_the_last_map_and_means_and_maxima_of_maps_on_the_way(features):
+    red = torch.zeros(1, 4, 224, 224, dtype=torch.uint8)
+    red[:, 0, 50:, :90] = red[:, 3, 50:, :90] = 255
+    x = torch.ones(1, 3, 224, 224)
+    x[:, 1:, 50:, :90] = -127 / 128
+    found = features(red)
+    last = features.network.extract_features(x)
     assert last.shape == (1, 1280, 7, 7)
-    assert torch.allclose(features(white), last.mean((2, 3)), atol=1e-4)
+    assert torch.allclose(found.final, last.mean((2, 3)), atol=1e-4)
+    want = []
+    x = features.network._bn0(features.network._conv_stem(x)).clamp(0, 6)
+    for k, block in enumerate(features.network._blocks):
+        x = block(x)
+        if k in BLOCKS:
+            assert x.shape[1] == BLOCKS[k]
+            want += [x.mean((2, 3)), x.amax((2, 3))]
+    assert torch.allclose(found.detail, torch.cat([*want, colours(red / 127.5 - 1)], 1), atol=1e-3)
+    assert torch.equal(found[:1].whole, found.whole)
+
+
+def test_colours_are_counted_by_what_they_cover_and_placed_in_a_thumbnail():
+    images = torch.full((2, 4, 128, 128), -1.0)  # transparent
+    images[0, 0, :, :64] = images[0, 3, :, :64] = 1  # the left half pure red
+    images[0, :, :32, 64:] = images[0, 3:, :32, 64:] = 0.0  # an eighth grey-white at half alpha: straight white
+    found = colours(images)
+    shades, thumbnail = found[:, :64].square().unflatten(1, (4, 4, 4)), found[:, 64:].unflatten(1, (4, 4, 4))
+    assert shades[0, 3, 0, 0] == pytest.approx(1 / 2)
+    assert shades[0, 3, 3, 3] == pytest.approx(1 / 8 / 2)
+    assert shades[0].sum() == pytest.approx(1 / 2 + 1 / 16)
+    assert found[1].abs().max() == 0
+    assert thumbnail[0, 0].tolist() == [[1, 1, 0.5, 0.5], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]]
+    assert thumbnail[0, 1, :, :2].max() == 0
+
+
+def test_a_colour_between_two_shades_is_shared_by_both():
+    images = torch.ones(1, 4, 8, 8)
+    images[:, 0] = 2 * (1.25 / 3) - 1  # a quarter of the way from shade 1 to shade 2 of red
+    shades = colours(images)[0, :64].square().unflatten(0, (4, 4, 4))
+    assert shades[:, 3, 3].tolist() == pytest.approx([0, 0.75, 0.25, 0], abs=1e-5)
 
 
 def test_resizing_keeps_a_plain_ground_and_averages_what_is_finer_than_a_pixel():

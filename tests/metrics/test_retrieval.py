@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from limner.errors import FileProblem
+from limner.metrics.features import FEATURES
 from limner.metrics.prompts import Prompt
 from limner.metrics.retrieval import Judge, JudgeData, load, picked, save, styled, train_judge
 
@@ -33,6 +34,24 @@ def test_a_picture_is_right_when_its_own_text_beats_every_distractor():
     assert picked(Plain(), features, prompts, texts, sentences).tolist() == [True, False, False]
 
 
+def test_a_short_list_of_distractors_is_not_filled_up_with_anything():
+    prompts = [Prompt("0", "val", "flat", "left", ("up",)), Prompt("1", "val", "flat", "left", ("up", "right", "down"))]
+    texts = ["down", "left", "right", "up"]  # "down" is in place 0 and best, but only the second prompt has it
+    sentences = torch.tensor([[-2.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert picked(Plain(), torch.tensor([[-1.0, 0.0]] * 2), prompts, texts, sentences).tolist() == [True, False]
+
+
+def test_a_feature_that_training_never_saw_does_not_drown_the_others():
+    judge = Judge(("flat", "3d"), width=8, hidden=16).eval()
+    judge.std[0] = 1e-3
+    assert judge.standardise(torch.ones(1, FEATURES))[0, :2].tolist() == [8, 1]
+
+
+def test_the_judge_that_ships_is_under_8_mb(tmp_path):
+    save(Judge([str(k) for k in range(23)]), tmp_path / "judge.safetensors")
+    assert (tmp_path / "judge.safetensors").stat().st_size < 8_000_000
+
+
 def test_styles_are_compared_by_name_and_an_unknown_one_is_wrong():
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
     assert styled(Plain(), features, ["flat", "3d", "3d", "clay"]).tolist() == [True, True, False, False]
@@ -41,10 +60,10 @@ def test_styles_are_compared_by_name_and_an_unknown_one_is_wrong():
 def toy(n=96, kinds=24):
     """Pictures and captions of `kinds` things in two styles, each a random direction of its own."""
     g = torch.Generator().manual_seed(0)
-    seen, said = torch.randn(kinds, 1280, generator=g), torch.randn(kinds, 384, generator=g)
-    styles = torch.randn(2, 1280, generator=g)
+    seen, said = torch.randn(kinds, FEATURES, generator=g), torch.randn(kinds, 384, generator=g)
+    styles = torch.randn(2, FEATURES, generator=g)
     things, looks = torch.arange(n) % kinds, torch.arange(n) // kinds % 2
-    features = seen[things] + 0.3 * styles[looks] + 0.3 * torch.randn(n, 1280, generator=g)
+    features = seen[things] + 0.3 * styles[looks] + 0.3 * torch.randn(n, FEATURES, generator=g)
     sentences = nn.functional.normalize(said, dim=1)
     return JudgeData(
         features[:, None], things[:, None], sentences, [str(int(t)) for t in things], [("flat", "3d")[k] for k in looks]
@@ -75,7 +94,7 @@ def test_a_saved_judge_is_the_same_in_half_precision(tmp_path):
     save(judge, tmp_path / "judge.safetensors")
     found = load(tmp_path / "judge.safetensors")
     assert found.styles == judge.styles
-    features = torch.randn(5, 1280)
+    features = torch.randn(5, FEATURES)
     assert torch.allclose(found.images(features), judge.images(features), atol=3e-3)
     assert (tmp_path / "judge.safetensors").stat().st_size < 200_000
 

@@ -17,6 +17,10 @@ def evaluate_command(
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")] = "auto",
     limit: Annotated[int | None, typer.Option("--limit", min=32, help="Only this many prompts, spread evenly.")] = None,
     batch: Annotated[int, typer.Option("-b", "--batch", min=1, help="Pictures drawn at a time.")] = 64,
+    steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps. [default: the model's]")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="How closely to follow the prompt.")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="Solver, such as euler or dpmpp_2m.")] = None,
+    schedule: Annotated[str | None, typer.Option("--schedule", help="How noise falls, such as uniform.")] = None,
     cache: Annotated[Path | None, typer.Option("--cache", help="Folder that keeps drawn icons and features.")] = None,
     speed: Annotated[bool, typer.Option(help="Time `limner generate` on 2 CPU cores, in fresh processes.")] = True,
     copying: Annotated[bool, typer.Option(help="Compare with every training picture (slow without a GPU).")] = True,
@@ -46,7 +50,9 @@ def evaluate_command(
         report = evaluation.prepare_judge(pack, out, device, cache=cache)
         print(json.dumps(report, indent=2) if as_json else evaluation.judge_table(report))
         return
+    asked = {"steps": steps, "guidance": guidance, "sampler": sampler, "schedule": schedule}
+    settings = {name: value for name, value in asked.items() if value is not None}
     report = evaluation.evaluate(
-        model, pack, out, device, limit=limit, batch=batch, cache=cache, speed=speed, copying=copying
+        model, pack, out, device, limit=limit, batch=batch, cache=cache, speed=speed, copying=copying, **settings
     )
     print(json.dumps(report, indent=2) if as_json else evaluation.table(report))

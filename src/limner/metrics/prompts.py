@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import chain
 from typing import Protocol
 
 HELD_OUT = ("val", "test_style", "test_compose")
@@ -19,7 +22,13 @@ STYLE_CAPTION = 1
 """Which of a record's captions is the prompt: the label with the style named, "3d emoji: a red apple"."""
 DISTRACTORS = 199
 HARD = 100
-COLOURS = ("navy blue", "black", "white", "red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "brown")
+COLOURS = (
+    *("light blue", "navy blue", "black", "white", "gray", "red", "orange", "yellow", "green", "teal", "blue"),
+    *("purple", "pink", "brown"),
+)
+"""The colour words of the icon captions, two-word ones first. Gold, lime, olive, peach and the like name things."""
+SAME_COLOUR = {"grey": "gray"}
+SMALL_WORDS = frozenset(("", "a", "an", "the", "of"))
 
 
 class Record(Protocol):
@@ -61,14 +70,11 @@ def held_out_prompts(records: Sequence[Record]) -> list[Prompt]:
     are not in the train split at all. Of the 199 distractors up to 100 are hard, taken in this order until there are
     100: the same picture in another tone; the caption with another colour word (up to 5); members of the same style
     and group; members of the same style. The others are captions of any records.
-    None is the concept itself in the same tone, in whatever style (another colour of it apart), and no text occurs
-    twice.
+    None is the concept itself in the same tone, in whatever style (another colour of it apart), and no two texts of
+    the 200 are of the same words (`meaning`).
     """
     trained = {r.concept for r in records if r.split == "train"}
-    by_style: dict[str, list[Record]] = defaultdict(list)
-    for r in records:
-        by_style[r.style].append(r)
-    hashes = {r.id: number(r.id) for r in records}
+    index = Index(records)
     prompts = []
     for r in records:
         if r.split in HELD_OUT:
@@ -76,10 +82,27 @@ def held_out_prompts(records: Sequence[Record]) -> list[Prompt]:
             if r.split == "test_compose":
                 kind = "compose_tone" if r.tone and r.concept in trained else "compose_concept"
             text = r.captions[STYLE_CAPTION]
-            hard = take(hard_distractors(r, by_style[r.style], hashes), HARD, {text})
-            easy = take(any_captions(r, records), DISTRACTORS - len(hard), {text, *hard})
+            hard = take(hard_distractors(r, index), HARD, [text])
+            easy = take(any_captions(r, records), DISTRACTORS - len(hard), [text, *hard])
             prompts.append(Prompt(r.id, kind, r.style, text, (*hard, *easy)))
     return prompts
+
+
+class Index:
+    """Records by style, concept and group, each list in the order of its hashes."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.places = {r.id: number(r.id) for r in records}
+        self.lists: dict[tuple[str, ...], list[Record]] = defaultdict(list)
+        for r in sorted(records, key=lambda r: self.places[r.id]):
+            for key in (r.style,), (r.style, "concept", r.concept), (r.style, "group", r.group):
+                self.lists[key].append(r)
+
+    def around(self, r: Record, *key: str) -> Iterator[Record]:
+        """All records of a list but `r`'s own thing, from `r`'s place on and round: another order for each prompt."""
+        some = self.lists[key]
+        start = bisect(some, self.places[r.id], key=lambda o: self.places[o.id])
+        return (o for o in chain(some[start:], some[:start]) if not same_thing(o, r))
 
 
 def sha256_of(prompts: Sequence[Prompt]) -> str:
@@ -88,21 +111,24 @@ def sha256_of(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def hard_distractors(r: Record, same_style: Sequence[Record], hashes: dict[str, int]) -> Iterator[str]:
-    others = [o for o in same_style if not same_thing(o, r)]
-    others.sort(key=lambda o: hashes[o.id] ^ hashes[r.id])  # any order, another one for each prompt
-    yield from (o.captions[STYLE_CAPTION] for o in others if o.concept == r.concept)
+def hard_distractors(r: Record, index: Index) -> Iterator[str]:
+    yield from (o.captions[STYLE_CAPTION] for o in index.around(r, r.style, "concept", r.concept))
     yield from recoloured(r)
-    others.sort(key=lambda o: o.group != r.group)
-    yield from (o.captions[STYLE_CAPTION] for o in others)
+    yield from (o.captions[STYLE_CAPTION] for o in index.around(r, r.style, "group", r.group))
+    yield from (o.captions[STYLE_CAPTION] for o in index.around(r, r.style))
 
 
 def recoloured(r: Record, most: int = 5) -> Iterator[str]:
-    """The prompt with its first colour word replaced by others; nothing where the label is that colour word alone."""
+    """The prompt with one colour word replaced by others; nothing where the label is that colour word alone.
+
+    A colour outside the label is that of the whole picture (a green silhouette of a red apple): it goes first.
+    """
     text = r.captions[STYLE_CAPTION]
-    found = re.search(rf"\b({'|'.join(COLOURS)})\b", text)
+    words = re.compile(rf"\b({'|'.join((*COLOURS, *SAME_COLOUR))})\b")
+    found = words.search(text.replace(r.label, "_" * len(r.label))) or words.search(text)
     if found and r.label != found.group():
-        others = sorted((c for c in COLOURS if c != found.group()), key=lambda c: number(r.id, c))
+        own = SAME_COLOUR.get(found.group(), found.group())
+        others = sorted((c for c in COLOURS if c != own), key=lambda c: number(r.id, c))
         for colour in others[:most]:
             article = "an" if colour[0] in "aeiou" else "a"
             before = re.sub(r"\ban? $", f"{article} ", text[: found.start()])
@@ -118,22 +144,32 @@ def any_captions(r: Record, records: Sequence[Record]) -> Iterator[str]:
 
 
 def same_thing(a: Record, b: Record) -> bool:
-    return (a.concept, a.tone) == (b.concept, b.tone) or a.label == b.label
+    return (meaning(a.concept), a.tone) == (meaning(b.concept), b.tone) or meaning(a.label) == meaning(b.label)
+
+
+@cache
+def meaning(text: str) -> tuple[str, ...]:
+    """The words of a caption in alphabetical order, without articles and "of": "3d emoji of a red apple" and "a red
+    apple, 3d emoji" are one thing; "family, man, boy" and "family, man, boy, boy" are two."""
+    words = re.split(r"[\s,:;()-]+", text.lower())
+    return tuple(sorted(SAME_COLOUR.get(word, word) for word in words if word not in SMALL_WORDS))
 
 
 def number(*parts: str) -> int:
     return int.from_bytes(hashlib.sha256("\n".join(parts).encode()).digest())
 
 
-def take(texts: Iterable[str], most: int, seen: set[str]) -> list[str]:
-    """The first `most` of `texts` that are neither in `seen` nor repeated."""
-    taken: dict[str, None] = {}
+def take(texts: Iterable[str], most: int, seen: Iterable[str]) -> list[str]:
+    """The first `most` of `texts` that mean neither what one of `seen` means nor what was taken before."""
+    known = {meaning(text) for text in seen}
+    taken: list[str] = []
     for text in texts:
         if len(taken) == most:
             break
-        if text not in seen:
-            taken[text] = None
-    return list(taken)
+        if meaning(text) not in known:
+            known.add(meaning(text))
+            taken.append(text)
+    return taken
 
 
 GRID_PROMPTS = (

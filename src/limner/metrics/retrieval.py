@@ -1,8 +1,9 @@
 """The judge of prompts: does a picture show what its caption says, among 200 captions, and in the style it names?
 
-A dual encoder after CLIP (arXiv:2103.00020, figure 3): two small heads on frozen EfficientNet-Lite0 picture features
-and frozen MiniLM sentence vectors, trained on the train split only, and a classifier of styles on the same picture
-features. Neither network has seen the generator, and the generator has not seen them.
+A dual encoder after CLIP (arXiv:2103.00020, figure 3): two small heads on frozen picture features (`Features.whole`:
+EfficientNet-Lite0 at four depths, and colours) and frozen MiniLM sentence vectors, trained on the train split only, and
+a classifier of styles on the same picture features. Neither network has seen the generator, and the generator has not
+seen them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SENTENCE = 384
 
 
 class Judge(nn.Module):
-    """Heads on picture features (n, 1280) and sentence vectors (n, 384); `styles` names the classes of `style`."""
+    """Heads on picture features (n, FEATURES) and sentence vectors (n, 384); `styles` names the classes of `style`."""
 
     mean: Tensor
     std: Tensor
@@ -43,10 +44,11 @@ class Judge(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def standardise(self, features: Tensor) -> Tensor:
-        return (features.float() - self.mean) / self.std
+        """What is rare in training (a colour, a sharp edge) stays within 8 standard deviations."""
+        return ((features.float() - self.mean) / self.std).clamp(-8, 8)
 
     def images(self, features: Tensor) -> Tensor:
-        """(n, 1280) -> (n, width) unit vectors."""
+        """(n, FEATURES) -> (n, width) unit vectors."""
         return F.normalize(self.image(self.standardise(features)), dim=-1)
 
     def texts(self, sentences: Tensor) -> Tensor:
@@ -54,7 +56,7 @@ class Judge(nn.Module):
         return F.normalize(self.text(sentences.float() * math.sqrt(SENTENCE)), dim=-1)
 
     def style_logits(self, features: Tensor) -> Tensor:
-        """(n, 1280) -> (n, styles)."""
+        """(n, FEATURES) -> (n, styles)."""
         return self.style(self.standardise(features))
 
 
@@ -66,8 +68,9 @@ def head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class JudgeData:
-    """n training pictures: `features` (n, views, 1280) of several renderings of each; `captions` (n, k) positions into
-    `sentences` (m, 384), the vectors of all captions; `things` what each shows (concept, tone and tint), `styles` how.
+    """n training pictures: `features` (n, views, FEATURES) of several renderings of each; `captions` (n, k) positions
+    into `sentences` (m, 384), the vectors of all captions; `things` what each shows (concept, tone and tint), `styles`
+    how.
     """
 
     features: Tensor
@@ -145,7 +148,7 @@ def train_judge(
 def picked(
     judge: Judge, features: Tensor, prompts: Sequence[Prompt], texts: Sequence[str], sentences: Tensor
 ) -> Tensor:
-    """(n,) True where, for `features` (n, 1280) of a picture of each prompt, its own text beats all its distractors.
+    """(n,) True where, for `features` (n, FEATURES) of a picture of each prompt, its text beats all its distractors.
 
     `sentences` (m, 384) are the vectors of `texts`, which hold every prompt and distractor. A tie counts as wrong.
     """
@@ -153,13 +156,13 @@ def picked(
     assert len(texts) == len(sentences)
     device = judge.mean.device
     position = {text: k for k, text in enumerate(texts)}
-    right = torch.empty(len(prompts), dtype=torch.bool)
+    own = torch.tensor([[position[p.text]] for p in prompts], device=device)
+    wrong = [torch.tensor([position[text] for text in p.distractors], dtype=torch.long) for p in prompts]
+    others = nn.utils.rnn.pad_sequence(wrong, batch_first=True, padding_value=-1).to(device)
     with torch.inference_mode(), full_precision():
-        images, vectors = judge.images(features.to(device)), judge.texts(sentences.to(device))
-        for k, prompt in enumerate(prompts):
-            scores = vectors[[position[text] for text in (prompt.text, *prompt.distractors)]] @ images[k]
-            right[k] = bool((scores[0] > scores[1:]).all())
-    return right
+        scores = judge.images(features.to(device)) @ judge.texts(sentences.to(device)).T
+        best = scores.gather(1, others.clamp(min=0)).masked_fill(others < 0, -math.inf).amax(1)
+        return (scores.gather(1, own).squeeze(1) > best).cpu()
 
 
 def styled(judge: Judge, features: Tensor, styles: Sequence[str]) -> Tensor:
