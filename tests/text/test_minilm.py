@@ -46,3 +46,13 @@ def test_a_prompt_is_cut_at_its_end_and_the_cut_is_told(noisy):
 def test_the_shipped_encoder_knows_what_is_near():
     vectors = catalog.minilm().sentences(["3d emoji of a red apple", "fruit", "locomotive"])
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.1
+
+
+def test_prompts_tokenised_before_give_the_same_ids_again(monkeypatch):
+    encoder = MiniLM(catalog.WEIGHTS / "minilm" / "tokenizer.json")
+    fresh = [MiniLM(catalog.WEIGHTS / "minilm" / "tokenizer.json").tokenize([text]) for text in TEXTS]
+    monkeypatch.setattr("limner.text.minilm.MOST_KNOWN", len(TEXTS) - 1)  # so that some are forgotten on the way
+    for order in ([0, 1], [1, 2, 3, 0], [4, 4, 3, 0], [0, 1, 2, 3, 4]):
+        ids, mask = encoder.tokenize([TEXTS[i] for i in order])
+        assert torch.equal(ids, torch.cat([fresh[i][0] for i in order]))
+        assert torch.equal(mask, torch.cat([fresh[i][1] for i in order]))

@@ -7,7 +7,16 @@ import torch
 from torch import nn
 from toy import CONFIG, ToySystem
 
-from limner.training.optimizers import adamw, clip_gradients, lr_at, parameter_groups, step_unless
+from limner.training.optimizers import (
+    adamw,
+    block_matrices,
+    clip_gradients,
+    lr_at,
+    optimizers_for,
+    orthogonalised,
+    parameter_groups,
+    step_unless,
+)
 
 NO, YES = torch.zeros(()), torch.ones(())
 
@@ -89,3 +98,76 @@ def test_every_trained_parameter_of_a_system_is_in_one_group():
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(
         id(p) for p in system.parameters() if p.requires_grad
     )
+
+
+class Tower(nn.Module):
+    """A layer in, two blocks of unlike matrices, a layer out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 9, bias=False), nn.ReLU(), nn.Linear(9, 6), nn.LayerNorm(6)) for _ in range(2)
+        )
+
+    def forward(self, x):
+        x = self.enter(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.leave(x)
+
+
+MUON = replace(CONFIG, optimizer="muon", lr=0.02, weight_decay=0.1, muon_lr_scale=3.0)
+
+
+def test_muon_moves_the_matrices_of_blocks_and_adamw_the_rest():
+    tower = Tower()
+    names = {id(p): name for name, p in tower.named_parameters()}
+    adam, muon = optimizers_for(tower, tower.parameters(), MUON)
+    assert isinstance(adam, torch.optim.AdamW)
+    moved = {names[id(p)] for g in muon.param_groups for p in g["params"]}
+    assert moved == {f"blocks.{i}.{j}.weight" for i in range(2) for j in (0, 2)}
+    assert {names[id(p)] for g in adam.param_groups for p in g["params"]} == set(names.values()) - moved
+
+
+def test_muon_is_torchs_muon():
+    ours, theirs = Tower(), Tower()
+    theirs.load_state_dict(ours.state_dict())
+    mine = optimizers_for(ours, block_matrices(ours), MUON)[0]
+    reference = torch.optim.Muon(block_matrices(theirs), weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    generator = torch.Generator().manual_seed(0)
+    for step in range(5):
+        for a, b in zip(block_matrices(ours), block_matrices(theirs), strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        step_unless(mine, 0.1 / (step + 1), NO)
+        reference.param_groups[0]["lr"] = 0.3 / (step + 1)
+        reference.step()
+    for a, b in zip(block_matrices(ours), block_matrices(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_withheld_step_of_muon_leaves_weights_and_momenta_as_they_were():
+    tower = Tower()
+    muon = optimizers_for(tower, block_matrices(tower), MUON)[0]
+    tower(torch.ones(2, 4)).sum().backward()
+    step_unless(muon, 0.1, NO)
+    before = [p.detach().clone() for p in block_matrices(tower)]
+    momenta = [muon.state[p]["momentum_buffer"].clone() for p in block_matrices(tower)]
+    for p in block_matrices(tower):
+        p.grad.fill_(float("nan"))
+    step_unless(muon, 0.1, YES)
+    for p, was, momentum in zip(block_matrices(tower), before, momenta, strict=True):
+        assert torch.equal(p, was)
+        assert torch.equal(muon.state[p]["momentum_buffer"], momentum)
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one_and_the_same_vectors():
+    matrices = torch.randn(3, 6, 9, generator=torch.Generator().manual_seed(0))
+    for m in (matrices, matrices.mT):
+        out = orthogonalised(m, (3.4445, -4.775, 2.0315), 5).float()
+        assert out.shape == m.shape
+        assert ((torch.linalg.svdvals(out) > 0.6) & (torch.linalg.svdvals(out) < 1.3)).all()
+        u, _, v = torch.linalg.svd(m, full_matrices=False)
+        inside = u.mT @ out @ v.mT  # diagonal where the vectors are the same
+        assert (inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))).abs().max() < 0.05

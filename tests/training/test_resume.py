@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from toy import CONFIG, StopAt, ToyBatches, ending, fit, fit_slowly, fit_until_operation, processes
+from torch import nn
+from toy import CONFIG, StopAt, ToyBatches, ToySystem, ending, fit, fit_slowly, fit_until_operation, processes
 
 from limner.errors import FileProblem
 from limner.training import loop, state
@@ -45,6 +46,30 @@ def test_three_resumes_within_one_epoch(tmp_path, uninterrupted):
         assert fit(tmp_path / "run", stop=StopAt(looks)) == 1
     assert fit(tmp_path / "run") == 0
     assert same(tmp_path / "run", uninterrupted)
+
+
+class Blocks(ToySystem):
+    """With matrices that Muon moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.net = nn.Sequential(*self.blocks, *self.net)
+        self.tied = self.net[5]
+
+
+@pytest.mark.parametrize("forgetful", [False, True])
+def test_a_run_with_muon_resumes_exactly(tmp_path, monkeypatch, forgetful):
+    config = replace(CONFIG, optimizer="muon")
+    for name, stops in (("whole", []), ("parts", [StopAt(7), StopAt(9)])):
+        for stop in [*stops, None]:
+            torch.manual_seed(1)
+            system = Blocks()
+            if forgetful and name == "parts":
+                _without_optimizer(monkeypatch)
+            assert fit(tmp_path / name, config, system=system, stop=stop) == (1 if stop else 0)
+    same_end = ending(tmp_path / "whole", config) == ending(tmp_path / "parts", config)
+    assert same_end is not forgetful
 
 
 def test_stopping_before_the_first_step(tmp_path, uninterrupted):

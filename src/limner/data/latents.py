@@ -52,7 +52,7 @@ class LatentBatches:
             images = transforms.fitted(images, height, width)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 parts.append(autoencoder.encode(images).to(torch.float16))
-        mine = torch.cat(parts)
+        mine = torch.cat(parts).contiguous()  # the gather copies memory as it lies: channels-last would be scrambled
         if world == 1:
             return mine[:n]
         whole = mine.new_empty((world * share, *mine.shape[1:]))
