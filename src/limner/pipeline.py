@@ -39,11 +39,25 @@ class Pipeline:
 def load(source: str | Path = "icons", device: str = "auto") -> Pipeline:
     """A pipeline by model name, weight file or run folder. `device` "auto" takes a CUDA device when there is one.
 
-    Raises UnknownName, FileProblem, CheckpointMismatch.
+    Raises UsageError for a device that is not here, UnknownName, FileProblem, CheckpointMismatch.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Pipeline(catalog.load(source, device), str(source))  # type: ignore[arg-type]
+    return Pipeline(catalog.load(source, find_device(device)), str(source))  # type: ignore[arg-type]
+
+
+def find_device(name: str | torch.device = "auto") -> torch.device:
+    """The device of this name, proved to hold data; "auto" takes a CUDA device when there is one. Raises UsageError."""
+    name = str(name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()  # meta holds no data to draw with
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without CUDA
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        here += ["mps"] if torch.backends.mps.is_available() else []
+        raise UsageError(f"no device {name!r} here: give auto or one of {', '.join(here)}") from error
+    return torch.device(name)
 
 
 def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]:
