@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from limner import catalog
-from limner.errors import ImageProblem, LimnerError, UsageError
+from limner.errors import ImageProblem, LimnerError, UsageError, WordsCut
 from limner.sampling import samplers, schedules
 from limner.types import Defaults, GeneratedImage, OnStep, Request, System
 
@@ -65,9 +66,11 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
 
     Keywords, all optional: negative (str), seed (int; random without), batch, width and height in pixels, steps,
     guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], on_step(done, total). What is left
-    out is the model's default. Raises UsageError, UnknownName, ImageProblem.
+    out is the model's default. Raises UsageError, UnknownName, ImageProblem; warns (WordsCut) of words that do not fit.
     """
     request = prepare(system, prompt=prompt, **values)
+    for sentence in words_cut(system, request):
+        warnings.warn(sentence, WordsCut, stacklevel=3)
     seeds = [request.seed + i for i in range(request.batch)]
     images = draw(system, [request.prompt] * request.batch, seeds, request)
     settings = describe(system, request)
@@ -168,6 +171,17 @@ def check(
         strength=strength,
         on_step=on_step,
     )
+
+
+def words_cut(system: System, request: Request) -> list[str]:
+    """A sentence for the prompt and one for the negative prompt, of each whose end the model will not read."""
+    ends = {"prompt": system.words_cut(request.prompt), "negative prompt": system.words_cut(request.negative)}
+    return [
+        f"the {name} is longer than the model reads: {end if len(end) <= 60 else end[:56] + ' ...'!r} is left out; "
+        "shorten it, or say first what matters most"
+        for name, end in ends.items()
+        if end.strip()
+    ]
 
 
 def describe(system: System, request: Request) -> dict[str, Any]:

@@ -144,6 +144,10 @@ class System(Protocol):
         """What `sample` is told of the words; one row a picture."""
         ...
 
+    def words_cut(self, text: str) -> str:
+        """The end of a prompt that does not fit into what the system reads, "" when all does."""
+        ...
+
     def sample(self, cond: Any, request: Request, noise: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
         """Latents of one picture a row; `noise(shape)` draws fresh noise for every row, shape without the batch."""
         ...

@@ -155,6 +155,24 @@ def test_json_says_what_was_painted(limner, here, tiny_model):
     assert all(i["settings"] == metadata.read_settings(here / i["path"]) for i in images)
 
 
+def test_words_that_do_not_fit_are_told_and_change_no_settings(limner, here, tiny_model):
+    words = "one two three four five six"  # all that the tiny model reads
+    common = ("-m", tiny_model, "-s", 1, "--steps", 1, "-n", f"{words} seven\neight", "--json")
+    result = limner(f"{words} {'seven ' * 100}", *common, "-b", 2)
+    prompt, negative, seed = result.err.splitlines()
+    assert re.match(r"limner: the prompt is longer than the model reads: 'seven [seven ]* \.\.\.' is left out", prompt)
+    assert negative.startswith(
+        r"limner: the negative prompt is longer than the model reads: 'seven\neight' is left out"
+    )
+    assert seed == "seed 1"
+    settings = json.loads(result.out)["images"][0]["settings"]
+    assert settings["prompt"] == f"{words} {'seven ' * 100}"
+    fits = limner(words, *common[:-3])
+    assert fits.err == "seed 1\n"
+    assert settings.keys() == metadata.read_settings(here / fits.out.strip()).keys()
+    assert limner(f"{words} seven", *common, "--dry-run").err.count("is left out") == 2
+
+
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(limner, here, tiny_model, monkeypatch):
     monkeypatch.setattr(pipeline, "draw", lambda *_: pytest.fail("painted"))
     flags = ("fox", "-m", tiny_model, "-s", 4, "-b", 2, "-W", 48, "-o", "new/", "--dry-run")

@@ -8,6 +8,7 @@ import re
 import secrets
 import sys
 import unicodedata
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from limner import metadata
-from limner.errors import UsageError
+from limner.errors import UsageError, WordsCut
 
 if TYPE_CHECKING:
     from limner.pipeline import Pipeline
@@ -99,11 +100,14 @@ def generate_command(
     paths = [] if output == "-" else _paths(output, request)
     for path in paths:
         metadata.check_writable(path, size=4 * request.width * request.height * request.batch)
+    for sentence in pipeline.words_cut(pipe.system, request):
+        print(f"limner: {sentence}", file=sys.stderr)
     if dry_run:
         _print_plan(_plan(pipe, request, paths), as_json)
         return
     print(f"seed {request.seed}", file=sys.stderr)
-    with _progress() as on_step:
+    with _progress() as on_step, warnings.catch_warnings():
+        warnings.simplefilter("ignore", WordsCut)  # told above
         pictures = pipe.generate(**asked, batch=batch, image=request.image, on_step=on_step)
     if output == "-":
         sys.stdout.buffer.write(metadata.encode_png(pictures[0].image, pictures[0].settings))

@@ -79,6 +79,9 @@ class AutoencodingSystem(nn.Module):
     def condition(self, prompts: list[str], negatives: list[str]) -> None:
         return None
 
+    def words_cut(self, text: str) -> str:
+        return ""
+
     def sample(
         self,
         cond: None,

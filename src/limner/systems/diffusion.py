@@ -92,6 +92,9 @@ class DiffusionSystem(nn.Module):
         pick = lambda texts: encoded.map(lambda value: value[[rows[t] for t in texts]])  # noqa: E731
         return Prompts(pick(prompts), pick(negatives))
 
+    def words_cut(self, text: str) -> str:
+        return self.text_encoder.words_cut(text)
+
     def denoiser(self, prompts: Prompts, guidance: float) -> Denoise:
         """The denoiser a solver asks, guided; guidance 1 asks the network for one row a picture, else for two."""
         both = Conditioning.cat([prompts.cond, prompts.uncond])
