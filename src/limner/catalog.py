@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -212,14 +213,17 @@ def load(source: str | Path, device: torch.device | str = "cpu") -> Autoencoding
     Raises UnknownName, FileProblem, CheckpointMismatch.
     """
     path = find(source)
-    tensors, stored = files.load(path)
-    stored.pop("quantization", None)
-    config = parse(stored, path)
-    with torch.device("meta"):
-        system = build(replace(config, autoencoder_from="") if isinstance(config, DiffusionConfig) else config)
-    if isinstance(system, DiffusionSystem):
-        tensors |= {f"text_encoder.{k}": v for k, v in system.text_encoder.state_dict().items()}
-    files.assign(system, tensors, path)
+    with ThreadPoolExecutor(1) as beside:
+        model_hash = beside.submit(files.digest, path)  # on another core, meanwhile
+        tensors, stored = files.load(path)
+        stored.pop("quantization", None)
+        config = parse(stored, path)
+        with torch.device("meta"):
+            system = build(replace(config, autoencoder_from="") if isinstance(config, DiffusionConfig) else config)
+        if isinstance(system, DiffusionSystem):
+            tensors |= {f"text_encoder.{k}": v for k, v in system.text_encoder.state_dict().items()}
+        files.assign(system, tensors, path)
+    system.model_hash = model_hash.result()
     return system.requires_grad_(False).eval().to(device)
 
 

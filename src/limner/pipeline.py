@@ -188,6 +188,8 @@ def describe(system: System, request: Request) -> dict[str, Any]:
     """The settings a picture remembers: enough to draw it again, nothing about who, where or when."""
     kept = ("prompt", "negative", "width", "height", "steps", "guidance", "sampler", "schedule")
     settings: dict[str, Any] = {"model": system.name, **{name: getattr(request, name) for name in kept}}
+    if system.model_hash:
+        settings["model_hash"] = system.model_hash
     if request.image is not None:
         settings["strength"] = request.strength
     return settings

@@ -131,6 +131,8 @@ class System(Protocol):
     task: str
     phases: tuple[str, ...]
     defaults: Defaults
+    model_hash: str
+    """The first digits of the weight file's SHA-256, "" for weights that come from no file."""
     grid: int
     """Width and height must be multiples of this many pixels."""
 

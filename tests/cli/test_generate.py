@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +127,29 @@ def test_settings_of_a_picture_give_it_again_and_flags_override_them(limner, her
     (other,) = painted(limner("-C", path, "-m", tiny_model, "a cat", "--steps", 2, "-s", 12))
     told = metadata.read_settings(here / path) | {"prompt": "a cat", "steps": 2, "seed": 12}
     assert metadata.read_settings(here / other) == told
+
+
+def test_settings_name_the_weights_and_other_weights_are_told(limner, here, tiny_model, other_model):
+    (path,) = painted(limner("fox", "-m", tiny_model, "-s", 1))
+    settings = metadata.read_settings(here / path)
+    assert settings["model_hash"] == hashlib.sha256(tiny_model.read_bytes()).hexdigest()[:10]
+    assert f", Model hash: {settings['model_hash']}, Model: icons-tiny" in Image.open(path).info["parameters"]
+
+    shutil.copy(tiny_model, "moved.safetensors")
+    (moved,) = painted(limner("-C", path, "-m", "moved.safetensors", "-o", "moved.png"))
+    assert (here / moved).read_bytes() == (here / path).read_bytes()
+    whole = settings | {"model_hash": hashlib.sha256(tiny_model.read_bytes()).hexdigest()}
+    metadata.save_png(Image.new("RGBA", (8, 8)), whole, here / "whole.png")
+    painted(limner("-C", "whole.png", "-m", tiny_model))
+
+    result = limner("-C", path, "-m", other_model, "-o", "other.png")
+    told, seed = result.err.splitlines()
+    assert (result.code, result.out, seed) == (0, "other.png\n", "seed 1")
+    assert told.startswith("limner: 'fox-1.png' was painted with other weights (model hash")
+    here_now = metadata.read_settings(here / "other.png")["model_hash"]
+    assert settings["model_hash"] in told
+    assert here_now in told
+    assert here_now != settings["model_hash"]
 
 
 def test_painting_over_a_picture(limner, here, tiny_model):

@@ -76,9 +76,9 @@ def generate_command(
         "schedule": schedule,
         "strength": strength,
     }
-    asked = (_remembered(settings, image, model) if settings else {}) | {
-        k: v for k, v in flags.items() if v is not None
-    }
+    remembered = _remembered(settings, image, model) if settings else {}
+    painted_with = remembered.pop("model_hash", None)
+    asked = remembered | {k: v for k, v in flags.items() if v is not None}
     if "prompt" not in asked:
         raise UsageError('no prompt: say what to paint, such as limner "a red fox"')
     for text in (prompt, negative):
@@ -100,6 +100,12 @@ def generate_command(
     paths = [] if output == "-" else _paths(output, request)
     for path in paths:
         metadata.check_writable(path, size=4 * request.width * request.height * request.batch)
+    if painted_with and not _same_hash(painted_with, pipe.system.model_hash):
+        print(
+            f"limner: {str(settings)!r} was painted with other weights (model hash {painted_with[:10]!r}, "
+            f"here {pipe.system.model_hash!r}): expect another picture",
+            file=sys.stderr,
+        )
     for sentence in pipeline.words_cut(pipe.system, request):
         print(f"limner: {sentence}", file=sys.stderr)
     if dry_run:
@@ -131,7 +137,13 @@ def _remembered(path: Path, image: Path | None, model: str | None) -> dict[str, 
         raise UsageError(f"{str(path)!r} was painted by {settings['model']!r}, which is not in `limner models`: add -m")
     if "strength" in settings and image is None:
         raise UsageError(f"{str(path)!r} was painted over another picture, which it does not hold: add -i PICTURE")
-    return {k: v for k, v in settings.items() if k not in ("limner", "model_hash")}
+    return {k: v for k, v in settings.items() if k != "limner"}
+
+
+def _same_hash(a: str, b: str) -> bool:
+    """Of two hashes that may be cut to different lengths."""
+    length = min(len(a), len(b))
+    return a[:length].lower() == b[:length].lower()
 
 
 def slug(prompt: str) -> str:

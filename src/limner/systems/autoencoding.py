@@ -23,6 +23,7 @@ class AutoencodingSystem(nn.Module):
 
     autoencoder: Any
     grid: int
+    model_hash = ""
     task = "autoencoding"
     phases = ("main",)
 

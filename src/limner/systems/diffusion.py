@@ -33,6 +33,7 @@ class DiffusionSystem(nn.Module):
     autoencoder: Any
     text_encoder: Any
     grid: int
+    model_hash = ""
     task = "text-to-image"
     phases = ("main",)
 
