@@ -154,8 +154,10 @@ def check(
         _size(name, default if value is None else value, defaults, grid)
         for name, value, default in (("width", width, defaults.width), ("height", height, defaults.height))
     ]
-    samplers.get(sampler or defaults.sampler)
-    schedules.get(schedule or defaults.schedule)
+    sampler = defaults.sampler if sampler is None else sampler
+    schedule = defaults.schedule if schedule is None else schedule
+    samplers.get(sampler)
+    schedules.get(schedule)
     return Request(
         prompt=prompt,
         negative=negative or "",
@@ -165,8 +167,8 @@ def check(
         height=sizes[1],
         steps=_whole("steps", defaults.steps if steps is None else steps, 1, 1000),
         guidance=_number("guidance", defaults.guidance if guidance is None else guidance, 0, 100),
-        sampler=sampler or defaults.sampler,
-        schedule=schedule or defaults.schedule,
+        sampler=sampler,
+        schedule=schedule,
         image=image,
         strength=strength,
         on_step=on_step,
