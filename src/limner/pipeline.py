@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from limner import catalog
+from limner import __version__, catalog
 from limner.errors import ImageProblem, LimnerError, UsageError, WordsCut
 from limner.sampling import samplers, schedules
 from limner.types import Defaults, GeneratedImage, OnStep, Request, System
@@ -189,7 +189,8 @@ def words_cut(system: System, request: Request) -> list[str]:
 def describe(system: System, request: Request) -> dict[str, Any]:
     """The settings a picture remembers: enough to draw it again, nothing about who, where or when."""
     kept = ("prompt", "negative", "width", "height", "steps", "guidance", "sampler", "schedule")
-    settings: dict[str, Any] = {"model": system.name, **{name: getattr(request, name) for name in kept}}
+    settings: dict[str, Any] = {"limner": __version__, "model": system.name}
+    settings |= {name: getattr(request, name) for name in kept}
     if system.model_hash:
         settings["model_hash"] = system.model_hash
     if request.image is not None:

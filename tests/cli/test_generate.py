@@ -15,7 +15,7 @@ import time
 import pytest
 from PIL import Image
 
-from limner import metadata, pipeline
+from limner import __version__, metadata, pipeline
 from limner.cli.generate import slug
 
 
@@ -71,6 +71,8 @@ def test_the_drawing_is_that_of_the_pipeline(limner, here, tiny_model):
     assert pixels(path) == image.image.tobytes()
     assert metadata.read_settings(here / path) == image.settings
     assert {name: image.settings[name] for name in wanted} == wanted
+    assert image.settings["limner"] == __version__
+    assert image.settings.keys() == metadata.SETTINGS.keys() - {"strength"}  # that of painting over a picture
 
 
 def test_aliases_mean_the_same(limner, here, tiny_model):
