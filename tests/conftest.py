@@ -43,16 +43,25 @@ def here(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A weight file of `icons-tiny` with fixed random weights: it draws noise, at once and always the same."""
+    return _noisy_model(tmp_path_factory.mktemp("model") / "icons-tiny.safetensors", seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory) -> Path:
+    """As `tiny_model`, with other weights."""
+    return _noisy_model(tmp_path_factory.mktemp("model") / "icons-tiny.safetensors", seed=1)
+
+
+def _noisy_model(path: Path, seed: int) -> Path:
     import torch
 
     from limner import catalog
 
     config = replace(catalog.entry("icons-tiny").config, autoencoder_from="")
     with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         system = catalog.build(config)
         for parameter in system.network.parameters():  # so that nothing is left at zero and every setting matters
             parameter.normal_(std=0.1)
-    path = tmp_path_factory.mktemp("model") / "icons-tiny.safetensors"
     catalog.save(system, config, path)
     return path

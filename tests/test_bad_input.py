@@ -11,9 +11,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from limner import metadata, pipeline
+from limner.errors import UsageError
 
 USAGE, FILE, MEMORY, INTERRUPTED = 2, 3, 4, 130
 
@@ -65,6 +67,8 @@ def refused(limner, here):
         ("width is 100000", ["fox", "-W", "100000"]),
         ("no sampler 'eulr'. Did you mean 'euler'", ["fox", "--sampler", "eulr"]),
         ("no schedule 'karas'. Did you mean 'karras'", ["fox", "--schedule", "karas"]),
+        ("no sampler ''. Known: ddim", ["fox", "--sampler", ""]),
+        ("no schedule ''. Known: exponential", ["fox", "--schedule", ""]),
         ("without a picture to paint over: add -i", ["fox", "--strength", "0.5"]),
         ("No such option: --stepz", ["fox", "--stepz", "3"]),
         ("'--steps' requires an argument", ["fox", "--steps"]),
@@ -89,13 +93,23 @@ def test_strengths_that_cannot_be_meant(refused, here, tiny_model, strength):
 
 def test_names_that_do_not_exist_name_the_nearest(refused):
     refused(FILE, "no model 'icon-tiny'. Did you mean 'icons-tiny'", "fox", "-m", "icon-tiny")
+    refused(FILE, "no model ''", "fox", "-m", "")
+    refused(FILE, f"no model '{'x' * 300}'. Known: icons", "fox", "-m", "x" * 300)
+    refused(FILE, "no file (y/)+y: give", "fox", "-m", "y/" * 3000 + "y")
     refused(USAGE, "no recipe 'icons-tny'", "train", "icons-tny", "--out", "run")
 
 
 def test_a_device_that_is_not_here(refused, tiny_model):
     refused(USAGE, "no device 'gpu'", "fox", "-m", tiny_model, "--device", "gpu")
     refused(USAGE, "no device 'meta'", "fox", "-m", tiny_model, "--device", "meta")
-    refused(USAGE, "no device 'cuda:99'", "fox", "-m", tiny_model, "--device", "cuda:99")
+    refused(USAGE, "no device 'cuda:99' here: give auto or one of cpu", "fox", "-m", tiny_model, "--device", "cuda:99")
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:99", "", "cpu:-1", None])
+def test_a_device_that_is_not_here_is_named_in_python_too(tiny_model, name):
+    with pytest.raises(UsageError, match=f"no device '{name}' here: give auto or one of cpu"):
+        pipeline.load(tiny_model, name)
+    assert pipeline.load(tiny_model, torch.device("cpu")).generate("fox", steps=1)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -122,7 +136,6 @@ def test_weight_files_that_are_none(refused, here, tiny_model):
 
 
 def test_weights_of_another_network(refused, here):
-    import torch
     from safetensors.torch import save_file
 
     save_file({"model.diffusion_model.weight": torch.zeros(2)}, here / "sd.safetensors")
@@ -220,8 +233,6 @@ def test_a_full_standard_output(here, tiny_model, args):
 
 
 def out_of_memory_errors() -> list[BaseException]:
-    import torch
-
     text = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to..."
     return [MemoryError(), RuntimeError(text), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")]
 
@@ -233,8 +244,6 @@ def test_too_little_memory(refused, tiny_model, monkeypatch, error):
 
 
 def test_the_error_torch_really_raises_without_memory(refused, tiny_model, monkeypatch):
-    import torch
-
     monkeypatch.setattr(pipeline, "draw", lambda *_: torch.empty(2**60, dtype=torch.uint8))
     refused(MEMORY, "out of memory: ask for less", "fox", "-m", tiny_model)
 

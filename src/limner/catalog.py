@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -212,14 +214,17 @@ def load(source: str | Path, device: torch.device | str = "cpu") -> Autoencoding
     Raises UnknownName, FileProblem, CheckpointMismatch.
     """
     path = find(source)
-    tensors, stored = files.load(path)
-    stored.pop("quantization", None)
-    config = parse(stored, path)
-    with torch.device("meta"):
-        system = build(replace(config, autoencoder_from="") if isinstance(config, DiffusionConfig) else config)
-    if isinstance(system, DiffusionSystem):
-        tensors |= {f"text_encoder.{k}": v for k, v in system.text_encoder.state_dict().items()}
-    files.assign(system, tensors, path)
+    with ThreadPoolExecutor(1) as beside:
+        model_hash = beside.submit(files.digest, path)  # on another core, meanwhile
+        tensors, stored = files.load(path)
+        stored.pop("quantization", None)
+        config = parse(stored, path)
+        with torch.device("meta"):
+            system = build(replace(config, autoencoder_from="") if isinstance(config, DiffusionConfig) else config)
+        if isinstance(system, DiffusionSystem):
+            tensors |= {f"text_encoder.{k}": v for k, v in system.text_encoder.state_dict().items()}
+        files.assign(system, tensors, path)
+    system.model_hash = model_hash.result()
     return system.requires_grad_(False).eval().to(device)
 
 
@@ -235,14 +240,16 @@ def find(source: str | Path) -> Path:
         assert row.file is not None
         return row.file
     path = Path(source)
-    if path.is_dir():
+    if not str(source):
+        entry("")
+    if os.path.isdir(path):  # noqa: PTH112 (Path's own question raises for a name too long)
         folder = path / "final" if (path / "final").is_dir() else path
         found = sorted(folder.glob("*.safetensors"))
         if len(found) != 1:
             what = "no .safetensors file" if not found else f"{len(found)} .safetensors files"
             raise FileProblem(f"{folder} holds {what}: give the path of one")
         return found[0]
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113 (as above)
         return path
     if path.suffix or len(path.parts) > 1:
         raise FileProblem(

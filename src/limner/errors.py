@@ -69,3 +69,7 @@ class OutOfMemory(LimnerError):
 
 class TrainingDiverged(LimnerError):
     exit_code = 5
+
+
+class WordsCut(UserWarning):
+    """The end of a prompt did not fit into what the model reads."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from limner import catalog
-from limner.errors import ImageProblem, LimnerError, UsageError
+from limner import __version__, catalog
+from limner.errors import ImageProblem, LimnerError, UsageError, WordsCut
 from limner.sampling import samplers, schedules
 from limner.types import Defaults, GeneratedImage, OnStep, Request, System
 
@@ -39,11 +40,25 @@ class Pipeline:
 def load(source: str | Path = "icons", device: str = "auto") -> Pipeline:
     """A pipeline by model name, weight file or run folder. `device` "auto" takes a CUDA device when there is one.
 
-    Raises UnknownName, FileProblem, CheckpointMismatch.
+    Raises UsageError for a device that is not here, UnknownName, FileProblem, CheckpointMismatch.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Pipeline(catalog.load(source, device), str(source))  # type: ignore[arg-type]
+    return Pipeline(catalog.load(source, find_device(device)), str(source))  # type: ignore[arg-type]
+
+
+def find_device(name: str | torch.device = "auto") -> torch.device:
+    """The device of this name, proved to hold data; "auto" takes a CUDA device when there is one. Raises UsageError."""
+    name = str(name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()  # meta holds no data to draw with
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without CUDA
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        here += ["mps"] if torch.backends.mps.is_available() else []
+        raise UsageError(f"no device {name!r} here: give auto or one of {', '.join(here)}") from error
+    return torch.device(name)
 
 
 def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]:
@@ -51,9 +66,11 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
 
     Keywords, all optional: negative (str), seed (int; random without), batch, width and height in pixels, steps,
     guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], on_step(done, total). What is left
-    out is the model's default. Raises UsageError, UnknownName, ImageProblem.
+    out is the model's default. Raises UsageError, UnknownName, ImageProblem; warns (WordsCut) of words that do not fit.
     """
     request = prepare(system, prompt=prompt, **values)
+    for sentence in words_cut(system, request):
+        warnings.warn(sentence, WordsCut, stacklevel=3)
     seeds = [request.seed + i for i in range(request.batch)]
     images = draw(system, [request.prompt] * request.batch, seeds, request)
     settings = describe(system, request)
@@ -137,8 +154,10 @@ def check(
         _size(name, default if value is None else value, defaults, grid)
         for name, value, default in (("width", width, defaults.width), ("height", height, defaults.height))
     ]
-    samplers.get(sampler or defaults.sampler)
-    schedules.get(schedule or defaults.schedule)
+    sampler = defaults.sampler if sampler is None else sampler
+    schedule = defaults.schedule if schedule is None else schedule
+    samplers.get(sampler)
+    schedules.get(schedule)
     return Request(
         prompt=prompt,
         negative=negative or "",
@@ -148,18 +167,32 @@ def check(
         height=sizes[1],
         steps=_whole("steps", defaults.steps if steps is None else steps, 1, 1000),
         guidance=_number("guidance", defaults.guidance if guidance is None else guidance, 0, 100),
-        sampler=sampler or defaults.sampler,
-        schedule=schedule or defaults.schedule,
+        sampler=sampler,
+        schedule=schedule,
         image=image,
         strength=strength,
         on_step=on_step,
     )
 
 
+def words_cut(system: System, request: Request) -> list[str]:
+    """A sentence for the prompt and one for the negative prompt, of each whose end the model will not read."""
+    ends = {"prompt": system.words_cut(request.prompt), "negative prompt": system.words_cut(request.negative)}
+    return [
+        f"the {name} is longer than the model reads: {end if len(end) <= 60 else end[:56] + ' ...'!r} is left out; "
+        "shorten it, or say first what matters most"
+        for name, end in ends.items()
+        if end.strip()
+    ]
+
+
 def describe(system: System, request: Request) -> dict[str, Any]:
     """The settings a picture remembers: enough to draw it again, nothing about who, where or when."""
     kept = ("prompt", "negative", "width", "height", "steps", "guidance", "sampler", "schedule")
-    settings: dict[str, Any] = {"model": system.name, **{name: getattr(request, name) for name in kept}}
+    settings: dict[str, Any] = {"limner": __version__, "model": system.name}
+    settings |= {name: getattr(request, name) for name in kept}
+    if system.model_hash:
+        settings["model_hash"] = system.model_hash
     if request.image is not None:
         settings["strength"] = request.strength
     return settings

@@ -131,6 +131,8 @@ class System(Protocol):
     task: str
     phases: tuple[str, ...]
     defaults: Defaults
+    model_hash: str
+    """The first digits of the weight file's SHA-256, "" for weights that come from no file."""
     grid: int
     """Width and height must be multiples of this many pixels."""
 
@@ -142,6 +144,10 @@ class System(Protocol):
 
     def condition(self, prompts: list[str], negatives: list[str]) -> Any:
         """What `sample` is told of the words; one row a picture."""
+        ...
+
+    def words_cut(self, text: str) -> str:
+        """The end of a prompt that does not fit into what the system reads, "" when all does."""
         ...
 
     def sample(self, cond: Any, request: Request, noise: Callable[[tuple[int, ...]], Tensor]) -> Tensor:

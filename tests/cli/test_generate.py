@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import time
 import pytest
 from PIL import Image
 
-from limner import metadata, pipeline
+from limner import __version__, metadata, pipeline
 from limner.cli.generate import slug
 
 
@@ -69,6 +71,8 @@ def test_the_drawing_is_that_of_the_pipeline(limner, here, tiny_model):
     assert pixels(path) == image.image.tobytes()
     assert metadata.read_settings(here / path) == image.settings
     assert {name: image.settings[name] for name in wanted} == wanted
+    assert image.settings["limner"] == __version__
+    assert image.settings.keys() == metadata.SETTINGS.keys() - {"strength"}  # that of painting over a picture
 
 
 def test_aliases_mean_the_same(limner, here, tiny_model):
@@ -127,6 +131,29 @@ def test_settings_of_a_picture_give_it_again_and_flags_override_them(limner, her
     assert metadata.read_settings(here / other) == told
 
 
+def test_settings_name_the_weights_and_other_weights_are_told(limner, here, tiny_model, other_model):
+    (path,) = painted(limner("fox", "-m", tiny_model, "-s", 1))
+    settings = metadata.read_settings(here / path)
+    assert settings["model_hash"] == hashlib.sha256(tiny_model.read_bytes()).hexdigest()[:10]
+    assert f", Model hash: {settings['model_hash']}, Model: icons-tiny" in Image.open(path).info["parameters"]
+
+    shutil.copy(tiny_model, "moved.safetensors")
+    (moved,) = painted(limner("-C", path, "-m", "moved.safetensors", "-o", "moved.png"))
+    assert (here / moved).read_bytes() == (here / path).read_bytes()
+    whole = settings | {"model_hash": hashlib.sha256(tiny_model.read_bytes()).hexdigest()}
+    metadata.save_png(Image.new("RGBA", (8, 8)), whole, here / "whole.png")
+    painted(limner("-C", "whole.png", "-m", tiny_model))
+
+    result = limner("-C", path, "-m", other_model, "-o", "other.png")
+    told, seed = result.err.splitlines()
+    assert (result.code, result.out, seed) == (0, "other.png\n", "seed 1")
+    assert told.startswith("limner: 'fox-1.png' was painted with other weights (model hash")
+    here_now = metadata.read_settings(here / "other.png")["model_hash"]
+    assert settings["model_hash"] in told
+    assert here_now in told
+    assert here_now != settings["model_hash"]
+
+
 def test_painting_over_a_picture(limner, here, tiny_model):
     Image.new("RGBA", (64, 64), (255, 0, 0, 255)).save("red.png")
     common = ("fox", "-m", tiny_model, "-s", 1)
@@ -153,6 +180,24 @@ def test_json_says_what_was_painted(limner, here, tiny_model):
     images = json.loads(result.out)["images"]
     assert [(i["path"], i["seed"]) for i in images] == [("fox-4.png", 4), ("fox-5.png", 5)]
     assert all(i["settings"] == metadata.read_settings(here / i["path"]) for i in images)
+
+
+def test_words_that_do_not_fit_are_told_and_change_no_settings(limner, here, tiny_model):
+    words = "one two three four five six"  # all that the tiny model reads
+    common = ("-m", tiny_model, "-s", 1, "--steps", 1, "-n", f"{words} seven\neight", "--json")
+    result = limner(f"{words} {'seven ' * 100}", *common, "-b", 2)
+    prompt, negative, seed = result.err.splitlines()
+    assert re.match(r"limner: the prompt is longer than the model reads: 'seven [seven ]* \.\.\.' is left out", prompt)
+    assert negative.startswith(
+        r"limner: the negative prompt is longer than the model reads: 'seven\neight' is left out"
+    )
+    assert seed == "seed 1"
+    settings = json.loads(result.out)["images"][0]["settings"]
+    assert settings["prompt"] == f"{words} {'seven ' * 100}"
+    fits = limner(words, *common[:-3])
+    assert fits.err == "seed 1\n"
+    assert settings.keys() == metadata.read_settings(here / fits.out.strip()).keys()
+    assert limner(f"{words} seven", *common, "--dry-run").err.count("is left out") == 2
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(limner, here, tiny_model, monkeypatch):

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pytest
+
 from limner import catalog, recipes
 
 
@@ -41,6 +43,20 @@ def test_tables_are_the_json_for_people(limner):
         rows = json.loads(limner(command, "--json").out)
         assert head.split()[:2] == ["NAME", "FAMILY"]
         assert [line.split()[0] for line in lines] == [row["name"] for row in rows]
+
+
+def test_words_too_many_are_pointed_to_the_help(limner):
+    result = limner("models", "icons")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == "limner: Got unexpected extra argument(s) (icons); see `limner models --help`\n"
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("limner mod", "models"), ("limner generate --samp", "--sampler")])
+def test_the_shell_completes_commands_and_options(typed, meant):
+    told = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" ")), "_LIMNER_COMPLETE": "complete_bash"}
+    command = [sys.executable, "-m", "limner"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | told, check=True)
+    assert (done.stdout.split(), done.stderr) == ([meant], "")
 
 
 def test_a_reader_that_went_away_is_no_error_message():

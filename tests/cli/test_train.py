@@ -69,6 +69,17 @@ def test_a_run_that_never_saved_starts_anew(limner, here, trained):
         (2, "no recipe 'icon-tiny'. Did you mean 'icons-tiny'", ["icon-tiny", "--out", "run"]),
         (2, "no field 'stepps'. Did you mean 'steps'", ["icons-tiny", "stepps=3", "--out", "run"]),
         (2, "steps=0: ", ["icons-tiny", "steps=0", "--out", "run"]),
+        (2, "data.limit=-4: -4 cannot be", ["icons-tiny", "data.limit=-4", "steps=1", "--out", "run"]),
+        (
+            2,
+            "system.network.depth=-1: -1 cannot be",
+            ["icons-tiny", "system.network.depth=-1", "steps=1", "--out", "run"],
+        ),
+        (
+            2,
+            "system.caption_dropout=nan: nan cannot be",
+            ["icons-tiny", "system.caption_dropout=nan", "steps=1", "--out", "run"],
+        ),
         (2, "lr=nan: ", ["icons-tiny", "lr=nan", "--out", "run"]),
         (2, "not a field=value pair", ["icons-tiny", "steps", "--out", "run"]),
         (2, "no device 'tpu'", ["icons-tiny", "--out", "run", "--device", "tpu"]),

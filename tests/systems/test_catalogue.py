@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -46,6 +48,23 @@ def test_an_image_is_the_same_alone_and_anywhere_in_a_batch():
                 alone = pipeline.generate(system, "red circle", seed=5 + i, **settings)[0]
                 assert furthest(alone.image, together[i].image) <= 1, (sampler, guidance, i)  # of 255
                 assert alone.settings == together[i].settings
+
+
+def test_words_that_do_not_fit_are_a_warning_each():
+    import warnings
+
+    from limner.errors import WordsCut
+
+    pipe, words = pipeline.Pipeline(noisy("icons-tiny").eval(), "icons-tiny"), "one two three four five six"
+    with pytest.warns(WordsCut) as told:
+        pipe.generate(f"{words} seven", negative=f"{words} eight", steps=1, batch=2)
+    assert [re.findall(r"the (.*) is longer.*('.*') is left out", str(w.message)) for w in told] == [
+        [("prompt", "'seven'")],
+        [("negative prompt", "'eight'")],
+    ]
+    assert {w.filename for w in told} == {__file__}
+    with warnings.catch_warnings(action="error"):
+        pipe.generate(words, negative=f"{words} \n", steps=1)
 
 
 def furthest(a, b) -> int:

@@ -6,6 +6,7 @@ a weight file needs nothing beside it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -68,6 +69,12 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except json.JSONDecodeError as error:
         raise FileProblem(f"{path}: its limner configuration is not JSON ({error.msg})") from error
     return dequantize(tensors, config.get("quantization", {}), path), config
+
+
+def digest(path: Path) -> str:
+    """The first ten digits of the file's SHA-256, which name weights wherever they lie."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:

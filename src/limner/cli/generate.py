@@ -8,6 +8,7 @@ import re
 import secrets
 import sys
 import unicodedata
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from limner import metadata
-from limner.errors import UsageError
+from limner.errors import UsageError, WordsCut
 
 if TYPE_CHECKING:
     from limner.pipeline import Pipeline
@@ -75,9 +76,9 @@ def generate_command(
         "schedule": schedule,
         "strength": strength,
     }
-    asked = (_remembered(settings, image, model) if settings else {}) | {
-        k: v for k, v in flags.items() if v is not None
-    }
+    remembered = _remembered(settings, image, model) if settings else {}
+    painted_with = remembered.pop("model_hash", None)
+    asked = remembered | {k: v for k, v in flags.items() if v is not None}
     if "prompt" not in asked:
         raise UsageError('no prompt: say what to paint, such as limner "a red fox"')
     for text in (prompt, negative):
@@ -94,17 +95,25 @@ def generate_command(
 
     from limner import pipeline
 
-    _check_device(device)
     pipe = pipeline.load(name, device)
     request = pipeline.prepare(pipe.system, **asked, batch=batch, image=image)
     paths = [] if output == "-" else _paths(output, request)
     for path in paths:
         metadata.check_writable(path, size=4 * request.width * request.height * request.batch)
+    if painted_with and not _same_hash(painted_with, pipe.system.model_hash):
+        print(
+            f"limner: {str(settings)!r} was painted with other weights (model hash {painted_with[:10]!r}, "
+            f"here {pipe.system.model_hash!r}): expect another picture",
+            file=sys.stderr,
+        )
+    for sentence in pipeline.words_cut(pipe.system, request):
+        print(f"limner: {sentence}", file=sys.stderr)
     if dry_run:
         _print_plan(_plan(pipe, request, paths), as_json)
         return
     print(f"seed {request.seed}", file=sys.stderr)
-    with _progress() as on_step:
+    with _progress() as on_step, warnings.catch_warnings():
+        warnings.simplefilter("ignore", WordsCut)  # told above
         pictures = pipe.generate(**asked, batch=batch, image=request.image, on_step=on_step)
     if output == "-":
         sys.stdout.buffer.write(metadata.encode_png(pictures[0].image, pictures[0].settings))
@@ -128,16 +137,13 @@ def _remembered(path: Path, image: Path | None, model: str | None) -> dict[str, 
         raise UsageError(f"{str(path)!r} was painted by {settings['model']!r}, which is not in `limner models`: add -m")
     if "strength" in settings and image is None:
         raise UsageError(f"{str(path)!r} was painted over another picture, which it does not hold: add -i PICTURE")
-    return {k: v for k, v in settings.items() if k not in ("limner", "model_hash")}
+    return {k: v for k, v in settings.items() if k != "limner"}
 
 
-def _check_device(name: str) -> None:
-    import torch
-
-    try:
-        torch.zeros(1, device="cpu" if name == "auto" else name).item()  # meta holds no data to draw with
-    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without CUDA
-        raise UsageError(f"no device {name!r} here: give auto or cpu, or cuda where torch finds a GPU") from error
+def _same_hash(a: str, b: str) -> bool:
+    """Of two hashes that may be cut to different lengths."""
+    length = min(len(a), len(b))
+    return a[:length].lower() == b[:length].lower()
 
 
 def slug(prompt: str) -> str:

@@ -99,9 +99,9 @@ def _complain(message: str, code: int) -> int:
 
 
 def _usage_hint(error: TyperException) -> str:
-    if "unexpected extra argument" in str(error):
-        return "; put a prompt of several words in quotes"
     context = getattr(error, "ctx", None)
+    if "unexpected extra argument" in str(error) and context and context.info_name == "generate":
+        return "; put a prompt of several words in quotes"
     return f"; see `{context.command_path} --help`" if context else ""
 
 

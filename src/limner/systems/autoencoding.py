@@ -23,6 +23,7 @@ class AutoencodingSystem(nn.Module):
 
     autoencoder: Any
     grid: int
+    model_hash = ""
     task = "autoencoding"
     phases = ("main",)
 
@@ -78,6 +79,9 @@ class AutoencodingSystem(nn.Module):
 
     def condition(self, prompts: list[str], negatives: list[str]) -> None:
         return None
+
+    def words_cut(self, text: str) -> str:
+        return ""
 
     def sample(
         self,

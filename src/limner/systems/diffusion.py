@@ -33,6 +33,7 @@ class DiffusionSystem(nn.Module):
     autoencoder: Any
     text_encoder: Any
     grid: int
+    model_hash = ""
     task = "text-to-image"
     phases = ("main",)
 
@@ -91,6 +92,9 @@ class DiffusionSystem(nn.Module):
         encoded = self.text_encoder.encode(unique)
         pick = lambda texts: encoded.map(lambda value: value[[rows[t] for t in texts]])  # noqa: E731
         return Prompts(pick(prompts), pick(negatives))
+
+    def words_cut(self, text: str) -> str:
+        return self.text_encoder.words_cut(text)
 
     def denoiser(self, prompts: Prompts, guidance: float) -> Denoise:
         """The denoiser a solver asks, guided; guidance 1 asks the network for one row a picture, else for two."""

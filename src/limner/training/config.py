@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -133,7 +134,10 @@ def _replaced(value: Any, path: list[str], text: str) -> Any:
         raise _NoSuchField
     is_section = dataclasses.is_dataclass(child) or (isinstance(child, dict) and child)
     new = _replaced(child, rest, text) if rest or is_section else _read(hint, text)
-    return {**value, head: new} if isinstance(value, dict) else dataclasses.replace(value, **{head: new})
+    changed = {**value, head: new} if isinstance(value, dict) else dataclasses.replace(value, **{head: new})
+    if not rest:
+        _check_range(new)
+    return changed
 
 
 def _read(hint: Any, text: str) -> Any:
@@ -150,6 +154,13 @@ def _read(hint: Any, text: str) -> Any:
         except ValidationError as error:
             errors.append(error)
     raise max(errors, key=lambda error: len(error.errors()[0]["loc"]))  # the reading that got furthest
+
+
+def _check_range(value: Any) -> None:
+    """Numbers must be finite and not negative, also in sections that do not check their own."""
+    for number in value if isinstance(value, tuple | list) else [value]:
+        if isinstance(number, int | float) and not 0 <= number < math.inf:
+            raise ValueError(f"{number:g} cannot be; give a number from 0")
 
 
 def _plain(config: Any) -> dict[str, Any]:
