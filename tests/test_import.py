@@ -34,6 +34,11 @@ def test_the_help_of_a_command_does_not_wait_for_torch(command):
     assert loaded_by(RUN.format([command, "--help"])) & (HEAVY - {"pydantic"}) == set()  # typer reads numbers with it
 
 
+def test_loading_does_not_wait_for_torchs_compiler():
+    build = "catalog.build(catalog.entry('icons').config)"
+    assert "sympy" not in loaded_by(f"import torch; from limner import catalog\nwith torch.device('meta'): {build}")
+
+
 def test_the_public_names_are_there():
     from limner import pipeline, types
 

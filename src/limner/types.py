@@ -55,18 +55,25 @@ class Conditioning:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a model draws with when the request does not say. Sizes in pixels."""
+    """What a model draws with when the request does not say. Sizes in pixels; guidance acts at noise levels in
+    `guidance_interval`, in sigma of the flow (see `limner.sampling.guidance.within`)."""
 
     width: int = 256
     height: int = 256
     steps: int = 16
     guidance: float = 4.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     sampler: str = "euler"
     schedule: str = "uniform"
     strength: float = 0.6
     min_size: int = 128
     max_size: int = 512
     max_prompt_chars: int = 2000
+
+    def __post_init__(self) -> None:
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval is {low:g} to {high:g}: give two rising numbers from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -39,6 +40,20 @@ def test_a_system_survives_its_file(tmp_path):
     for name, value in system.state_dict().items():
         if not name.startswith("text_encoder."):
             assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_a_guidance_interval_is_stored_checked_and_everywhere_in_older_files(tmp_path):
+    config = catalog.entry("icons-tiny").config
+    config = replace(config, defaults=replace(config.defaults, guidance_interval=(0.25, 0.75)))
+    catalog.save(catalog.build(config), config, tmp_path / "x.safetensors")
+    assert catalog.load(tmp_path / "x.safetensors").defaults == config.defaults
+    stored = asdict(config)
+    for wrong in ([0.75, 0.25], [-1, 1], [0, 2], [float("nan"), 1], [0.5]):
+        stored["defaults"]["guidance_interval"] = wrong
+        with pytest.raises(CheckpointMismatch, match="guidance_interval"):
+            catalog.parse(stored, "x")
+    del stored["defaults"]["guidance_interval"]
+    assert catalog.parse(stored, "x").defaults.guidance_interval == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "header", "empty"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from limner.errors import UnknownName
 from limner.sampling import interpolants, samplers, schedules
-from limner.sampling.guidance import classifier_free
+from limner.sampling.guidance import classifier_free, within
 from limner.sampling.interpolants import EDM, Flow, Interpolant
 from limner.sampling.predictions import PREDICTIONS
 
@@ -201,6 +201,24 @@ def test_a_prediction_of_the_target_gives_x0_back(name, interpolant):
 def test_guidance_extrapolates_from_the_negative_to_the_prompt():
     denoise = classifier_free(lambda x, s: (torch.tensor(3.0), torch.tensor(1.0)), 4.0)
     assert denoise(torch.zeros(1), 0.5) == 9.0
+
+
+@pytest.mark.parametrize("interpolant", BOTH, ids=lambda i: i.name)
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.25, 0.75), (0.5, 0.5)])
+def test_guidance_acts_inside_its_interval_alone(interpolant, low, high):
+    answer = {True: torch.tensor(9.0), False: torch.tensor(3.0)}
+    asked = []
+
+    def told(guided):
+        return lambda x, sigma: (asked.append(guided), answer[guided])[1]
+
+    denoise = within((low, high), told(True), told(False), interpolant)
+    for level in (1.0, 0.875, 0.75, 0.5, 0.25, 0.125):
+        sigma = interpolant.sigma_max if level == 1 else interpolant.from_ratio(level / (1 - level))
+        inside = low < level <= high
+        assert denoise(torch.zeros(1), sigma) == answer[inside]
+        assert asked.pop() is inside
+        assert asked == []
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from limner import catalog, pipeline, recipes
 from limner.data.batches import open_batches
+from limner.systems import diffusion
 
 TINY = [name for name in catalog.names() if name.endswith("-tiny")]
 
@@ -65,6 +67,33 @@ def test_words_that_do_not_fit_are_a_warning_each():
     assert {w.filename for w in told} == {__file__}
     with warnings.catch_warnings(action="error"):
         pipe.generate(words, negative=f"{words} \n", steps=1)
+
+
+def test_steps_outside_the_guidance_interval_ask_for_one_row_a_picture(monkeypatch):
+    system = noisy("icons-tiny").eval()
+    rows: list[int] = []
+    system.network.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+
+    def latents(guidance: float, interval: tuple[float, float], prompt: str = "red circle") -> torch.Tensor:
+        rows.clear()
+        system.defaults = replace(system.defaults, guidance_interval=interval)
+        request = pipeline.prepare(system, prompt=prompt, seed=1, steps=4, guidance=guidance)
+        with torch.inference_mode():
+            cond = system.condition([request.prompt], [""])
+            return system.sample(cond, request, pipeline.noise_source([1], "cpu"))
+
+    nowhere, plain = latents(3.0, (0.5, 0.5)), latents(1.0, (0.0, 1.0))
+    assert rows == [1, 1, 1, 1]
+    assert torch.equal(nowhere, plain)
+    everywhere = latents(3.0, (0.0, 1.0))
+    assert rows == [2, 2, 2, 2]
+    middle = latents(3.0, (0.25, 0.75))  # sigma is 1, 0.75, 0.5 and 0.25
+    assert rows == [1, 2, 2, 1]
+    assert (middle - everywhere).abs().max() > 1e-3
+    assert (middle - plain).abs().max() > 1e-3
+    assert (latents(1.0, (0.0, 1.0), "blue square") - plain).abs().max() > 1e-3
+    monkeypatch.setattr(diffusion, "within", lambda interval, guided, plain, interpolant: guided)
+    assert torch.equal(latents(3.0, (0.5, 0.5)), everywhere)
 
 
 def furthest(a, b) -> int:

@@ -77,9 +77,10 @@ def _quantize(tensor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def _dequantize(q: Tensor, scale: Tensor, bits: int, shape: list[int]) -> Tensor:
     if bits == 4:
-        pairs = torch.stack([q & 15, q >> 4], dim=-1).to(torch.int8) - 8
-        return (pairs.reshape(-1, GROUP).float() * scale[:, None]).reshape(shape)
-    return q.float() * scale.reshape(-1, *[1] * (q.dim() - 1))
+        pairs = scale.new_empty(*q.shape, 2)
+        pairs[..., 0], pairs[..., 1] = q & 15, q >> 4
+        return pairs.sub_(8).view(-1, GROUP).mul_(scale[:, None]).view(shape)
+    return q.float().mul_(scale.reshape(-1, *[1] * (q.dim() - 1)))
 
 
 def _grouped(tensor: Tensor, bits: int) -> Tensor:

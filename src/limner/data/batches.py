@@ -20,8 +20,8 @@ class DataConfig:
     """`source`: "icons", "shapes", "folder" or a classic set; `folder` where its files lie ("" = the usual place).
     `size` in pixels; `limit` > 0 keeps the first so many; `latent_views` > 0 encodes so many views of a picture once
     instead of encoding each batch; `cache` keeps rendered pictures in this folder ("" = in memory only).
-    `other_sizes` are rows of (width, height, share of the steps) at which latents are drawn beside `size`: each step has
-    one size, and one larger than `size` holds fewer pictures, so that no step has more pixels."""
+    `other_sizes` are rows of (width, height, share of the steps) at which latents are drawn beside `size`: each step
+    has one size, and one larger than `size` holds fewer pictures, so that no step has more pixels."""
 
     source: str = "icons"
     folder: str = ""

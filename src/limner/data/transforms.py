@@ -74,7 +74,7 @@ def view(images: Tensor, mirror: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def fitted(images: Tensor, height: int, width: int) -> Tensor:
-    """Square pictures scaled to the shorter side of a height x width canvas and set in its middle, transparent around."""
+    """Square pictures scaled to the shorter side of a height x width canvas and set in its middle."""
     side = min(height, width)
     if side != images.shape[-1]:
         images = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limner.nn.embeddings import TimeEmbedding, rope_table, rotate
+from limner.nn.linear import Linear
 from limner.types import Conditioning
 
 
@@ -115,18 +116,18 @@ class Block(nn.Module):
         width = config.width
         self.num_heads = config.num_heads
         self.offset = nn.Parameter(torch.zeros(6, width))
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = Linear(width, 3 * width, bias=False)
         self.q_norm = nn.RMSNorm(width // config.num_heads, eps=1e-6)
         self.k_norm = nn.RMSNorm(width // config.num_heads, eps=1e-6)
-        self.proj = nn.Linear(width, width, bias=False)
-        self.mlp_in = nn.Linear(width, 2 * config.hidden, bias=False)
-        self.mlp_out = nn.Linear(config.hidden, width, bias=False)
+        self.proj = Linear(width, width, bias=False)
+        self.mlp_in = Linear(width, 2 * config.hidden, bias=False)
+        self.mlp_out = Linear(config.hidden, width, bias=False)
 
     def forward(self, tokens: Tensor, modulation: Tensor, table: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.offset + modulation).chunk(6, dim=1)  # each b 1 d
-        tokens = tokens + gate1 * self.attend(modulate(layer_norm(tokens), shift1, scale1), table)
+        tokens = torch.addcmul(tokens, gate1, self.attend(modulate(layer_norm(tokens), shift1, scale1), table))
         value, gate = self.mlp_in(modulate(layer_norm(tokens), shift2, scale2)).chunk(2, dim=-1)
-        return tokens + gate2 * self.mlp_out(F.silu(gate) * value)
+        return torch.addcmul(tokens, gate2, self.mlp_out(F.silu(gate) * value))
 
     def attend(self, x: Tensor, table: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h e) -> three b h n e", three=3, h=self.num_heads)
@@ -140,4 +141,4 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)

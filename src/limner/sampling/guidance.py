@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from limner.sampling.interpolants import Interpolant
 from limner.types import Denoise
 
 Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]
@@ -19,5 +20,18 @@ def classifier_free(pair: Pair, scale: float) -> Denoise:
     def denoise(x: Tensor, sigma: float) -> Tensor:
         cond, uncond = pair(x, sigma)
         return torch.lerp(uncond, cond, scale)
+
+    return denoise
+
+
+def within(interval: tuple[float, float], guided: Denoise, plain: Denoise, interpolant: Interpolant) -> Denoise:
+    """`guided` at noise levels in `interval`, else `plain`, which may ask the network for half as much (guidance
+    interval, arXiv:2404.07724). Levels are those of the flow, low < sigma / (alpha + sigma) <= high, so (0, 1] is
+    everywhere and (s, s] nowhere, in any coordinate."""
+    low, high = interval
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        level = sigma / (interpolant.alpha(sigma) + sigma)
+        return guided(x, sigma) if low < level <= high else plain(x, sigma)
 
     return denoise

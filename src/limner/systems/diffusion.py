@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limner.sampling import samplers, schedules
-from limner.sampling.guidance import classifier_free
+from limner.sampling.guidance import classifier_free, within
 from limner.sampling.interpolants import Interpolant
 from limner.sampling.predictions import Prediction
 from limner.types import Conditioning, Defaults, Denoise, Images, Latents, Request
@@ -97,7 +97,8 @@ class DiffusionSystem(nn.Module):
         return self.text_encoder.words_cut(text)
 
     def denoiser(self, prompts: Prompts, guidance: float) -> Denoise:
-        """The denoiser a solver asks, guided; guidance 1 asks the network for one row a picture, else for two."""
+        """The denoiser a solver asks, guided within the model's interval: two rows of the network a picture there, one
+        elsewhere and with guidance 1."""
         both = Conditioning.cat([prompts.cond, prompts.uncond])
 
         def predict(x: Tensor, sigma: float, cond: Conditioning) -> Tensor:
@@ -109,9 +110,13 @@ class DiffusionSystem(nn.Module):
             cond, uncond = predict(torch.cat([x, x]), sigma, both).chunk(2)
             return cond, uncond
 
+        def plain(x: Tensor, sigma: float) -> Tensor:
+            return predict(x, sigma, prompts.cond)
+
         if guidance == 1:
-            return lambda x, sigma: predict(x, sigma, prompts.cond)
-        return classifier_free(pair, guidance)
+            return plain
+        guided = classifier_free(pair, guidance)
+        return within(self.defaults.guidance_interval, guided, plain, self.interpolant)
 
     def sample(
         self, cond: Prompts, request: Request, noise: Callable[[tuple[int, ...]], Tensor], start: Latents | None = None

@@ -91,9 +91,9 @@ def sentence(states: Tensor, mask: Tensor) -> Tensor:
 class Embeddings(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(VOCABULARY, WIDTH)
-        self.position_embeddings = nn.Embedding(POSITIONS, WIDTH)
-        self.token_type_embeddings = nn.Embedding(2, WIDTH)
+        # not nn.Embedding(rows, WIDTH): to fill one on the meta device, torch imports its whole compiler
+        tables = [nn.Embedding.from_pretrained(torch.empty(rows, WIDTH)) for rows in (VOCABULARY, POSITIONS, 2)]
+        self.word_embeddings, self.position_embeddings, self.token_type_embeddings = tables
         self.LayerNorm = nn.LayerNorm(WIDTH, eps=1e-12)
 
     def forward(self, ids: Tensor) -> Tensor:

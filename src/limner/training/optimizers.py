@@ -1,4 +1,4 @@
-"""AdamW with parameter groups, Muon for the matrices of repeated blocks, and the learning rate as a function of the step."""
+"""AdamW with parameter groups, Muon for the matrices of repeated blocks, the learning rate at every step."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def block_matrices(module: nn.Module) -> list[nn.Parameter]:
     """Weights of the linear layers that lie in some ModuleList, the repeated blocks of a transformer: not those that
     read the input, embed, or write the output, which AdamW serves better."""
     lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
-    return [layer.weight for blocks in lists for layer in blocks.modules() if isinstance(layer, nn.Linear)]
+    layers = [m for blocks in lists for m in blocks.modules() if isinstance(m, nn.Linear)]
+    return [p for layer in layers for name, p in layer.named_parameters() if name == "weight"]
 
 
 def step_unless(optimizer: torch.optim.Optimizer, lr: float, bad: Tensor) -> None:
