@@ -341,7 +341,10 @@ def in_parallel(function: Callable[[Job], Result], jobs: list[Job], workers: int
     if workers == 1 or len(jobs) < 64:
         yield from progress(map(function, jobs))
         return
-    # Where there is fork, it spares each worker the import of torch; they touch neither torch nor its threads.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    # Never plain fork: a child of a process whose torch or renderer has threads can wait for ever for one of them.
+    # A fork server has none, and imports torch once for all workers.
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    if sys.platform == "linux":
+        context.set_forkserver_preload(["limner.data.icons"])
     with context.Pool(min(workers, len(jobs))) as pool:
         yield from progress(pool.imap_unordered(function, jobs, chunksize=8))
