@@ -249,6 +249,7 @@ def test_features_of_training_pictures_are_kept_and_read_again(pack, blind, tmp_
     monkeypatch.setattr(Thumbnails, "__call__", lambda *_: pytest.fail("computed again"))
     again = evaluation.features_of_train(train, Thumbnails(), pack, tmp_path, views=2)
     assert torch.equal(again, first[:, :2])
+    assert torch.equal(evaluation.features_of_train(train, Thumbnails(), pack, tmp_path, views=4), first)
 
 
 def test_an_evaluation_computes_nothing_of_the_training_pictures_that_the_judge_was_made_of(

@@ -68,7 +68,7 @@ def prepare_judge(
     *,
     cache: Path | None = None,
     size: int = SIZE,
-    steps: int = 4000,
+    steps: int = 6000,
     batch: int = 2048,
     views: int = 5,
     seed: int = 0,

@@ -72,11 +72,11 @@ def toy(n=96, kinds=24):
 
 def test_a_trained_judge_tells_things_and_styles_and_training_repeats():
     data = toy()
-    judge = train_judge(data, steps=40, batch=64)
+    judge = train_judge(data, steps=24, batch=48)
     scores = judge.images(data.features[:, 0]) @ judge.texts(data.sentences).T
     assert (scores.argmax(1) == data.captions[:, 0]).float().mean() > 0.95
     assert styled(judge, data.features[:, 0], data.styles).float().mean() > 0.95
-    again = train_judge(data, steps=40, batch=64)
+    again = train_judge(data, steps=24, batch=48)
     assert all(torch.equal(a, b) for a, b in zip(judge.state_dict().values(), again.state_dict().values(), strict=True))
 
 
@@ -92,7 +92,7 @@ def test_pictures_of_one_thing_are_not_each_others_negatives():
     data = toy(n=300)
     data = JudgeData(data.features, data.captions, data.sentences, ["the same"] * 300, data.styles)
     losses = []
-    train_judge(data, steps=100, batch=32, report=lambda step, clip: losses.append(clip))
+    train_judge(data, steps=100, batch=8, report=lambda step, clip: losses.append(clip))
     assert losses == [0.0]
 
 

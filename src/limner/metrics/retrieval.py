@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
+from limner.checkpoints.files import write_atomically
 from limner.errors import FileProblem
 from limner.metrics.features import FEATURES, full_precision
 from limner.metrics.prompts import Prompt
@@ -83,7 +84,7 @@ class JudgeData:
 def train_judge(
     data: JudgeData,
     *,
-    steps: int = 4000,
+    steps: int = 6000,
     batch: int = 2048,
     lr: float = 1e-3,
     weight_decay: float = 0.1,
@@ -177,9 +178,8 @@ def styled(judge: Judge, features: Tensor, styles: Sequence[str]) -> Tensor:
 def save(judge: Judge, path: Path) -> None:
     """Write the heads as fp16 safetensors, their sizes in the metadata."""
     config = {"styles": judge.styles, "width": judge.width, "hidden": judge.hidden}
-    save_file(
-        {k: v.half().contiguous().cpu() for k, v in judge.state_dict().items()}, path, {"judge": json.dumps(config)}
-    )
+    tensors = {k: v.half().contiguous().cpu() for k, v in judge.state_dict().items()}
+    write_atomically(path, serialise(tensors, {"judge": json.dumps(config)}))
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Judge:
