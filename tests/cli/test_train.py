@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ def trained(limner, here):
 def test_a_recipe_is_trained_from_data_to_a_file_that_loads(limner, here, trained):
     run = here / "run"
     final = run / "final" / "icons-autoencoder-tiny.safetensors"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # else whoever trained could not be stopped any more
     assert trained.out.splitlines()[-1] == str(final.relative_to(here))
     assert catalog.load(final).family
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-000002", "step-000003"]

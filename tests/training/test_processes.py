@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 import socket
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from toy import CONFIG, fit_as_one_of, processes
 
 from limner.errors import UsageError
 from limner.training import state
-from limner.training.processes import join
+from limner.training.processes import STOPS, StopRequests, join
 
 
 def train(run: Path, world: int) -> dict[str, torch.Tensor]:
@@ -33,6 +35,14 @@ def test_two_processes_train_what_one_trains_with_the_same_batch(tmp_path):
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-5)
     metrics = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert len(metrics[0]) == len(metrics[1]) == CONFIG.steps // CONFIG.log_every
+
+
+def test_signals_mean_again_what_they_meant_before():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with StopRequests(None) as outer, outer:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert STOPS[outer.asked()] == "terminated"
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):

@@ -90,22 +90,21 @@ OUT_OF_TIME, TERMINATED, INTERRUPTED = STOPS
 class StopRequests:
     """Inside, SIGTERM, the first Ctrl-C and `seconds` of wall time are noted instead of obeyed at once.
 
-    `asked()` is 0 or a key of STOPS. A second Ctrl-C interrupts as usual.
+    `asked()` is 0 or a key of STOPS. A second Ctrl-C interrupts as usual. May be entered again inside itself.
     """
 
     def __init__(self, seconds: float | None) -> None:
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.noted = 0
-        self.before: dict[int, Any] = {}
+        self.before: list[dict[int, Any]] = []
 
     def __enter__(self) -> StopRequests:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.before[number] = signal.signal(number, self._note)
+        heard = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        self.before.append({number: signal.signal(number, self._note) for number in heard})
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.before.pop().items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
