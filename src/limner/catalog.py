@@ -15,10 +15,10 @@ from torch import nn
 
 from limner.checkpoints import files
 from limner.checkpoints.quantization import quantize
-from limner.errors import CheckpointMismatch, FileProblem, UnknownName
+from limner.errors import CheckpointMismatch, FileProblem, UnknownName, UsageError
 from limner.models.dcae import DCAE, DCAE_ICONS, DCAE_TINY, DCAEConfig
 from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, JointDiTConfig
-from limner.sampling import interpolants, predictions
+from limner.sampling import interpolants, predictions, samplers, schedules
 from limner.systems.autoencoding import AutoencodingSystem
 from limner.systems.diffusion import DiffusionSystem
 from limner.text.minilm import MiniLM
@@ -147,11 +147,18 @@ def entry(name: str) -> Entry:
 
 
 def build(config: AutoencodingConfig | DiffusionConfig) -> AutoencodingSystem | DiffusionSystem:
-    """The system with fresh weights; a frozen autoencoder is read from `autoencoder_from` when that is given."""
+    """The system with fresh weights; a frozen autoencoder is read from `autoencoder_from` when that is given.
+
+    Raises UsageError, UnknownName for what no system can be built of.
+    """
     if isinstance(config, AutoencodingConfig):
         return AutoencodingSystem(
             DCAE(config.autoencoder), config.defaults, config.name, config.family, **asdict(config.loss)
         )
+    samplers.get(config.defaults.sampler)
+    schedules.get(config.defaults.schedule)
+    if config.max_tokens < 1:
+        raise UsageError(f"max_tokens={config.max_tokens}: a prompt has 1 token or more")
     autoencoder = DCAE(config.autoencoder)
     if config.autoencoder_from:
         _load_autoencoder(autoencoder, config.autoencoder_from)

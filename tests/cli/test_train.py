@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from limner import catalog
 from limner.training import loop
 
+TINY = ("icons-tiny", "--out", "run")
 FEW = ("steps=3", "batch_size=4", "save_every=2", "log_every=1", "data.limit=8")
 
 
@@ -88,6 +89,13 @@ def test_a_run_that_never_saved_starts_anew(limner, here, trained):
         (2, "--stop-after", ["icons-tiny", "--out", "run", "--stop-after", "-1"]),
         (2, "--stop-after", ["icons-tiny", "--out", "run", "--stop-after", "nan"]),
         (2, "--resume takes the run's folder and nothing else", ["icons-tiny", "--resume", "run"]),
+        (2, "give data.latent_views=1 or more", [*TINY, "data.latent_views=0", "data.other_sizes=[[16,16,0.5]]"]),
+        (2, "data.other_sizes: 18 x 16 is not", [*TINY, "data.other_sizes=[[18,16,0.5]]"]),
+        (2, "optimizer=muon moves the linear layers", ["icons-autoencoder-tiny", "optimizer=muon", "--out", "run"]),
+        (2, "width=64 is not in fours", [*TINY, "system.network.num_heads=0"]),
+        (2, "width=60 is not in fours", [*TINY, "system.network.width=60"]),
+        (2, "max_tokens=0", [*TINY, "system.max_tokens=0"]),
+        (2, "no sampler 'eulr'. Did you mean 'euler'", [*TINY, "system.defaults.sampler=eulr"]),
         (3, "run holds no training run", ["--resume", "run"]),
         (3, "full is not empty", ["icons-autoencoder-tiny", "--out", "full"]),
         (3, "cannot write full/file/run", ["icons-autoencoder-tiny", "--out", "full/file/run"]),

@@ -14,7 +14,7 @@ def evaluate_command(
     out: Annotated[Path, typer.Option("--out", help="Folder for evaluation.json, evaluation.md and grid.png.")] = Path(
         "evaluation"
     ),
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")] = "auto",
     limit: Annotated[int | None, typer.Option("--limit", min=32, help="Only this many prompts, spread evenly.")] = None,
     batch: Annotated[int, typer.Option("-b", "--batch", min=1, help="Pictures drawn at a time.")] = 64,
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps. [default: the model's]")] = None,
@@ -33,26 +33,18 @@ def evaluate_command(
     """Measure a model beside real pictures: prompt and style accuracy, KID, copying, the autoencoder, speed."""
     import json
 
-    import torch
-
-    from limner import evaluation
+    from limner import evaluation, pipeline
     from limner.data.icons import open_icons
-    from limner.errors import UsageError
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device {device!r} is not one of auto, cpu, cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda was asked for, but torch finds no CUDA device; use --device cpu")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = pipeline.find_device(device)
     pack = open_icons(data)
     if prepare_judge:
-        report = evaluation.prepare_judge(pack, out, device, cache=cache)
+        report = evaluation.prepare_judge(pack, out, where, cache=cache)
         print(json.dumps(report, indent=2) if as_json else evaluation.judge_table(report))
         return
     asked = {"steps": steps, "guidance": guidance, "sampler": sampler, "schedule": schedule}
     settings = {name: value for name, value in asked.items() if value is not None}
     report = evaluation.evaluate(
-        model, pack, out, device, limit=limit, batch=batch, cache=cache, speed=speed, copying=copying, **settings
+        model, pack, out, where, limit=limit, batch=batch, cache=cache, speed=speed, copying=copying, **settings
     )
     print(json.dumps(report, indent=2) if as_json else evaluation.table(report))

@@ -341,8 +341,8 @@ def in_parallel(function: Callable[[Job], Result], jobs: list[Job], workers: int
     if workers == 1 or len(jobs) < 64:
         yield from progress(map(function, jobs))
         return
-    # Never plain fork: a child of a process whose torch or renderer has threads can wait for ever for one of them.
-    # A fork server has none, and imports torch once for all workers.
+    # Not by fork, which copies the locks that other threads hold but not the threads, and this process's signal
+    # handlers. A fork server (Python's own default from 3.14 on) has neither, and imports torch once for all workers.
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload(["limner.data.icons"])

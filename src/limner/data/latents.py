@@ -22,7 +22,7 @@ class LatentBatches:
     """
 
     def __init__(self, batches: ImageBatches, autoencoder: Autoencoder, views: int, chunk: int = 256) -> None:
-        self.batches, self.views = batches, views
+        self.batches = batches
         size, others = batches.config.size, batches.config.other_sizes
         check_sizes(others, autoencoder.factor)
         base = torch.stack([self.encode(v, size, size, autoencoder, chunk) for v in range(views)])

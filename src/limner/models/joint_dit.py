@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from limner.errors import UsageError
 from limner.nn.embeddings import TimeEmbedding, rope_table, rotate
 from limner.nn.linear import Linear
 from limner.types import Conditioning
@@ -45,6 +46,8 @@ class JointDiT(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
+        if config.num_heads < 1 or width < 1 or width % (4 * config.num_heads):
+            raise UsageError(f"width={width} is not in fours (2-D rotary positions) over num_heads={config.num_heads}")
         self.image_in = nn.Linear(config.channels, width)
         self.text_norm = nn.LayerNorm(config.text_width)
         self.text_in = nn.Linear(config.text_width, width)

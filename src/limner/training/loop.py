@@ -23,7 +23,7 @@ from limner import catalog, pipeline
 from limner.data.batches import open_batches
 from limner.data.images import Batches
 from limner.data.latents import LatentBatches
-from limner.errors import TrainingDiverged, UsageError
+from limner.errors import LimnerError, TrainingDiverged, UsageError
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
 from limner.training.optimizers import clip_gradients, lr_at, step_unless
@@ -39,6 +39,7 @@ from limner.training.state import (
     remove_temporaries,
     save_checkpoint,
     warm_start,
+    withdraw_run,
     write_final,
 )
 
@@ -58,10 +59,11 @@ def train(
     left. Returns 0 when finished, else a key of `processes.STOPS`. Raises LimnerError.
     """
     with StopRequests(stop_after) as stop:
-        processes = join(device)
+        processes, begun = join(device), False
         try:
             if processes.first and not resume:
                 begin_run(run, config)
+                begun = True
             processes.agree(0)
             if processes.device.type == "cuda":
                 torch.backends.cuda.matmul.allow_tf32 = True
@@ -71,12 +73,18 @@ def train(
             if config.init_from:
                 warm_start(system, Path(config.init_from), catalog.load)
             system.to(processes.device, memory_format=torch.channels_last)
-            images = open_batches(config.data, config.seed, processes.device)
             views = config.data.latent_views
+            if config.data.other_sizes and not views:
+                raise UsageError("data.other_sizes are sizes of kept latents: give data.latent_views=1 or more")
+            images = open_batches(config.data, config.seed, processes.device)
             batches: Batches = LatentBatches(images, system.autoencoder, views) if views else images
             if config.compile:
                 system.compile(dynamic=False)
             return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop)
+        except LimnerError:
+            if begun:
+                withdraw_run(run)
+            raise
         finally:
             processes.leave()
 

@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -188,6 +188,14 @@ def begin_run(run: Path, config: TrainConfig) -> None:
         for path in unfinished:
             path.unlink()
     write_atomically(run / CONFIG, to_json(config).encode())
+
+
+def withdraw_run(run: Path) -> None:
+    """Undo `begin_run` for a run that was refused before it left anything else."""
+    with suppress(OSError):
+        if [path.name for path in run.iterdir()] == [CONFIG]:
+            (run / CONFIG).unlink()
+            run.rmdir()
 
 
 def config_of(run: Path) -> TrainConfig:
