@@ -245,6 +245,7 @@ def test_features_of_training_pictures_are_kept_and_read_again(pack, blind, tmp_
     mirrored = evaluation.to_float(train.images).flip(-1)
     want = torch.where(train.mirror[:, None], Thumbnails()(mirrored).whole, Thumbnails()(train.images).whole)
     assert torch.equal(first[:, 1], want.half())
+    assert not torch.equal(first[:, 1], first[:, 2])  # the same, worn
     assert not torch.equal(first[:, 2], first[:, 3])  # each jittered view is another
     monkeypatch.setattr(Thumbnails, "__call__", lambda *_: pytest.fail("computed again"))
     again = evaluation.features_of_train(train, Thumbnails(), pack, tmp_path, views=2)
@@ -263,6 +264,37 @@ def test_an_evaluation_computes_nothing_of_the_training_pictures_that_the_judge_
     evaluation.evaluate_system(Painter({}), pack, tmp_path / "out", judge_folder=tmp_path / "judge", cache=tmp_path)
     held = sum(r.split == "val" for r in pack.records)
     assert counts == [held] * 3  # real, reconstructed, drawn
+
+
+def test_the_judge_sees_worn_pictures_only(pack, blind, tmp_path, monkeypatch):
+    seen = []
+    true_train = retrieval.train_judge
+    monkeypatch.setattr(retrieval, "train_judge", lambda data, **how: seen.append(data) or true_train(data, **how))
+    evaluation.prepare_judge(pack, tmp_path, size=SIZE, steps=1, batch=8, views=4, cache=tmp_path)
+    every = evaluation.features_of_train(pack.image_set("train", SIZE), Thumbnails(), pack, tmp_path, views=4)
+    assert torch.equal(seen[0].features, every[:, 2:])
+
+
+def test_wear_is_slight_differs_from_picture_to_picture_and_leaves_what_is_transparent():
+    images = torch.full((64, 4, 32, 32), -1.0)
+    images[:, :, 8:24, 8:24] = 0
+    images[:, 3, 8:24, 8:24] = 1
+    worn = evaluation.worn(images, torch.Generator().manual_seed(0))
+    assert torch.allclose(worn[:, :, :4], images[:, :, :4], atol=1e-6)
+    inside = (worn - images)[:, :3, 12:20, 12:20] * 255 / 2
+    strength = inside.square().mean((1, 2, 3)).sqrt()
+    assert strength.min() < 1.5 < 3 < strength.max() < 8
+    edge = worn[:, 3, 16, 7:9].diff()[:, 0]
+    assert edge.min() < 1.5 < 2 <= edge.max()  # softened, and sharp
+
+
+def test_a_picture_saved_again_is_nearly_the_same(pack):
+    images = pack.image_set("val", SIZE).images
+    again = evaluation.resaved(images)
+    assert again.shape == images.shape
+    assert not torch.equal(again, images)
+    assert (again.float() - images.float()).abs().mean() < 6
+    assert torch.equal(evaluation.resaved(again[:0]), again[:0])
 
 
 def test_blur_of_an_edge_is_the_gaussian_integral():

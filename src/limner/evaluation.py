@@ -9,6 +9,7 @@ the first full-length training of the transformer; an early base, trained on 1.7
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -47,6 +49,8 @@ JUDGE = Path(__file__).parent / "weights" / "judge"
 SIZE = 256
 MAX_TOKENS = 40
 """No caption of the icon pack has more than 33."""
+CLEAN = 2
+"""The first features of a training picture are of what it is, whole and mirrored; those after them, of worn views."""
 KINDS = {
     "val": ("prompt accuracy, new pictures (val)", 0.85),
     "test_style": ("prompt accuracy, known thing in a new style", 0.80),
@@ -70,14 +74,18 @@ def prepare_judge(
     size: int = SIZE,
     steps: int = 6000,
     batch: int = 2048,
-    views: int = 5,
+    views: int = 6,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Train the judge on the train split and measure real pictures with it: writes judge.safetensors and judge.json.
 
+    The judge learns from `worn` pictures. From whole ones it would learn what no eye sees: which styles came as WebP
+    files and which as SVG.
+
     Returns what judge.json holds: the SHA-256 of the prompt list, of the pack and of the weights; `ceilings` (real
-    held-out pictures) and `floors` (each prompt judged by another prompt's picture) as figures; `kid_scale`, the KID
-    of damaged held-out pictures to whole ones; the nearest-neighbour distances of real held-out pictures.
+    held-out pictures), `resaved` (the same after WebP, which changes no verdict of a fair judge) and `floors` (each
+    prompt judged by another prompt's picture) as figures; `kid_scale`, the KID of damaged held-out pictures to whole
+    ones; the nearest-neighbour distances of real held-out pictures.
     """
     started = time.monotonic()
     features, minilm = EffLite0(device), catalog.minilm(MAX_TOKENS).to(device)
@@ -95,7 +103,7 @@ def prepare_judge(
     groups = train.groups
     judge = retrieval.train_judge(
         retrieval.JudgeData(
-            features=train_features,
+            features=train_features[:, CLEAN:],
             captions=torch.tensor([[place[c] for c in four] for four in captions]),
             sentences=sentences,
             things=[f"{c}|{t}|{i}" for c, t, i in zip(groups["concept"], groups["tone"], groups["tint"], strict=True)],
@@ -109,10 +117,13 @@ def prepare_judge(
     retrieval.save(judge, out / "judge.safetensors")
     judge = retrieval.load(out / "judge.safetensors", device)  # what is shipped is what is measured: fp16 weights
     texts, sentences = sentences_of(prompts, minilm)
-    right = retrieval.picked(judge, held_features.whole, prompts, texts, sentences)
-    others = torch.arange(len(prompts)).roll(len(prompts) // 2)
-    wrong = retrieval.picked(judge, held_features[others].whole, prompts, texts, sentences)
     wanted = [p.style for p in prompts]
+
+    def judged(seen: Tensor) -> dict[str, Any]:
+        right = retrieval.picked(judge, seen, prompts, texts, sentences)
+        return accuracies(prompts, right) | {"style": asdict(share(retrieval.styled(judge, seen, wanted)))}
+
+    others = torch.arange(len(prompts)).roll(len(prompts) // 2)
     distance, _ = nearest(held_features.final.to(device), known_features(train_features, device))
     report = {
         "pack_sha256": pack.digest,
@@ -124,10 +135,9 @@ def prepare_judge(
         "steps": steps,
         "batch": batch,
         "seed": seed,
-        "ceilings": accuracies(prompts, right)
-        | {"style": asdict(share(retrieval.styled(judge, held_features.whole, wanted)))},
-        "floors": accuracies(prompts, wrong)
-        | {"style": asdict(share(retrieval.styled(judge, held_features[others].whole, wanted)))},
+        "ceilings": judged(held_features.whole),
+        "resaved": judged(features(resaved(held.images)).whole),
+        "floors": judged(held_features[others].whole),
         "kid_scale": kid_scale(held.images, held_features.final, features),
         "nearest_train_cosine_distance": {
             f"{q:.2f}": float(distance.double().quantile(q)) for q in (0.01, 0.05, 0.25, 0.5, 0.75)
@@ -148,14 +158,13 @@ def held_out_images(pack: IconPack, prompts: Sequence[Prompt], size: int, cache:
     return held.select([place[p.id] for p in prompts])
 
 
-def features_of_train(
-    train: ImageSet, features: EffLite0, pack: IconPack, cache: Path | None, views: int = 5
-) -> Tensor:
-    """(n, views, FEATURES) fp16 of each picture as it is, mirrored where it may be, then `jittered`.
+def features_of_train(train: ImageSet, features: EffLite0, pack: IconPack, cache: Path | None, views: int) -> Tensor:
+    """(n, views, FEATURES) fp16 of each picture as it is and mirrored where it may be (CLEAN), then `worn`: the
+    mirrored one, and others `jittered`.
 
     With a folder `cache` they are kept there and read the next time, if there are enough views.
     """
-    name = f"train-features-{FEATURES}-{pack.digest[:16]}-{train.images.shape[-1]}.safetensors"
+    name = f"train-features-worn-{FEATURES}-{pack.digest[:16]}-{train.images.shape[-1]}.safetensors"
     path = cache / name if cache else None
     if path and path.is_file():
         with safe_open(path, "pt") as file:
@@ -168,7 +177,8 @@ def features_of_train(
         here = slice(start, start + 128)
         images, mirror = to_float(train.images[here].to(features.device)), train.mirror[here]
         flipped = torch.where(mirror.to(images.device)[:, None, None, None], images.flip(-1), images)
-        seen = [images, flipped][:views] + [jittered(images, mirror, generator) for _ in range(views - 2)]
+        moved = (flipped, *(jittered(images, mirror, generator) for _ in range(views - CLEAN - 1)))
+        seen = [images, flipped, *(worn(some, generator) for some in moved)][:views]
         found[here] = features(torch.cat(seen)).whole.half().unflatten(0, (len(seen), -1)).transpose(0, 1)
     if path:
         files.save(path, {"features": found}, {})
@@ -185,6 +195,33 @@ def jittered(images: Tensor, mirror: Tensor, generator: torch.Generator) -> Tens
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = flip / scale, 1 / scale, shift
     grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images + 1, grid, align_corners=False) - 1  # outside is 0 + transparent: -1
+
+
+def worn(images: Tensor, generator: torch.Generator) -> Tensor:
+    """(b, 4, h, w) in [-1, 1] with what files and resampling leave in a picture and no eye minds, a little of each:
+    softened by up to 1 px or sharpened by half of that, fine and coarse noise of up to 4/255 where it is opaque."""
+    b, _, h, w = images.shape
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(images.device)
+
+    soft, fine, coarse = torch.rand(3, b, 1, 1, 1, generator=generator).to(images.device)
+    images = images + (1.5 * soft - 0.5) * (blurred(images, 1.0) - images)
+    blocks = F.interpolate(drawn(b, 3, -(-h // 4), -(-w // 4)), size=(h, w), mode="bilinear")
+    noise = (fine * drawn(b, 3, h, w) + coarse * blocks) * 8 / 255
+    alpha = images[:, 3:]
+    return torch.cat([images[:, :3] + noise * (alpha > 0), alpha], 1).clamp(-1, 1)
+
+
+def resaved(images: Tensor, quality: int = 80) -> Tensor:
+    """uint8 premultiplied (n, 4, h, w) written as lossy WebP and read again."""
+    found = torch.empty_like(images)
+    for image, again in zip(images, found, strict=True):
+        file = io.BytesIO()
+        to_picture(image).save(file, "WEBP", quality=quality)
+        pixels = np.array(Image.open(file).convert("RGBA").convert("RGBa"))
+        again.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
+    return found
 
 
 def kid_scale(images: Tensor, real_features: Tensor, features: EffLite0) -> dict[str, Any]:
@@ -218,7 +255,7 @@ def blurred(images: Tensor, sigma: float) -> Tensor:
 
 def known_features(train_features: Tensor, device: torch.device | str) -> Tensor:
     """Every training picture, and its mirror image where it may be mirrored: (2 n, 1280)."""
-    return train_features[:, :2, :FINAL].flatten(0, 1).to(device)
+    return train_features[:, :CLEAN, :FINAL].flatten(0, 1).to(device)
 
 
 def sentences_of(prompts: Sequence[Prompt], minilm: MiniLM) -> tuple[list[str], Tensor]:
@@ -358,7 +395,7 @@ def evaluate_system(
         # 5. are they copies?
         if copying:
             train = pack.image_set("train", system.defaults.width, cache=cache)
-            known = known_features(features_of_train(train, features, pack, cache, views=2), device)
+            known = known_features(features_of_train(train, features, pack, cache, views=CLEAN), device)
             rows += copying_figures(known, drawn_final, real_final)
     report["seconds"] = round(time.monotonic() - started, 1)
     return report
@@ -448,9 +485,15 @@ def draw_grid(images: Tensor, columns: int = 8, ground: str = "white", gap: int 
     rows = -(-n // columns)
     sheet = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + gap) + gap), ground)
     for k, image in enumerate(images):
-        picture = Image.frombytes("RGBa", (w, h), image.permute(1, 2, 0).contiguous().numpy().tobytes()).convert("RGBA")
+        picture = to_picture(image)
         sheet.paste(picture, (gap + k % columns * (w + gap), gap + k // columns * (h + gap)), picture)
     return sheet
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """uint8 premultiplied (4, h, w) -> straight RGBA."""
+    _, h, w = image.shape
+    return Image.frombytes("RGBa", (w, h), image.permute(1, 2, 0).contiguous().numpy().tobytes()).convert("RGBA")
 
 
 def evenly(n: int, most: int | None) -> list[int]:
@@ -599,11 +642,11 @@ def table(report: dict[str, Any]) -> str:
 
 def judge_table(report: dict[str, Any]) -> str:
     """What real pictures and wrong pictures reach with the judge, as Markdown."""
-    lines = ["| figure | real pictures | another prompt's picture |", "|---|---|---|"]
-    for name, real in report["ceilings"].items():
-        floor = report["floors"][name]
-        cells = [f"{f['value']:.4f} ({f['low']:.4f} to {f['high']:.4f})" for f in (real, floor)]
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
+    lines = ["| figure | real pictures | the same as WebP | another prompt's picture |", "|---|---|---|---|"]
+    for name in report["ceilings"]:
+        found = [report[kind][name] for kind in ("ceilings", "resaved", "floors")]
+        cells = [f"{f['value']:.4f} ({f['low']:.4f} to {f['high']:.4f})" for f in found]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     scale = ", ".join(f"{name} {f['value']:.4f}" for name, f in report["kid_scale"].items())
     return "\n".join([*lines, "", f"KID-EffLite0: {scale}. Made in {report['seconds']} s."])
 

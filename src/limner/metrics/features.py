@@ -67,18 +67,20 @@ class EffLite0:
         with contextlib.redirect_stdout(io.StringIO()):  # the package may print; stdout carries our results only
             network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
         self.device = torch.device(device)
-        self.network = network.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        fast = self.device.type == "cuda"  # on a CPU few pictures at a time, channels first, take 2.5 times less
+        self.layout, self.batch = (torch.channels_last, 512) if fast else (torch.contiguous_format, 8)
+        self.network = network.eval().requires_grad_(False).to(self.device, memory_format=self.layout)
         self.maps: dict[int, Tensor] = {}
         for k in BLOCKS:
             self.network._blocks[k].register_forward_hook(lambda _, __, out, k=k: self.maps.update({k: out}))
 
-    def __call__(self, images: Tensor, batch: int = 512) -> Features:
+    def __call__(self, images: Tensor) -> Features:
         """`images` (n, 4, h, w), uint8 0..255 or float [-1, 1], on any device."""
         found = torch.empty(len(images), FEATURES)
         with torch.inference_mode(), full_precision():
-            for start in range(0, len(images), batch):
-                seen = self.forward(images[start : start + batch].to(self.device))
-                found[start : start + batch] = seen.whole.cpu()
+            for start in range(0, len(images), self.batch):
+                here = slice(start, start + self.batch)
+                found[here] = self.forward(images[here].to(self.device)).whole.cpu()
         return Features(found[:, :FINAL].contiguous(), found[:, FINAL:].contiguous())
 
     def forward(self, images: Tensor) -> Features:
@@ -86,7 +88,7 @@ class EffLite0:
         assert images.shape[1:2] == (4,), f"want (n, 4, h, w), got {tuple(images.shape)}"
         images = images / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
         x = (resize(on_white(images), INPUT_SIZE) + 1) / 2
-        x = ((x * 255 - 127) / 128).contiguous(memory_format=torch.channels_last)
+        x = ((x * 255 - 127) / 128).contiguous(memory_format=self.layout)
         final = self.network.extract_features(x).mean(dim=(2, 3))
         parts = [part for m in self.maps.values() for part in (m.mean(dim=(2, 3)), m.amax(dim=(2, 3)))]
         self.maps.clear()
