@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ from PIL import Image
 
 from limner import __version__, metadata, pipeline
 from limner.cli.generate import slug
+from limner.cli.main import main
 
 
 def painted(result) -> list[str]:
@@ -277,3 +279,9 @@ def test_from_recipe_to_picture_by_commands_alone(limner, here):
     assert (settings["model"], settings["steps"]) == ("icons-tiny", 12)
     assert pixels(path) == pipeline.load("run", "cpu").generate("red circle", seed=1)[0].image.tobytes()
     assert pixels(painted(limner("-C", path, "-m", "run", "-o", "again.png"))[0]) == pixels(path)
+
+
+def test_garbage_is_collected_again_when_loading_failed(tmp_path):
+    with pytest.raises(SystemExit):
+        main(["generate", "a fox", "-m", str(tmp_path / "none.safetensors")])
+    assert gc.isenabled()

@@ -10,7 +10,9 @@ def test_positions_run_over_the_same_range_whatever_the_size():
     network = JointDiT(JOINT_DIT_TINY)  # 8 units along the shorter side
     for height, width in ((8, 8), (4, 4), (16, 24)):
         table = network.rope(3, height, width, torch.device("cpu"))
-        angles = torch.atan2(table[..., 1], table[..., 0])
+        first, second = torch.atan2(table[1], table[0]).chunk(2, dim=-1)  # of a pair
+        assert torch.equal(first, -second)
+        angles = second
         assert not angles[:3].any()  # text is at 0
         grid = angles[3:].unflatten(0, (height, width))
         unit = 8 / min(height, width)
@@ -21,5 +23,5 @@ def test_positions_run_over_the_same_range_whatever_the_size():
 
 def test_at_the_trained_size_a_unit_is_a_token():
     network = JointDiT(JOINT_DIT_TINY)
-    table = network.rope(0, 8, 8, torch.device("cpu")).unflatten(0, (8, 8))
-    torch.testing.assert_close(table[4, 4, :, 0], torch.cat([torch.cos(0.5 * 100 ** (-torch.arange(8) / 8))] * 2))
+    table = network.rope(0, 8, 8, torch.device("cpu")).unflatten(1, (8, 8))
+    torch.testing.assert_close(table[0, 4, 4], torch.cat([torch.cos(0.5 * 100 ** (-torch.arange(8) / 8))] * 4))

@@ -7,6 +7,7 @@ Exit codes: 0 done · 1 a bug (with a traceback), or whoever read our output wen
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -83,6 +84,7 @@ def main(args: list[str] | None = None) -> None:
         code = _complain("out of memory: ask for less at a time (size, --batch, batch_size)", OutOfMemory.exit_code)
     if code == INTERRUPTED:
         _complain("interrupted", code)
+    gc.freeze()  # the process ends: Python would look through all of torch for garbage first
     sys.exit(code)
 
 

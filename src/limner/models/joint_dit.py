@@ -102,7 +102,7 @@ class JointDiT(nn.Module):
         return c, self.modulation(c).unflatten(-1, (6, -1))
 
     def rope(self, text: int, height: int, width: int, device: torch.device) -> Tensor:
-        """Rotary table (text + height * width, head_width / 2, 2): the grid is centred on 0, text sits at 0."""
+        """Rotary table (2, text + height * width, head_width): the grid is centred on 0, text sits at 0."""
         unit = self.config.base_grid / min(height, width)
         rows = unit * (torch.arange(height, device=device) - (height - 1) / 2)
         columns = unit * (torch.arange(width, device=device) - (width - 1) / 2)

@@ -31,7 +31,8 @@ class TimeEmbedding(nn.Module):
 
 
 def rope_table(positions: Tensor, head_width: int, base: float = 100.0) -> Tensor:
-    """Rotary angles (arXiv:2104.09864) of positions (n, axes) -> (n, head_width / 2, 2) as cosine and sine.
+    """Rotary angles (arXiv:2104.09864) of positions (n, axes) -> (2, n, head_width): the cosine of every pair twice,
+    then its sine with the sign that each of the two takes.
 
     Each axis turns an equal share of the pairs; position 0 turns nothing.
     """
@@ -40,11 +41,12 @@ def rope_table(positions: Tensor, head_width: int, base: float = 100.0) -> Tenso
     frequencies = base ** (-torch.arange(pairs, dtype=torch.float32, device=positions.device) / pairs)
     angles = (positions.float()[:, :, None] * frequencies).flatten(1)
     angles = torch.nn.functional.pad(angles, (0, head_width // 2 - pairs * axes))
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the pairs (i, i + d/2) of x (..., n, d) by `table` (n, d / 2, 2)."""
-    cos, sin = table[..., 0].to(x.dtype), table[..., 1].to(x.dtype)
+    """Turn the pairs (i, i + d/2) of x (..., n, d) by `table` (2, n, d)."""
+    cos, sin = table.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
