@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -157,7 +156,6 @@ def slug(prompt: str) -> str:
 
 def _load(name: str, device: str) -> Pipeline:
     """The pipeline, imported and loaded without looking for garbage: all of it stays, and looking takes 0.2 s."""
-    _keep_freed_memory()
     gc.disable()
     try:
         from limner import pipeline
@@ -166,15 +164,6 @@ def _load(name: str, device: str) -> Pipeline:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed: as chance has it, it gives the same megabytes back to the kernel in every block,
-    and the page faults of getting them again cost up to 0.5 s a picture. Other C libraries are left alone."""
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(trim_threshold, 1 << 28)
-        mallopt(mmap_threshold, 1 << 25)
 
 
 def _paths(output: str | None, request: Request) -> list[Path]:
