@@ -1,0 +1,84 @@
+"""Other programs' names for the tensors of a network, usable in both directions.
+
+A layout is a table with a row for every tensor of the network: our name, and the place where the other file has it. It is
+generated from the network's configuration, never guessed from the file, so what is missing or left over is known by
+name; and since reading and writing use the same table, writing what was read gives the same file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from limner.errors import CheckpointMismatch
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in another file, and how it is kept there.
+
+    `part` of `parts`: one of so many equal slices along the first axis of a tensor that joins several of ours (fused
+    queries, keys and values). `kept` "1x1": a matrix is kept as a 1 x 1 convolution (out, in, 1, 1); either is read.
+    "transposed": a matrix is kept as (in, out).
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    kept: Literal["as it is", "1x1", "transposed"] = "as it is"
+
+
+Layout = Mapping[str, Place]
+
+
+def read(layout: Layout, tensors: Mapping[str, Tensor], source: Path | str) -> dict[str, Tensor]:
+    """The tensors of a file under our names, as views where that is possible.
+
+    Every row must be there and nothing else: CheckpointMismatch names the first that is missing or left over.
+    """
+    wanted = {place.name for place in layout.values()}
+    missing, unknown = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
+    if missing or unknown:
+        parts = [
+            f"{len(names)} {word} (first: {names[0]})"
+            for names, word in ((missing, "missing"), (unknown, "unknown"))
+            if names
+        ]
+        raise CheckpointMismatch(
+            f"{source}: {' and '.join(parts)} of {len(wanted)} keys; is it a file of another model?"
+        )
+    return {name: _ours(tensors[place.name], place, source) for name, place in layout.items()}
+
+
+def write(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our `tensors`, all that the layout has rows for, as the other program keeps them: the inverse of `read`."""
+    joined: dict[str, dict[int, Tensor]] = {}
+    for name, place in layout.items():
+        joined.setdefault(place.name, {})[place.part] = _theirs(tensors[name], place)
+    return {
+        name: parts[0] if len(parts) == 1 else torch.cat([parts[k] for k in sorted(parts)])
+        for name, parts in joined.items()
+    }
+
+
+def _ours(tensor: Tensor, place: Place, source: Path | str) -> Tensor:
+    if tensor.dim() and tensor.shape[0] % place.parts:
+        raise CheckpointMismatch(
+            f"{source}: {place.name} is {tuple(tensor.shape)}, which is not {place.parts} equal parts"
+        )
+    if place.parts > 1:
+        tensor = tensor.chunk(place.parts)[place.part]
+    if place.kept == "1x1" and tensor.shape[2:] == (1, 1):
+        return tensor[:, :, 0, 0]
+    return tensor.T if place.kept == "transposed" else tensor
+
+
+def _theirs(tensor: Tensor, place: Place) -> Tensor:
+    if place.kept == "1x1":
+        return tensor[:, :, None, None]
+    return tensor.T if place.kept == "transposed" else tensor
