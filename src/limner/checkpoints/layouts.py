@@ -1,7 +1,7 @@
 """Other programs' names for the tensors of a network, usable in both directions.
 
-A layout is a table with a row for every tensor of the network: our name, and the place where the other file has it. It is
-generated from the network's configuration, never guessed from the file, so what is missing or left over is known by
+A layout is a table with a row for every tensor of the network: our name, and the place where the other file has it. It
+is generated from the network's configuration, never guessed from the file, so what is missing or left over is known by
 name; and since reading and writing use the same table, writing what was read gives the same file.
 """
 
