@@ -142,6 +142,7 @@ def test_a_painter_of_the_real_pictures_reaches_every_ceiling(pack, judge, tmp_p
     assert rows["KID-EffLite0 of drawings"]["value"] == pytest.approx(0, abs=1e-9)
     assert rows["autoencoder PSNR on white (val)"]["value"] == pytest.approx(100)  # the cap: no error
     assert rows["copying, against real held-out pictures"]["value"] == pytest.approx(1)
+    assert rows["copying, against the same reconstructed"]["value"] == pytest.approx(1)
     assert report["not_measured"] == []
     assert Image.open(tmp_path / "out" / "grid.png").size == (8 * 40 + 8, 8 * 40 + 8)
     assert Image.open(tmp_path / "out" / "pairs.png").mode == "RGB"
@@ -164,6 +165,14 @@ def test_a_painter_of_training_pictures_is_caught(pack, judge, tmp_path):
     rows = measured(evaluation.evaluate_system(Painter(known), pack, tmp_path / "out", judge_folder=judge))
     assert rows["share nearer to a training picture than the nearest 5 % of real ones"]["value"] == 1
     assert rows["copying, against real held-out pictures"]["met"] is False
+
+
+def test_copying_is_measured_against_reconstructions_too(pack, judge, tmp_path):
+    """Where these are all far from the training pictures, being as near as a real picture is suspicious."""
+    painter = Painter(real_pictures(pack), torch.linspace(-1, 1, SIZE))
+    rows = measured(evaluation.evaluate_system(painter, pack, tmp_path, judge_folder=judge))
+    assert rows["copying, against real held-out pictures"]["value"] == pytest.approx(1)
+    assert rows["copying, against the same reconstructed"]["value"] > 1.5
 
 
 def test_errors_of_the_autoencoder_are_measured_in_the_right_units(pack, judge, tmp_path):

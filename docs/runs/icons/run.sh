@@ -1,0 +1,48 @@
+#!/bin/sh
+# A run of `icons`, unattended and ready in time: sh docs/runs/icons/run.sh DATA WORK SECONDS [START]
+# DATA is the icon pack, WORK a folder for what comes out, START weights to go on from (else a stage at 128 px comes
+# first, and AUTOENCODER names the weights of the autoencoder). All GPUs of the machine share the training; the judge is
+# trained beside it on the last of them. What is left in WORK: icons.safetensors, judge/, evaluation/, settings.jsonl, logs.
+set -eu
+data=$1 work=$2 end=$(($(date +%s) + $3)) start=${4:-}
+gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+last=$((gpus - 1)) step=${STEP:-0.135}  # seconds of a step at 256 px on two H100
+mkdir -p "$work"
+left() { echo $((end - $(date +%s))); }
+train() {
+    out=$1
+    shift
+    torchrun --nproc-per-node "$gpus" -m limner train icons -o "$out" data.folder="$data" data.cache="$work/cache" \
+        sample_prompts=[] sample_every=0 log_every=100 "$@" >"$out.log" 2>&1
+}
+
+CUDA_VISIBLE_DEVICES=$last python3 -m limner evaluate --prepare-judge --data "$data" --cache "$work/cache" \
+    --out "$work/judge" --device cuda >"$work/judge.log" 2>&1 &
+judge=$!
+autoencoder=${AUTOENCODER:-$start}
+if [ -z "$start" ]; then
+    train "$work/small" system.autoencoder_from="$autoencoder" data.size=128 data.other_sizes=[] lr_schedule=constant \
+        steps=100000 save_every=100000 --stop-after $(($(left) / 4)) || true  # it ends by time
+    start=$(ls -d "$work"/small/checkpoints/step-* | tail -1)/ema.safetensors
+fi
+# what follows the training takes 230 s, what goes before it (starting, encoding, compiling) 150 s
+steps=$(python3 -c "print(int(($(left) - ${AFTER:-230} - ${BEFORE:-150}) / $step) // 100 * 100)")
+train "$work/run" system.autoencoder_from="$autoencoder" init_from="$start" steps="$steps" lr="${LR:-1e-3}" \
+    warmup="${WARMUP:-100}" save_every=2000 --stop-after $(($(left) - ${AFTER:-230} + 20)) || true
+final=$work/run/final/icons.safetensors
+if [ -f "$final" ]; then
+    python3 tools/pack.py "$final" "$work/icons.safetensors"
+else
+    echo "not finished in time: $work/run/checkpoints holds the newest state" >&2
+    exit 1
+fi
+wait $judge
+mkdir -p src/limner/weights/judge
+cp "$work"/judge/judge.* src/limner/weights/judge/
+CUDA_VISIBLE_DEVICES=$last python3 docs/runs/icons/settings.py "$work/icons.safetensors" "$data" "$work/cache" \
+    1 $(($(left) - 10)) >"$work/settings-1.jsonl" 2>"$work/settings-1.log" &
+CUDA_VISIBLE_DEVICES=0 python3 -m limner evaluate "$work/icons.safetensors" --data "$data" --cache "$work/cache" \
+    --device cuda --batch 128 --no-speed --out "$work/evaluation" >"$work/evaluation.log" 2>&1
+CUDA_VISIBLE_DEVICES=0 python3 docs/runs/icons/settings.py "$work/icons.safetensors" "$data" "$work/cache" \
+    0 $(($(left) - 10)) >"$work/settings-0.jsonl" 2>"$work/settings-0.log"
+wait
