@@ -276,12 +276,30 @@ def test_an_evaluation_computes_nothing_of_the_training_pictures_that_the_judge_
 
 
 def test_the_judge_sees_worn_pictures_only(pack, blind, tmp_path, monkeypatch):
-    seen = []
-    true_train = retrieval.train_judge
+    seen, worn = [], []
+    true_train, true_worn = retrieval.train_judge, evaluation.worn
     monkeypatch.setattr(retrieval, "train_judge", lambda data, **how: seen.append(data) or true_train(data, **how))
-    evaluation.prepare_judge(pack, tmp_path, size=SIZE, steps=1, batch=8, views=4, cache=tmp_path)
-    every = evaluation.features_of_train(pack.image_set("train", SIZE), Thumbnails(), pack, tmp_path, views=4)
-    assert torch.equal(seen[0].features, every[:, 2:])
+    monkeypatch.setattr(evaluation, "worn", lambda x, g: worn.append(Thumbnails()(y := true_worn(x, g)).whole) or y)
+    evaluation.prepare_judge(pack, tmp_path, size=SIZE, steps=1, batch=8, views=4)
+    assert torch.equal(seen[0].features, torch.stack(worn, 1).half())
+    assert seen[0].features.shape[1] == 2
+
+
+def test_views_do_not_depend_on_how_many_are_asked_for(pack, blind):
+    train = pack.image_set("train", SIZE)
+    few, many = (evaluation.features_of_train(train, Thumbnails(), pack, None, views=n) for n in (3, 5))
+    assert torch.equal(many[:, :3], few)
+
+
+def test_the_judge_is_tried_on_real_pictures_saved_again(pack, blind, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "resaved", torch.zeros_like)  # nothing left to see
+    report = evaluation.prepare_judge(pack, tmp_path, **HASTE)
+    assert report["ceilings"]["all"]["value"] > 0.5 > 0.2 > report["resaved"]["all"]["value"]
+    lines = evaluation.judge_table(report).splitlines()
+    (style,) = (line for line in lines if line.startswith("| style"))
+    assert [cell.split()[0] for cell in style.strip("| ").split(" | ")[1:]] == [
+        f"{report[kind]['style']['value']:.4f}" for kind in ("ceilings", "resaved", "floors")
+    ]
 
 
 def test_wear_is_slight_differs_from_picture_to_picture_and_leaves_what_is_transparent():
@@ -290,6 +308,7 @@ def test_wear_is_slight_differs_from_picture_to_picture_and_leaves_what_is_trans
     images[:, 3, 8:24, 8:24] = 1
     worn = evaluation.worn(images, torch.Generator().manual_seed(0))
     assert torch.allclose(worn[:, :, :4], images[:, :, :4], atol=1e-6)
+    assert (worn[:, :3] <= worn[:, 3:]).all()  # premultiplied
     inside = (worn - images)[:, :3, 12:20, 12:20] * 255 / 2
     strength = inside.square().mean((1, 2, 3)).sqrt()
     assert strength.min() < 1.5 < 3 < strength.max() < 8

@@ -18,9 +18,10 @@ from limner.checkpoints.quantization import quantize
 from limner.errors import CheckpointMismatch, FileProblem, UnknownName, UsageError
 from limner.models.dcae import DCAE, DCAE_ICONS, DCAE_TINY, DCAEConfig
 from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, JointDiTConfig
-from limner.sampling import interpolants, predictions, samplers, schedules
+from limner.sampling import interpolants, predictions
 from limner.systems.autoencoding import AutoencodingSystem
 from limner.systems.diffusion import DiffusionSystem
+from limner.text.minilm import WIDTH as minilm_width
 from limner.text.minilm import MiniLM
 from limner.types import Defaults
 
@@ -149,16 +150,20 @@ def entry(name: str) -> Entry:
 def build(config: AutoencodingConfig | DiffusionConfig) -> AutoencodingSystem | DiffusionSystem:
     """The system with fresh weights; a frozen autoencoder is read from `autoencoder_from` when that is given.
 
-    Raises UsageError, UnknownName for what no system can be built of.
+    Raises UsageError for what no system can be built of.
     """
     if isinstance(config, AutoencodingConfig):
         return AutoencodingSystem(
             DCAE(config.autoencoder), config.defaults, config.name, config.family, **asdict(config.loss)
         )
-    samplers.get(config.defaults.sampler)
-    schedules.get(config.defaults.schedule)
+    network = config.network
     if config.max_tokens < 1:
         raise UsageError(f"max_tokens={config.max_tokens}: a prompt has 1 token or more")
+    if network.channels != config.autoencoder.latent_channels:
+        latent = config.autoencoder.latent_channels
+        raise UsageError(f"network.channels={network.channels}, but the autoencoder's latents have {latent}")
+    if network.text_width != minilm_width:
+        raise UsageError(f"network.text_width={network.text_width}, but the text encoder's tokens have {minilm_width}")
     autoencoder = DCAE(config.autoencoder)
     if config.autoencoder_from:
         _load_autoencoder(autoencoder, config.autoencoder_from)
@@ -226,8 +231,11 @@ def load(source: str | Path, device: torch.device | str = "cpu") -> Autoencoding
         tensors, stored = files.load(path)
         stored.pop("quantization", None)
         config = parse(stored, path)
-        with torch.device("meta"):
-            system = build(replace(config, autoencoder_from="") if isinstance(config, DiffusionConfig) else config)
+        try:
+            with torch.device("meta"):
+                system = build(replace(config, autoencoder_from="") if isinstance(config, DiffusionConfig) else config)
+        except UsageError as error:
+            raise CheckpointMismatch(f"{path}: its configuration is of no system ({error})") from error
         if isinstance(system, DiffusionSystem):
             tensors |= {f"text_encoder.{k}": v for k, v in system.text_encoder.state_dict().items()}
         files.assign(system, tensors, path)

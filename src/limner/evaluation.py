@@ -2,8 +2,9 @@
 
 `prepare_judge` trains the judge on real pictures and measures what real and wrong pictures reach; `evaluate` draws
 every held-out prompt with seed = its place in the list and sets each figure beside those. The prompts, their
-distractors and the judge are pinned by SHA-256, so that figures of two runs can be compared. They were frozen before
-the first full-length training of the transformer; an early base, trained on 1.73 million images, is older.
+distractors and the judge are pinned by SHA-256, so that figures of two runs can be compared. Prompts and distractors
+were frozen before the first full-length training of the transformer; the judge was made again after it, since the first
+took real pictures with invisible noise for another style.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch import Tensor
 import limner
 from limner import catalog, pipeline
 from limner.checkpoints import files
+from limner.data.batches import seeded
 from limner.data.icons import IconPack
 from limner.data.images import ImageSet, to_float
 from limner.errors import FileProblem
@@ -49,8 +51,8 @@ JUDGE = Path(__file__).parent / "weights" / "judge"
 SIZE = 256
 MAX_TOKENS = 40
 """No caption of the icon pack has more than 33."""
-CLEAN = 2
-"""The first features of a training picture are of what it is, whole and mirrored; those after them, of worn views."""
+CLEAN, WEAR = 2, 1
+"""The first CLEAN views of a training picture show it whole, those after them worn; WEAR counts changes of how."""
 KINDS = {
     "val": ("prompt accuracy, new pictures (val)", 0.85),
     "test_style": ("prompt accuracy, known thing in a new style", 0.80),
@@ -87,6 +89,7 @@ def prepare_judge(
     prompt judged by another prompt's picture) as figures; `kid_scale`, the KID of damaged held-out pictures to whole
     ones; the nearest-neighbour distances of real held-out pictures.
     """
+    assert views > CLEAN, "the judge learns from worn views"
     started = time.monotonic()
     features, minilm = EffLite0(device), catalog.minilm(MAX_TOKENS).to(device)
     prompts = held_out_prompts(pack.records)
@@ -159,12 +162,11 @@ def held_out_images(pack: IconPack, prompts: Sequence[Prompt], size: int, cache:
 
 
 def features_of_train(train: ImageSet, features: EffLite0, pack: IconPack, cache: Path | None, views: int) -> Tensor:
-    """(n, views, FEATURES) fp16 of each picture as it is and mirrored where it may be (CLEAN), then `worn`: the
-    mirrored one, and others `jittered`.
+    """(n, views, FEATURES) fp16 of the views of each picture that `seen` gives.
 
     With a folder `cache` they are kept there and read the next time, if there are enough views.
     """
-    name = f"train-features-worn-{FEATURES}-{pack.digest[:16]}-{train.images.shape[-1]}.safetensors"
+    name = f"train-features-{FEATURES}-wear{WEAR}-{pack.digest[:16]}-{train.images.shape[-1]}.safetensors"
     path = cache / name if cache else None
     if path and path.is_file():
         with safe_open(path, "pt") as file:
@@ -172,17 +174,24 @@ def features_of_train(train: ImageSet, features: EffLite0, pack: IconPack, cache
             if kept.get_shape()[:1] == [len(train)] and kept.get_shape()[1] >= views:
                 return kept[:, :views]
     found = torch.empty(len(train), views, FEATURES, dtype=torch.float16)
-    generator = torch.Generator().manual_seed(0)
     for start in range(0, len(train), 128):
         here = slice(start, start + 128)
         images, mirror = to_float(train.images[here].to(features.device)), train.mirror[here]
-        flipped = torch.where(mirror.to(images.device)[:, None, None, None], images.flip(-1), images)
-        moved = (flipped, *(jittered(images, mirror, generator) for _ in range(views - CLEAN - 1)))
-        seen = [images, flipped, *(worn(some, generator) for some in moved)][:views]
-        found[here] = features(torch.cat(seen)).whole.half().unflatten(0, (len(seen), -1)).transpose(0, 1)
+        for view in range(views):
+            found[here, view] = features(seen(images, mirror, view, seeded(0, start, view))).whole.half()
     if path:
         files.save(path, {"features": found}, {})
     return found
+
+
+def seen(images: Tensor, mirror: Tensor, view: int, generator: torch.Generator) -> Tensor:
+    """View 0 is a picture as it is, view 1 mirrored where it may be, view 2 the same worn, every further one `jittered`
+    and worn."""
+    if view > CLEAN:
+        return worn(jittered(images, mirror, generator), generator)
+    if view:
+        images = torch.where(mirror.to(images.device)[:, None, None, None], images.flip(-1), images)
+    return worn(images, generator) if view == CLEAN else images
 
 
 def jittered(images: Tensor, mirror: Tensor, generator: torch.Generator) -> Tensor:
@@ -199,18 +208,19 @@ def jittered(images: Tensor, mirror: Tensor, generator: torch.Generator) -> Tens
 
 def worn(images: Tensor, generator: torch.Generator) -> Tensor:
     """(b, 4, h, w) in [-1, 1] with what files and resampling leave in a picture and no eye minds, a little of each:
-    softened by up to 1 px or sharpened by half of that, fine and coarse noise of up to 4/255 where it is opaque."""
+    softened as by a Gaussian of 1 px or sharpened half as much, and fine and coarse noise of standard deviations up to
+    4/255 each where it is opaque. Colours stay premultiplied."""
     b, _, h, w = images.shape
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(images.device)
 
     soft, fine, coarse = torch.rand(3, b, 1, 1, 1, generator=generator).to(images.device)
-    images = images + (1.5 * soft - 0.5) * (blurred(images, 1.0) - images)
+    images = (images + (1.5 * soft - 0.5) * (blurred(images, 1.0) - images)).clamp(-1, 1)
     blocks = F.interpolate(drawn(b, 3, -(-h // 4), -(-w // 4)), size=(h, w), mode="bilinear")
-    noise = (fine * drawn(b, 3, h, w) + coarse * blocks) * 8 / 255
     alpha = images[:, 3:]
-    return torch.cat([images[:, :3] + noise * (alpha > 0), alpha], 1).clamp(-1, 1)
+    noise = (fine * drawn(b, 3, h, w) + coarse * blocks) * (alpha + 1) * 4 / 255
+    return torch.cat([torch.minimum(images[:, :3] + noise, alpha).clamp(min=-1), alpha], 1)
 
 
 def resaved(images: Tensor, quality: int = 80) -> Tensor:
@@ -381,6 +391,10 @@ def evaluate_system(
             scale = frozen["kid_scale"]
             report["judge_sha256"] = frozen["judge_sha256"]
             judge = retrieval.load(judge_folder / "judge.safetensors", device)
+            if "resaved" not in frozen:
+                report["not_measured"].append(
+                    "prompt and style accuracy as they should be: the judge here is an early one"
+                )
             rows += judged_figures(judge, frozen["floors"], prompts, drawn_features, real_features, device)
         except FileProblem as error:
             report["not_measured"].append(f"prompt and style accuracy: {error}")

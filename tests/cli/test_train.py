@@ -94,21 +94,30 @@ def test_a_run_that_never_saved_starts_anew(limner, here, trained):
         (2, "optimizer=muon moves the linear layers", ["icons-autoencoder-tiny", "optimizer=muon", "--out", "run"]),
         (2, "width=64 is not in fours", [*TINY, "system.network.num_heads=0"]),
         (2, "width=60 is not in fours", [*TINY, "system.network.width=60"]),
+        (2, "other_sizes=[[16,16,.5]]: Invalid JSON", [*TINY, "data.other_sizes=[[16,16,.5]]"]),
         (2, "max_tokens=0", [*TINY, "system.max_tokens=0"]),
         (2, "no sampler 'eulr'. Did you mean 'euler'", [*TINY, "system.defaults.sampler=eulr"]),
+        (2, "steps is 0", [*TINY, "system.defaults.steps=0"]),
+        (2, "network.channels=7, but", [*TINY, "system.network.channels=7"]),
+        (2, "network.text_width=7, but", [*TINY, "system.network.text_width=7"]),
+        (2, "hidden=0, base_grid=8", [*TINY, "system.network.hidden=0"]),
+        (2, "optimizer=muon moves the linear layers", [*TINY, "system.network.depth=0", "optimizer=muon"]),
+        (2, "max_tokens=0", ["icons-tiny", "--out", "made/here/run", "system.max_tokens=0"]),
+        (2, "max_tokens=0", ["icons-tiny", "--out", "empty", "system.max_tokens=0"]),
         (3, "run holds no training run", ["--resume", "run"]),
         (3, "full is not empty", ["icons-autoencoder-tiny", "--out", "full"]),
         (3, "cannot write full/file/run", ["icons-autoencoder-tiny", "--out", "full/file/run"]),
     ],
 )
 def test_what_cannot_be_meant_is_one_line_and_leaves_nothing(limner, here, code, message, args):
+    (here / "empty").mkdir()
     (here / "full").mkdir()
     (here / "full" / "file").write_text("mine")
     result = limner("train", *args)
     assert (result.code, result.out) == (code, "")
     assert message in result.err
     assert result.err.count("\n") == 1
-    assert sorted(str(p.relative_to(here)) for p in here.rglob("*")) == ["full", "full/file"]
+    assert sorted(str(p.relative_to(here)) for p in here.rglob("*")) == ["empty", "full", "full/file"]
 
 
 def test_a_run_that_diverges_ends_with_5_and_one_line(limner, here, monkeypatch):

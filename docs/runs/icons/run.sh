@@ -19,7 +19,7 @@ train() {
 CUDA_VISIBLE_DEVICES=$last python3 -m limner evaluate --prepare-judge --data "$data" --cache "$work/cache" \
     --out "$work/judge" --device cuda >"$work/judge.log" 2>&1 &
 judge=$!
-autoencoder=${AUTOENCODER:-$start}
+autoencoder=${AUTOENCODER:-${start:?START or AUTOENCODER must name weights}}
 if [ -z "$start" ]; then
     train "$work/small" system.autoencoder_from="$autoencoder" data.size=128 data.other_sizes=[] lr_schedule=constant \
         steps=100000 save_every=100000 --stop-after $(($(left) / 4)) || true  # it ends by time
@@ -33,7 +33,7 @@ final=$work/run/final/icons.safetensors
 if [ -f "$final" ]; then
     python3 tools/pack.py "$final" "$work/icons.safetensors"
 else
-    echo "not finished in time: $work/run/checkpoints holds the newest state" >&2
+    echo "no final weights: $work/run.log says why, $work/run/checkpoints may hold the newest state" >&2
     exit 1
 fi
 wait $judge

@@ -58,7 +58,8 @@ def main(file: str, data: str, cache: str, part: str, seconds: str) -> None:
                 copying=False,
                 **settings,
             )
-        figures = {row["name"]: (row.get("ratio") or row)["value"] for row in report["figures"]}
+        figures = {row["name"]: row["value"] for row in report["figures"]}
+        figures |= {f"{row['name']}, of real": row["ratio"]["value"] for row in report["figures"] if "ratio" in row}
         print(json.dumps(settings | {"guidance_interval": interval} | figures), flush=True)
 
 

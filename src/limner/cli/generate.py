@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from limner.types import OnStep, Request
 
 DEFAULT_MODEL = "icons"
-BASE_BYTES, BYTES_PER_PIXEL = 470e6, 350  # of the process and of drawing; measured with `icons` on a CPU, within 10 %
+BASE_BYTES, BYTES_PER_PIXEL = 370e6, 350  # of the process and of drawing; measured with `icons` on a CPU, within 10 %
 
 
 def generate_command(
@@ -156,14 +156,15 @@ def slug(prompt: str) -> str:
 
 def _load(name: str, device: str) -> Pipeline:
     """The pipeline, imported and loaded without looking for garbage: all of it stays, and looking takes 0.2 s."""
+    looking = gc.isenabled()
     gc.disable()
     try:
         from limner import pipeline
 
         return pipeline.load(name, device)
     finally:
-        gc.freeze()
-        gc.enable()
+        if looking:
+            gc.enable()
 
 
 def _paths(output: str | None, request: Request) -> list[Path]:

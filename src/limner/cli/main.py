@@ -84,7 +84,8 @@ def main(args: list[str] | None = None) -> None:
         code = _complain("out of memory: ask for less at a time (size, --batch, batch_size)", OutOfMemory.exit_code)
     if code == INTERRUPTED:
         _complain("interrupted", code)
-    gc.freeze()  # the process ends: Python would look through all of torch for garbage first
+    if args is None:
+        gc.freeze()  # the process ends: Python would look through all of torch for garbage first
     sys.exit(code)
 
 

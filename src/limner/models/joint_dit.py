@@ -48,6 +48,8 @@ class JointDiT(nn.Module):
         width = config.width
         if config.num_heads < 1 or width < 1 or width % (4 * config.num_heads):
             raise UsageError(f"width={width} is not in fours (2-D rotary positions) over num_heads={config.num_heads}")
+        if config.hidden < 1 or config.base_grid < 1:
+            raise UsageError(f"hidden={config.hidden}, base_grid={config.base_grid}: both must be 1 or more")
         self.image_in = nn.Linear(config.channels, width)
         self.text_norm = nn.LayerNorm(config.text_width)
         self.text_in = nn.Linear(config.text_width, width)

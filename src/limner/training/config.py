@@ -153,6 +153,8 @@ def _read(hint: Any, text: str) -> Any:
             return read(document)
         except ValidationError as error:
             errors.append(error)
+    if text.startswith("["):
+        raise errors[1]  # of the JSON that was meant
     raise max(errors, key=lambda error: len(error.errors()[0]["loc"]))  # the reading that got furthest
 
 

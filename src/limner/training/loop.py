@@ -59,17 +59,18 @@ def train(
     left. Returns 0 when finished, else a key of `processes.STOPS`. Raises LimnerError.
     """
     with StopRequests(stop_after) as stop:
-        processes, begun = join(device), False
+        processes = join(device)
+        made: list[Path] | None = None
         try:
             if processes.first and not resume:
-                begin_run(run, config)
-                begun = True
+                made = begin_run(run, config)
             processes.agree(0)
             if processes.device.type == "cuda":
                 torch.backends.cuda.matmul.allow_tf32 = True
                 torch.backends.cudnn.allow_tf32 = True
             torch.manual_seed(config.seed)
             system: Any = catalog.build(config.system)
+            pipeline.prepare(system, prompt="any")  # the defaults, before anything is spent
             if config.init_from:
                 warm_start(system, Path(config.init_from), catalog.load)
             system.to(processes.device, memory_format=torch.channels_last)
@@ -82,8 +83,8 @@ def train(
                 system.compile(dynamic=False)
             return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop)
         except LimnerError:
-            if begun:
-                withdraw_run(run)
+            if made is not None:
+                withdraw_run(run, made)
             raise
         finally:
             processes.leave()
@@ -137,7 +138,7 @@ def fit(
             finished, stopping = state.step == config.steps, processes.agree(stop.asked())
             halt = finished or stopping > 0
 
-            # once in a while: report, sample, save
+            # once in a while: report, save, sample
             log, draw_now, save = (
                 every(config.log_every),
                 finished or every(config.sample_every),
@@ -147,13 +148,13 @@ def fit(
                 ledger.check(run)
             if ledger.records and (halt or log):
                 report.log(state.step, ledger.means())
-            if processes.first and config.sample_prompts and draw_now and state.step > start:
-                with report.aside(), state.ema.applied(), evaluating(system):
-                    report.draw(checkpoint_name(state.step), draw(system, config))
             if processes.first and state.step != saved and (halt or save):
                 with report.aside():
                     save_checkpoint(run / "checkpoints", state.step, state.files(), config.keep)
                 saved = state.step
+            if processes.first and config.sample_prompts and draw_now and state.step > start:
+                with report.aside(), state.ema.applied(), evaluating(system):
+                    report.draw(checkpoint_name(state.step), draw(system, config))
             if halt:
                 break
 

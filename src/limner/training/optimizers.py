@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from limner.errors import UsageError
-
 if TYPE_CHECKING:
     from limner.training.config import TrainConfig
 
@@ -51,15 +49,12 @@ def optimizers_for(
     """AdamW for all `parameters`; with optimizer="muon", Muon for the matrices of repeated blocks, AdamW for the rest.
 
     Muon (Jordan et al., kellerjordan.github.io/posts/muon) makes every update a near-orthogonal matrix; its length is
-    matched to AdamW's (arXiv:2502.16982, section 2.2), so that the same `lr` and `weight_decay` serve both. Raises
-    UsageError where there are no such matrices.
+    matched to AdamW's (arXiv:2502.16982, section 2.2), so that the same `lr` and `weight_decay` serve both.
     """
     parameters = list(parameters)
     if config.optimizer == "adamw":
         return [adamw(module, parameters, config)]
     chosen = {id(p) for p in block_matrices(module)}
-    if not chosen:
-        raise UsageError("optimizer=muon moves the linear layers of repeated blocks, and here are none: take adamw")
     matrices = [p for p in parameters if id(p) in chosen]
     rest = [p for p in parameters if id(p) not in chosen]
     found: list[torch.optim.Optimizer] = [adamw(module, rest, config)] if rest else []

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from limner.checkpoints.files import write_atomically
-from limner.errors import CheckpointMismatch, FileProblem
+from limner.errors import CheckpointMismatch, FileProblem, UsageError
 from limner.training.config import TrainConfig, from_json, to_json
 from limner.training.ema import Ema
-from limner.training.optimizers import optimizers_for
+from limner.training.optimizers import Muon, optimizers_for
 
 TEMPORARY = ".tmp"
 TORN = ".torn"
@@ -55,6 +55,10 @@ class TrainState:
             phase: [p for p in cast(Any, system).phase_parameters(phase) if p.requires_grad] for phase in phases
         }
         self.optimizers = {phase: optimizers_for(system, ps, config) for phase, ps in self.parameters.items()}
+        if config.optimizer == "muon" and not any(
+            isinstance(o, Muon) for found in self.optimizers.values() for o in found
+        ):
+            raise UsageError("optimizer=muon moves the linear layers of repeated blocks, and here are none: take adamw")
         self.ema = Ema(system)
         own = tensors_of(system)
         frozen = {name for name, p in system.named_parameters() if not p.requires_grad}
@@ -178,8 +182,10 @@ def _pack(tensors: Mapping[str, Tensor]) -> bytes:
 # ---------------------------------------------------------------------------------------------------- the run's folder
 
 
-def begin_run(run: Path, config: TrainConfig) -> None:
-    """Make the folder of a new run. Raises FileProblem if it is not empty or not writable."""
+def begin_run(run: Path, config: TrainConfig) -> list[Path]:
+    """Make the folder of a new run; returns the folders made for it, the outermost first. Raises FileProblem if it is
+    not empty or not writable."""
+    made = [folder for folder in (*reversed(run.parents), run) if not folder.exists()]
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
         unfinished = set(run.glob(f"{CONFIG}*{TEMPORARY}"))
@@ -188,14 +194,16 @@ def begin_run(run: Path, config: TrainConfig) -> None:
         for path in unfinished:
             path.unlink()
     write_atomically(run / CONFIG, to_json(config).encode())
+    return made
 
 
-def withdraw_run(run: Path) -> None:
-    """Undo `begin_run` for a run that was refused before it left anything else."""
+def withdraw_run(run: Path, made: list[Path]) -> None:
+    """Undo `begin_run`, which made these folders, for a run that was refused before it left anything else."""
     with suppress(OSError):
         if [path.name for path in run.iterdir()] == [CONFIG]:
             (run / CONFIG).unlink()
-            run.rmdir()
+            for folder in reversed(made):
+                folder.rmdir()
 
 
 def config_of(run: Path) -> TrainConfig:
