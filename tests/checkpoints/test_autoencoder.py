@@ -117,8 +117,12 @@ def test_original_files_are_read_as_by_diffusers():
 
 
 def test_the_early_names_of_diffusers():
-    places = {place.name for place in early_diffusers_layout(KL_SD1).values()}
-    for word in ("query", "key", "value", "proj_attn"):
-        assert f"encoder.mid_block.attentions.0.{word}.weight" in places
-        assert f"decoder.mid_block.attentions.0.{word}.bias" in places
-    assert not any("to_" in name for name in places)
+    rows = early_diffusers_layout(KL_SD1)
+    changed = {name: place.name for name, place in rows.items() if place.name != name}
+    words = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    assert changed == {
+        f"{half}.mid_block.attentions.0.{new}.{leaf}": f"{half}.mid_block.attentions.0.{old}.{leaf}"
+        for half in ("encoder", "decoder")
+        for new, old in words.items()
+        for leaf in ("weight", "bias")
+    }

@@ -9,6 +9,7 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from torch import Tensor, nn
 
 from limner import types
+from limner.errors import UsageError
 from limner.models.autoencoder import (
     KL_FLUX,
     KL_SD1,
@@ -177,6 +178,21 @@ def test_it_is_an_autoencoder(network):
         latents = network.encode(noise(1, 3, 24, 16))
         assert latents.shape == (1, network.channels, 24 // network.factor, 16 // network.factor)
         assert network.decode(latents).shape == (1, 3, 24, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"widths": (16, 20)}, r"widths=\(16, 20\) are not all multiples of groups=8"),
+        ({"groups": 0}, "groups=0"),
+        ({"widths": ()}, r"widths=\(\)"),
+        ({"scale": 0.0}, "scaled by 0"),
+        ({"shift": float("nan")}, "shifted by nan"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(change, message):
+    with pytest.raises(UsageError, match=message):
+        KLAutoencoder(replace(KL_TINY, **change))
 
 
 PUBLISHED = {  # (ours, what its config.json says that matters here, parameters)

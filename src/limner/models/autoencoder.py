@@ -14,6 +14,7 @@ Submodules are named as in diffusers' files, which therefore load as they are; o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from limner.errors import UsageError
 from limner.types import Images, Latents
 
 EPS = 1e-6  # of every group norm
@@ -82,6 +84,10 @@ class ConvAutoencoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig, moments: int, quant_convs: bool) -> None:
         super().__init__()
+        if not config.widths or config.groups < 1 or any(w < 1 or w % config.groups for w in config.widths):
+            raise UsageError(f"widths={config.widths} are not all multiples of groups={config.groups}")
+        if not (isfinite(config.scale) and isfinite(config.shift) and config.scale > 0):
+            raise UsageError(f"latents cannot be scaled by {config.scale:g} and shifted by {config.shift:g}")
         self.factor = config.factor
         self.channels = config.latent_channels
         self.scale, self.shift = config.scale, config.shift
@@ -161,7 +167,8 @@ class VQAutoencoder(ConvAutoencoder):
 
 
 class Codebook(nn.Module):
-    """z -> the nearest of `codes` vectors, in Euclid's distance."""
+    """z -> the nearest of `codes` vectors, in Euclid's distance. (The released models were trained with `commitment` on
+    the other term of the loss, an error that was kept; it changes nothing but training.)"""
 
     def __init__(self, codes: int, channels: int, commitment: float) -> None:
         super().__init__()
