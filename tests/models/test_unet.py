@@ -296,7 +296,7 @@ def test_names_and_shapes_of_released_sizes_equal_diffusers(name, kind, publishe
     assert round(sum(shape.numel() for shape in shapes.values()) / 1e6, 1) == millions
 
 
-@pytest.mark.parametrize(("name", "millions"), [("IDDPM_64", 121), ("ADM_256", 554)])
+@pytest.mark.parametrize(("name", "millions"), [("IDDPM_64", 121), ("ADM_128", 422), ("ADM_256", 554)])
 def test_sizes_that_diffusers_has_no_file_of_have_the_published_number_of_parameters(name, millions):
     with torch.device("meta"):
         network = UNet(getattr(unet, name))
@@ -332,6 +332,15 @@ def test_a_mask_hides_what_is_not_text():
     assert cond.tokens is not None
     noise = torch.where(mask[..., None], cond.tokens, torch.randn_like(cond.tokens))
     assert difference(ours(x, t, replace(cond, tokens=noise, mask=mask)), masked) <= 1e-12
+
+
+@torch.no_grad()
+def test_a_network_without_text_does_not_read_any():
+    network = UNet(_DDPM).eval()
+    network.load_state_dict(fill(network))
+    x, t, cond, _ = inputs(_DDPM, torch.float32)
+    text = Conditioning(tokens=torch.randn(3, 60, 24), mask=torch.arange(60) < torch.tensor([[3], [7], [1]]))
+    assert torch.equal(network(x, t, text), network(x, t, cond))
 
 
 @torch.no_grad()

@@ -142,6 +142,15 @@ ADM_64 = UNetConfig(  # 296M, ImageNet
     resample="block",
     dropout=0.1,
 )
+ADM_128 = replace(  # 422M, ImageNet
+    ADM_64,
+    widths=(256, 256, 512, 768, 1024),
+    num_blocks=2,
+    depths=(0, 0, 1, 1, 1),
+    num_heads=4,
+    head_width=0,
+    dropout=0.0,
+)
 ADM_256 = replace(  # 554M, ImageNet
     ADM_64, widths=(256, 256, 512, 512, 1024, 1024), num_blocks=2, depths=(0, 0, 0, 1, 1, 1), dropout=0.0
 )
