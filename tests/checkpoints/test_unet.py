@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-from limner.checkpoints.layouts import read, write
+from limner.checkpoints.layouts import Place, read, write
 from limner.checkpoints.unet import ddpm_layout, ldm_layout, old_diffusers_layout
 from limner.models import unet
 from limner.models.unet import UNet
@@ -104,7 +104,10 @@ def test_names_are_the_published_ones(layout, name, count, digest):
             },
         ),
         ("X4_UPSCALER", {"label_emb.weight": (1000, 1024), "input_blocks.10.0.skip_connection.bias": (1024,)}),
-        ("ADM_256", {"input_blocks.10.1.qkv.weight": (1536, 512, 1), "label_emb.weight": (1000, 1024)}),
+        (
+            "ADM_256",
+            {"input_blocks.10.1.qkv.weight": (1536, 512, 1), "input_blocks.10.1.proj_out.weight": (512, 512, 1)},
+        ),
         ("SD2_DEPTH", {"input_blocks.0.0.weight": (320, 5, 3, 3)}),
     ],
 )
@@ -144,6 +147,16 @@ def test_diffusers_renames_its_old_names_to_ours():
     theirs._fix_state_dict_keys_on_load(old)
     assert old.keys() == ours.keys()
     assert all(old[key] is ours[key] for key in ours)
+
+
+def test_ddpm_counts_levels_of_the_way_up_as_those_of_the_way_down():
+    layout = ddpm_layout(unet.DDPM_CIFAR)
+    assert layout["up_blocks.2.attentions.0.to_q.weight"] == Place("up.1.attn.0.q.weight", kept="1x1")
+    assert layout["up_blocks.2.attentions.0.to_k.bias"] == Place("up.1.attn.0.k.bias")
+    assert layout["up_blocks.0.upsamplers.0.conv.weight"] == Place("up.3.upsample.conv.weight")
+    assert layout["down_blocks.1.attentions.1.to_out.0.weight"] == Place("down.1.attn.1.proj_out.weight", kept="1x1")
+    assert layout["mid_block.attentions.0.group_norm.weight"] == Place("mid.attn_1.norm.weight")
+    assert layout["time_embedding.linear_2.weight"] == Place("temb.dense.1.weight")
 
 
 def test_queries_keys_and_values_are_joined_head_by_head_or_not():
