@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
@@ -33,11 +33,14 @@ Denoise = Callable[[Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a network is told beside x and t. `mask` is True where `tokens` are real."""
+    """What a network is told beside x and t. `mask` is True where `tokens` are real; `vector` is SDXL's pooled prompt
+    and sizes, as `models.unet.micro_conditioning` makes it; `labels` are classes."""
 
     tokens: Tokens | None = None
     mask: Bool[Tensor, "b l"] | None = None
     pooled: Float[Tensor, "b d"] | None = None
+    vector: Float[Tensor, "b d"] | None = None
+    labels: Int[Tensor, " b"] | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply `function` to every tensor present."""

@@ -13,12 +13,15 @@ LAYOUT = {
     "out.weight": Place("proj", kept="transposed"),
     "in.weight": Place("conv.weight", kept="1x1"),
     "in.bias": Place("conv.bias"),
+    "a.weight": Place("by_head.weight", 0, 2, heads=3, kept="1"),
+    "b.weight": Place("by_head.weight", 1, 2, heads=3, kept="1"),
 }
 THEIRS = {
     "attn.in_proj_weight": torch.arange(24.0).view(12, 2),
     "proj": torch.arange(6.0).view(2, 3),
     "conv.weight": torch.arange(8.0).view(4, 2, 1, 1),
     "conv.bias": torch.arange(4.0),
+    "by_head.weight": torch.arange(24.0).view(12, 2, 1),
 }
 
 
@@ -28,6 +31,7 @@ def test_tensors_are_found_where_the_layout_says():
     assert torch.equal(ours["k.weight"], torch.arange(8.0, 16.0).view(4, 2))
     assert torch.equal(ours["out.weight"], torch.tensor([[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]))
     assert torch.equal(ours["in.weight"], torch.arange(8.0).view(4, 2))
+    assert torch.equal(ours["b.weight"][:, 0], torch.tensor([4.0, 6.0, 12.0, 14.0, 20.0, 22.0]))
 
 
 def test_writing_is_the_inverse_of_reading():
@@ -44,9 +48,10 @@ def test_a_convolution_of_one_pixel_may_be_kept_as_a_matrix():
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({k: v for k, v in THEIRS.items() if k != "proj"}, r"file: 1 missing \(first: proj\) of 4 keys"),
-        (THEIRS | {"more": torch.zeros(1)}, r"file: 1 unknown \(first: more\) of 4 keys"),
+        ({k: v for k, v in THEIRS.items() if k != "proj"}, r"file: 1 missing \(first: proj\) of 5 keys"),
+        (THEIRS | {"more": torch.zeros(1)}, r"file: 1 unknown \(first: more\) of 5 keys"),
         (THEIRS | {"attn.in_proj_weight": torch.zeros(11, 2)}, r"attn.in_proj_weight is \(11, 2\), which is not 3"),
+        (THEIRS | {"by_head.weight": torch.zeros(8, 2)}, r"by_head.weight is \(8, 2\), which is not 6"),
     ],
 )
 def test_what_does_not_fit_is_named(tensors, message):

@@ -23,14 +23,16 @@ class Place:
     """Where a tensor lies in another file, and how it is kept there.
 
     `part` of `parts`: one of so many equal slices along the first axis of a tensor that joins several of ours (fused
-    queries, keys and values). `kept` "1x1": a matrix is kept as a 1 x 1 convolution (out, in, 1, 1); either is read.
-    "transposed": a matrix is kept as (in, out).
+    queries, keys and values); with `heads`, so many rounds of slices: those of the first head, then those of the next.
+    `kept` "1x1": a matrix is kept as a 1 x 1 convolution (out, in, 1, 1), "1": as one over a sequence (out, in, 1);
+    either is read. "transposed": a matrix is kept as (in, out).
     """
 
     name: str
     part: int = 0
     parts: int = 1
-    kept: Literal["as it is", "1x1", "transposed"] = "as it is"
+    heads: int = 1
+    kept: Literal["as it is", "1x1", "1", "transposed"] = "as it is"
 
 
 Layout = Mapping[str, Place]
@@ -58,27 +60,39 @@ def read(layout: Layout, tensors: Mapping[str, Tensor], source: Path | str) -> d
 def write(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our `tensors`, all that the layout has rows for, as the other program keeps them: the inverse of `read`."""
     joined: dict[str, dict[int, Tensor]] = {}
+    heads: dict[str, int] = {}
     for name, place in layout.items():
         joined.setdefault(place.name, {})[place.part] = _theirs(tensors[name], place)
+        heads[place.name] = place.heads
     return {
-        name: parts[0] if len(parts) == 1 else torch.cat([parts[k] for k in sorted(parts)])
+        name: parts[0] if len(parts) == 1 else _join([parts[k] for k in sorted(parts)], heads[name])
         for name, parts in joined.items()
     }
 
 
+def _join(parts: list[Tensor], heads: int) -> Tensor:
+    if heads == 1:
+        return torch.cat(parts)
+    return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 2)
+
+
 def _ours(tensor: Tensor, place: Place, source: Path | str) -> Tensor:
-    if tensor.dim() and tensor.shape[0] % place.parts:
+    if tensor.dim() and tensor.shape[0] % (place.parts * place.heads):
         raise CheckpointMismatch(
-            f"{source}: {place.name} is {tuple(tensor.shape)}, which is not {place.parts} equal parts"
+            f"{source}: {place.name} is {tuple(tensor.shape)}, which is not {place.parts * place.heads} equal parts"
         )
-    if place.parts > 1:
+    if place.heads > 1:
+        tensor = tensor.unflatten(0, (place.heads, place.parts, -1))[:, place.part].flatten(0, 1)
+    elif place.parts > 1:
         tensor = tensor.chunk(place.parts)[place.part]
-    if place.kept == "1x1" and tensor.shape[2:] == (1, 1):
-        return tensor[:, :, 0, 0]
+    if place.kept in ("1x1", "1") and tensor.shape[2:] in ((1, 1), (1,)):
+        return tensor.flatten(1)
     return tensor.T if place.kept == "transposed" else tensor
 
 
 def _theirs(tensor: Tensor, place: Place) -> Tensor:
     if place.kept == "1x1":
         return tensor[:, :, None, None]
+    if place.kept == "1":
+        return tensor[:, :, None]
     return tensor.T if place.kept == "transposed" else tensor

@@ -1,0 +1,563 @@
+"""The U-Net of DDPM, Improved DDPM, ADM, Stable Diffusion 1 and 2, SDXL and what was tuned from them, by configuration.
+
+Denoising Diffusion Probabilistic Models, Ho et al., arXiv:2006.11239 (appendix B); Diffusion Models Beat GANs, Dhariwal
+and Nichol, arXiv:2105.05233 (section 3: scale-and-shift norms, residual blocks that resample, more heads); Latent
+Diffusion, Rombach et al., arXiv:2112.10752 (section 3.3: text enters by cross-attention); SDXL, arXiv:2307.01952.
+Residual blocks halve the picture level by level and double it again, every output on the way down is joined to its
+counterpart on the way up, and the time shifts (or scales and shifts) every block.
+Unusual: names are those of diffusers' files, which therefore load as they are; any size works, since the way up goes
+to the size of what it is joined to; padding tokens are attended to unless `cond.mask` says otherwise, as Stable
+Diffusion was trained.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from limner.errors import UsageError
+from limner.types import Conditioning
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """`widths`, `depths` and `text_only` have an entry a level, from fine to coarse; 0 is none in every count.
+
+    Heads are given by their number or by their width. Without `text_width` attention is over the picture alone, one
+    layer of it wherever `depths` is 1; with it, `depths` layers of a transformer that also reads the text.
+    """
+
+    type: Literal["unet"] = "unet"
+    in_channels: int = 4
+    out_channels: int = 4
+    widths: tuple[int, ...] = (320, 640, 1280, 1280)
+    num_blocks: int = 2
+    """Residual blocks a level on the way down; there is one more on the way up."""
+    depths: tuple[int, ...] = (1, 1, 1, 0)
+    mid_depth: int = 1
+    num_heads: int = 0
+    head_width: int = 0
+    text_width: int = 0
+    text_only: tuple[bool, ...] = ()
+    """Levels whose first attention reads the text too, instead of the picture (the x4 upscaler)."""
+    linear_projection: bool = False
+    """Into and out of the transformers goes a matrix instead of a 1 x 1 convolution: the same with other shapes."""
+    vector_width: int = 0
+    """Width of `cond.vector`: sizes, crops and pooled prompt of SDXL."""
+    num_classes: int = 0
+    """Classes of `cond.labels`; for the upscaler, levels of noise in the picture to enlarge."""
+    groups: int = 32
+    eps: float = 1e-5
+    scale_shift: bool = False
+    """Time scales and shifts what the second norm of a block gives (ADM's AdaGN) instead of shifting what it takes."""
+    resample: Literal["conv", "block"] = "conv"
+    """What halves and doubles the picture: a convolution, or a residual block around pooling and repetition."""
+    pad: Literal["around", "after"] = "around"
+    """Where halving convolutions see zeros: on all sides, or (Ho et al.) only right and below."""
+    sines_first: bool = False
+    freq_shift: int = 0
+    """Order of the time's sinusoids, and 1 if the slowest has a period of 2π·10,000 sharp (both as in Ho et al.)."""
+    dropout: float = 0.0
+
+    def heads(self, width: int) -> int:
+        return self.num_heads or width // self.head_width
+
+
+SD1 = UNetConfig(num_heads=8, text_width=768)  # 860M parameters
+SD1_INPAINT = replace(SD1, in_channels=9)  # beside the latents: the mask, and latents of the picture around it
+SD1_EDIT = replace(SD1, in_channels=8)  # InstructPix2Pix, arXiv:2211.09800: beside the latents, those of the picture
+SD2 = UNetConfig(head_width=64, text_width=1024, linear_projection=True)  # 866M
+SD2_INPAINT = replace(SD2, in_channels=9)
+SD2_DEPTH = replace(SD2, in_channels=5)
+SDXL = UNetConfig(  # 2,567M
+    widths=(320, 640, 1280),
+    depths=(0, 2, 10),
+    mid_depth=10,
+    head_width=64,
+    text_width=2048,
+    linear_projection=True,
+    vector_width=2816,  # pooled 1280 + 6 numbers x 256
+)
+SDXL_INPAINT = replace(SDXL, in_channels=9)
+SDXL_REFINER = UNetConfig(  # 2,260M
+    widths=(384, 768, 1536, 1536),
+    depths=(0, 4, 4, 0),
+    mid_depth=4,
+    head_width=64,
+    text_width=1280,
+    linear_projection=True,
+    vector_width=2560,  # pooled 1280 + 5 numbers x 256
+)
+X4_UPSCALER = UNetConfig(  # 473M
+    in_channels=7,  # beside the latents, the noised small picture
+    widths=(256, 512, 512, 1024),
+    depths=(0, 1, 1, 1),
+    num_heads=8,
+    text_width=1024,
+    text_only=(True, True, True, False),
+    linear_projection=True,
+    num_classes=1000,
+)
+DDPM_CIFAR = UNetConfig(  # 35.7M
+    in_channels=3,
+    out_channels=3,
+    widths=(128, 256, 256, 256),
+    depths=(0, 1, 0, 0),
+    num_heads=1,
+    eps=1e-6,
+    pad="after",
+    sines_first=True,
+    freq_shift=1,
+    dropout=0.1,
+)
+DDPM_256 = replace(  # 113.7M: LSUN and CelebA-HQ
+    DDPM_CIFAR, widths=(128, 128, 256, 256, 512, 512), depths=(0, 0, 0, 0, 1, 0), dropout=0.0
+)
+IDDPM_CIFAR = UNetConfig(  # 52.5M: Improved DDPM, arXiv:2102.09672; the second half of its output is about the variance
+    in_channels=3,
+    out_channels=6,
+    widths=(128, 256, 256, 256),
+    num_blocks=3,
+    depths=(0, 1, 1, 0),
+    num_heads=4,
+    scale_shift=True,
+    dropout=0.3,
+)
+IDDPM_64 = replace(IDDPM_CIFAR, widths=(128, 256, 384, 512), depths=(0, 0, 1, 1), dropout=0.0)  # 121M, ImageNet
+ADM_64 = UNetConfig(  # 296M, ImageNet
+    in_channels=3,
+    out_channels=6,
+    widths=(192, 384, 576, 768),
+    num_blocks=3,
+    depths=(0, 1, 1, 1),
+    head_width=64,
+    num_classes=1000,
+    scale_shift=True,
+    resample="block",
+    dropout=0.1,
+)
+ADM_128 = replace(  # 422M, ImageNet
+    ADM_64,
+    widths=(256, 256, 512, 768, 1024),
+    num_blocks=2,
+    depths=(0, 0, 1, 1, 1),
+    num_heads=4,
+    head_width=0,
+    dropout=0.0,
+)
+ADM_256 = replace(  # 554M, ImageNet
+    ADM_64, widths=(256, 256, 512, 512, 1024, 1024), num_blocks=2, depths=(0, 0, 0, 1, 1, 1), dropout=0.0
+)
+
+UNET_TINY = UNetConfig(widths=(32, 64), num_blocks=1, depths=(1, 1), head_width=16, text_width=32, groups=8)
+UNET_TINY_PIXELS = replace(DDPM_CIFAR, widths=(32, 64), num_blocks=1, depths=(0, 1), groups=8)
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What a second network adds to this one (ControlNet, arXiv:2302.05543): `down` to what the way down hands over to
+    the way up, in the order of its making, conv_in's output first; `mid` to what the middle makes."""
+
+    down: tuple[Tensor, ...] = ()
+    mid: Tensor | None = None
+
+
+class UNet(nn.Module):
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        check(config)
+        self.config = config
+        widths, levels = config.widths, range(len(config.widths))
+        width = 4 * widths[0]  # of the embedded time
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = EmbeddingMLP(widths[0], width)
+        self.add_embedding = EmbeddingMLP(config.vector_width, width) if config.vector_width else None
+        self.class_embedding = nn.Embedding(config.num_classes, width) if config.num_classes else None
+
+        self.down_blocks = nn.ModuleList()
+        made = [widths[0]]  # widths of what the way down hands over
+        for i in levels:
+            level = DownLevel(config, i, made[-1])
+            self.down_blocks.append(level)
+            made += [widths[i]] * (len(level.resnets) + len(level.downsamplers))
+
+        self.mid_block = Middle(config)
+
+        self.up_blocks = nn.ModuleList()
+        above = widths[-1]
+        for i in reversed(levels):
+            joined = [made.pop() for _ in range(config.num_blocks + 1)]
+            self.up_blocks.append(UpLevel(config, i, above, joined))
+            above = widths[i]
+
+        self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=config.eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every residual branch starts at zero, and so does the output (Ho et al.'s code; ADM, Latent Diffusion)."""
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                zero(module.conv2)
+            elif isinstance(module, SpatialTransformer):
+                zero(module.proj_out)
+            elif isinstance(module, SpatialAttention):
+                zero(module.to_out[0])
+        zero(self.conv_out)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Conditioning, residuals: Residuals | None = None) -> Tensor:
+        """Noisy latents or images (b, c, h, w) at times t (b,), 0 to 999, whole or not -> what the network predicts
+        (b, c, h, w). Pictures that come with x (a mask, another picture, depth) are channels of it, after the first."""
+        emb = self.embed(t, cond)  # b d
+        text, mask = cond.tokens, cond.mask
+
+        x = self.conv_in(x)
+        skips = [x]
+        for level in self.down_blocks:
+            x, more = level(x, emb, text, mask)
+            skips += more
+
+        x = self.mid_block(x, emb, text, mask)
+
+        if residuals is not None:
+            if residuals.down:
+                skips = [skip + more for skip, more in zip(skips, residuals.down, strict=True)]
+            x = x if residuals.mid is None else x + residuals.mid
+
+        for level in self.up_blocks:
+            joined = [skips.pop() for _ in range(self.config.num_blocks + 1)]
+            size = skips[-1].shape[-2:] if skips else None
+            x = level(x, joined, emb, text, mask, size)
+
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def embed(self, t: Tensor, cond: Conditioning) -> Tensor:
+        """What every block is told of the time, the sizes and the class, after the SiLU that all of them begin with."""
+        config = self.config
+        frequencies = sinusoid(t, config.widths[0], config.sines_first, config.freq_shift)
+        emb = self.time_embedding(frequencies.to(self.conv_in.weight.dtype))
+        if self.add_embedding is not None:
+            assert cond.vector is not None, "the network wants cond.vector"
+            emb = emb + self.add_embedding(cond.vector)
+        if self.class_embedding is not None:
+            assert cond.labels is not None, "the network wants cond.labels"
+            emb = emb + self.class_embedding(cond.labels)
+        return F.silu(emb)
+
+
+# ---------------------------------------------------------------------- levels
+
+
+class DownLevel(nn.Module):
+    """The blocks of a level, each followed by attention if the level has it; all but the last end at half the size."""
+
+    def __init__(self, config: UNetConfig, level: int, in_width: int) -> None:
+        super().__init__()
+        width = config.widths[level]
+        ins = [in_width] + [width] * (config.num_blocks - 1)
+        self.resnets = nn.ModuleList(ResBlock(config, i, width) for i in ins)
+        self.attentions = nn.ModuleList(attention(config, level) for _ in ins if config.depths[level])
+        self.downsamplers = nn.ModuleList()
+        if level + 1 < len(config.widths):
+            self.downsamplers.append(
+                Downsample(width, config.pad)
+                if config.resample == "conv"
+                else ResBlock(config, width, width, halve=True)
+            )
+
+    def forward(self, x: Tensor, emb: Tensor, text: Tensor | None, mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        made = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, emb)
+            if self.attentions:
+                x = self.attentions[i](x, text, mask)
+            made.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x, emb)
+            made.append(x)
+        return x, made
+
+
+class Middle(nn.Module):
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width = config.widths[-1]
+        self.resnets = nn.ModuleList(ResBlock(config, width, width) for _ in range(2))
+        self.attentions = nn.ModuleList([attention(config)] if config.mid_depth else [])
+
+    def forward(self, x: Tensor, emb: Tensor, text: Tensor | None, mask: Tensor | None) -> Tensor:
+        x = self.resnets[0](x, emb)
+        for attend in self.attentions:
+            x = attend(x, text, mask)
+        return self.resnets[1](x, emb)
+
+
+class UpLevel(nn.Module):
+    """As on the way down, every block joined to one of there; then the size of the next to join."""
+
+    def __init__(self, config: UNetConfig, level: int, in_width: int, joined: list[int]) -> None:
+        super().__init__()
+        width = config.widths[level]
+        ins = [in_width] + [width] * config.num_blocks
+        self.resnets = nn.ModuleList(ResBlock(config, i + j, width) for i, j in zip(ins, joined, strict=True))
+        self.attentions = nn.ModuleList(attention(config, level) for _ in ins if config.depths[level])
+        self.upsamplers = nn.ModuleList()
+        if level:
+            self.upsamplers.append(Upsample(width) if config.resample == "conv" else ResBlock(config, width, width))
+
+    def forward(
+        self,
+        x: Tensor,
+        joined: list[Tensor],
+        emb: Tensor,
+        text: Tensor | None,
+        mask: Tensor | None,
+        size: torch.Size | None,
+    ) -> Tensor:
+        for i, (resnet, skip) in enumerate(zip(self.resnets, joined, strict=True)):
+            x = resnet(torch.cat([x, skip], dim=1), emb)
+            if self.attentions:
+                x = self.attentions[i](x, text, mask)
+        for upsample in self.upsamplers:
+            x = upsample(x, emb, size)
+        return x
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int, pad: Literal["around", "after"]) -> None:
+        super().__init__()
+        self.after = pad == "after"
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=0 if self.after else 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.after else x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor, size: torch.Size) -> Tensor:
+        return self.conv(F.interpolate(x, size, mode="nearest"))
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), told the time between; `halve`, or a size given, resamples after the
+    first SiLU and on the shortcut (ADM)."""
+
+    def __init__(self, config: UNetConfig, in_width: int, width: int, halve: bool = False) -> None:
+        super().__init__()
+        self.halve = halve
+        self.scale_shift = config.scale_shift
+        self.norm1 = nn.GroupNorm(config.groups, in_width, eps=config.eps)
+        self.conv1 = nn.Conv2d(in_width, width, 3, padding=1)
+        self.time_emb_proj = nn.Linear(4 * config.widths[0], (1 + config.scale_shift) * width)
+        self.norm2 = nn.GroupNorm(config.groups, width, eps=config.eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_width, width, 1) if in_width != width else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor, size: torch.Size | None = None) -> Tensor:
+        h = F.silu(self.norm1(x))
+        if self.halve:
+            x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
+        elif size is not None:
+            x, h = F.interpolate(x, size, mode="nearest"), F.interpolate(h, size, mode="nearest")
+        h = self.conv1(h)
+        told = self.time_emb_proj(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = told.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        else:
+            h = self.norm2(h + told)
+        return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+# ------------------------------------------------------------------- attention
+
+
+def attention(config: UNetConfig, level: int | None = None) -> nn.Module:
+    """The attention of a level, or of the middle."""
+    width = config.widths[-1 if level is None else level]
+    if not config.text_width:
+        return SpatialAttention(config, width)
+    depth = config.mid_depth if level is None else config.depths[level]
+    text_only = level is not None and bool(config.text_only) and config.text_only[level]
+    return SpatialTransformer(config, width, depth, text_only)
+
+
+class Attention(nn.Module):
+    """Queries from x, keys and values from `source`, all heads scaled by 1/√(their width)."""
+
+    def __init__(self, width: int, num_heads: int, source_width: int, bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(source_width, width, bias=bias)
+        self.to_v = nn.Linear(source_width, width, bias=bias)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def forward(self, x: Tensor, source: Tensor | None, mask: Tensor | None) -> Tensor:
+        """x (b, n, d) and source (b, l, e), of which `mask` (b, l) tells what is real -> (b, n, d)."""
+        q, k, v = (
+            rearrange(y, "b n (h e) -> b h n e", h=self.num_heads)
+            for y in (self.to_q(x), self.to_k(source), self.to_v(source))
+        )
+        where = None if mask is None else mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=where)
+        return self.to_out(rearrange(attended, "b h n e -> b n (h e)"))
+
+
+class SpatialAttention(Attention):
+    """x + attention among all pixels of x (b, c, h, w); text is not read."""
+
+    def __init__(self, config: UNetConfig, width: int) -> None:
+        super().__init__(width, config.heads(width), width, bias=True)
+        self.group_norm = nn.GroupNorm(config.groups, width, eps=config.eps)
+
+    def forward(self, x: Tensor, source: Tensor | None, mask: Tensor | None) -> Tensor:
+        pixels = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        return x + rearrange(super().forward(pixels, pixels, None), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class SpatialTransformer(nn.Module):
+    """x (b, c, h, w) + a transformer over its pixels, which reads the text in every layer."""
+
+    def __init__(self, config: UNetConfig, width: int, depth: int, text_only: bool) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(config.groups, width, eps=1e-6)  # unlike all others
+        self.linear = config.linear_projection
+        project = nn.Linear if self.linear else lambda a, b: nn.Conv2d(a, b, 1)
+        self.proj_in = project(width, width)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(config, width, text_only) for _ in range(depth))
+        self.proj_out = project(width, width)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        pixels = self.norm(x) if self.linear else self.proj_in(self.norm(x))
+        pixels = rearrange(pixels, "b c h w -> b (h w) c")
+        pixels = self.proj_in(pixels) if self.linear else pixels
+        for block in self.transformer_blocks:
+            pixels = block(pixels, text, mask)
+        pixels = self.proj_out(pixels) if self.linear else pixels
+        pixels = rearrange(pixels, "b (h w) c -> b c h w", h=x.shape[2])
+        return x + (pixels if self.linear else self.proj_out(pixels))
+
+
+class TransformerBlock(nn.Module):
+    """Attention among pixels, attention to the text, and a gated MLP, each after a norm and added.
+
+    The keys and values of the text (`attn2.to_k`, `attn2.to_v`) depend on the prompt alone: to save computing
+    them in every step, they would be kept here.
+    """
+
+    def __init__(self, config: UNetConfig, width: int, text_only: bool) -> None:
+        super().__init__()
+        heads, text_width = config.heads(width), config.text_width
+        self.text_only = text_only
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, heads, text_width if text_only else width, bias=False)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, heads, text_width, bias=False)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        y = self.norm1(x)
+        x = x + (self.attn1(y, text, mask) if self.text_only else self.attn1(y, y, None))
+        x = x + self.attn2(self.norm2(x), text, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class GEGLU(nn.Module):
+    """Half of a projection, gated by the other (arXiv:2002.05202)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+# ------------------------------------------------------------------ embeddings
+
+
+class EmbeddingMLP(nn.Module):
+    def __init__(self, in_width: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_width, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def sinusoid(t: Tensor, width: int, sines_first: bool = False, freq_shift: int = 0) -> Tensor:
+    """Sinusoids of t (b,) as (b, width), in float32. The order of the products is that of the published
+    networks: the last bit of a frequency is 6e-5 of an angle at t = 999."""
+    half = width // 2
+    powers = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
+    angles = t.float()[:, None] * powers.exp()
+    parts = [angles.sin(), angles.cos()] if sines_first else [angles.cos(), angles.sin()]
+    return F.pad(torch.cat(parts, dim=-1), (0, width % 2))
+
+
+def micro_conditioning(pooled: Tensor, numbers: Tensor) -> Tensor:
+    """SDXL's `cond.vector`: the pooled prompt (b, d) and 256 sinusoids of each of `numbers` (b, k).
+
+    The base model's six are height and width of the original, top and left of the crop, height and width of the
+    target; the refiner's five end with the aesthetic score (6, or 2.5 for what is not wanted) instead of the target.
+    """
+    embedded = sinusoid(numbers.flatten(), 256).unflatten(0, numbers.shape).flatten(1)  # b (k 256)
+    return torch.cat([pooled, embedded.to(pooled.dtype)], dim=1)
+
+
+# ---------------------------------------------------------------------- checks
+
+
+def check(config: UNetConfig) -> None:
+    """Raises UsageError where a configuration contradicts itself."""
+    levels = len(config.widths)
+    if not levels or len(config.depths) != levels or len(config.text_only) not in (0, levels):
+        raise UsageError(
+            f"widths={config.widths} names {levels} levels, depths={config.depths} and text_only={config.text_only} "
+            "must name as many"
+        )
+    if config.num_blocks < 1:
+        raise UsageError(f"num_blocks={config.num_blocks}: every level needs one at least")
+    for width in config.widths:
+        if config.groups < 1 or width < 1 or width % config.groups:
+            raise UsageError(f"widths={config.widths}: {width} does not divide into groups={config.groups}")
+    at = {width for width, depth in zip(config.widths, config.depths, strict=True) if depth}
+    at |= {config.widths[-1]} if config.mid_depth else set()
+    if at and (config.num_heads > 0) == (config.head_width > 0):
+        raise UsageError("give either num_heads or head_width")
+    for width in at:
+        if width % (config.num_heads or config.head_width):
+            raise UsageError(
+                f"width {width} does not divide into num_heads={config.num_heads} or head_width={config.head_width}"
+            )
+    if not config.text_width and (max(*config.depths, config.mid_depth) > 1 or any(config.text_only)):
+        raise UsageError("without text_width, depths are 0 or 1 and text_only is not set")
+
+
+def zero(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
