@@ -1,0 +1,249 @@
+"""CLIP's text tower: prompt -> token states and a vector that lies near that of a fitting picture.
+
+A causal transformer (Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
+arXiv:2103.00020, section 2.4): layer norm comes before attention and MLP, positions are learned, and the state at the
+mark of the end, EOT, stands for the whole text. Unusual: attention looks at padding too, after EOT, and so do the
+networks that are told of the states; which id fills up is therefore part of a model (OpenAI's is EOT, OpenCLIP's is 0).
+Attribute names are those of the published files, as transformers writes them.
+
+What systems take: Stable Diffusion 1 the last states after the final norm, 2 those of the layer before with the norm,
+XL those of the layer before without it, from two towers side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from limner.errors import UsageError
+from limner.text.bpe import CLIPTokenizer
+from limner.types import Conditioning, Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPTextConfig:
+    """`eot` None finds EOT as the largest id of a text, as OpenAI's program does. `pad` is the id texts are filled up
+    with. `projection` is the width of the space shared with pictures, None for a file without the matrix to it."""
+
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    hidden: int = 3072
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    projection: int | None = None
+    vocabulary: int = 49408
+    context: int = 77
+    eot: int | None = 49407
+    pad: int = 49407
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.width % self.num_heads:
+            raise UsageError(f"width={self.width} is not in equal parts over num_heads={self.num_heads}")
+        if self.context < 2:
+            raise UsageError(f"context={self.context}: the marks of the beginning and the end alone are 2")
+        if self.activation not in ACTIVATIONS:
+            raise UsageError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        if not 0 <= self.pad < self.vocabulary or (self.eot is not None and not 0 <= self.eot < self.vocabulary):
+            raise UsageError(f"pad={self.pad} and eot={self.eot} are not both of vocabulary={self.vocabulary}")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+CLIP_L = CLIPTextConfig()  # of ViT-L/14, without its projection: Stable Diffusion 1 and XL, FLUX
+OPENCLIP_H = CLIPTextConfig(
+    width=1024, depth=24, num_heads=16, hidden=4096, activation="gelu", projection=1024, pad=0
+)  # arXiv:2212.07143
+OPENCLIP_H_SD2 = replace(OPENCLIP_H, depth=23, projection=None)  # as transformers' files of Stable Diffusion 2 keep it
+OPENCLIP_BIGG = CLIPTextConfig(
+    width=1280, depth=32, num_heads=20, hidden=5120, activation="gelu", projection=1280, pad=0
+)  # Stable Diffusion XL and 3
+CLIP_TINY = CLIPTextConfig(width=32, depth=3, num_heads=2, hidden=64, projection=16)
+
+
+@dataclass(frozen=True)
+class CLIPStates:
+    """`hidden` are the states before the first layer and after each, none normed; `last` is the last of them after the
+    final norm; `pooled` is `last` at EOT, projected where the model has a projection."""
+
+    hidden: tuple[Tokens, ...]
+    last: Tokens
+    pooled: Float[Tensor, "b p"]
+
+
+class CLIPText(nn.Module):
+    """One class for CLIP's and OpenCLIP's text towers of any size."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_model = TextTransformer(config)
+        self.text_projection = None
+        if config.projection is not None:
+            self.text_projection = nn.Linear(config.width, config.projection, bias=False)
+        if not self.text_model.final_layer_norm.weight.is_meta:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The deviations of OpenAI's program; biases start at zero."""
+        width, depth = self.config.width, self.config.depth
+        residual = width**-0.5 * (2 * depth) ** -0.5
+        deviations = {"out_proj": residual, "fc1": (2 * width) ** -0.5, "fc2": residual}
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=deviations.get(name.rpartition(".")[2], width**-0.5))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.text_model.embeddings.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.text_model.embeddings.position_embedding.weight, std=0.01)
+
+    def forward(self, ids: Int[Tensor, "b l"]) -> CLIPStates:
+        """`ids` with both marks, at most `context` of them, filled up with `pad`."""
+        hidden = self.text_model(ids)
+        last = self.norm(hidden[-1])
+        pooled = last[torch.arange(len(ids), device=ids.device), self.eot_positions(ids)]  # b d
+        return CLIPStates(hidden, last, pooled if self.text_projection is None else self.text_projection(pooled))
+
+    def norm(self, states: Tokens) -> Tokens:
+        return self.text_model.final_layer_norm(states)
+
+    def eot_positions(self, ids: Tensor) -> Tensor:
+        """Where the first EOT of every text is (b,)."""
+        return (ids if self.config.eot is None else (ids == self.config.eot).int()).argmax(dim=-1)
+
+
+class CLIPTextEncoder(CLIPText):
+    """A tower with its tokenizer: prompts -> Conditioning. Its weights have the names of `CLIPText`.
+
+    Tokens are the states after all layers but the last `skip`, through the final norm if `normed`; `skip` 1 is what
+    users call clip skip 2.
+    """
+
+    def __init__(self, config: CLIPTextConfig, tokenizer: CLIPTokenizer, *, skip: int = 0, normed: bool = True) -> None:
+        super().__init__(config if config.eot is not None else replace(config, eot=tokenizer.eot))
+        if not 0 <= skip <= config.depth:
+            raise UsageError(f"skip={skip}: the text encoder has {config.depth} layers")
+        if tokenizer.size > config.vocabulary or self.config.eot != tokenizer.eot:
+            raise UsageError(
+                f"the tokenizer has {tokenizer.size} ids and EOT {tokenizer.eot}, the text encoder "
+                f"{config.vocabulary} and {self.config.eot}: they are not of one model"
+            )
+        self.tokenizer, self.skip, self.normed = tokenizer, skip, normed
+
+    def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """ids (b, context), and a mask that is True on words and the marks around them.
+
+        What is longer is cut at the end; `words_cut` says what.
+        """
+        context, bot, eot = self.config.context, self.tokenizer.bot, self.tokenizer.eot
+        rows = [[bot, *ids[: context - 2], eot] for ids in self.tokenizer.encode(prompts, marked=False)]
+        ids = torch.tensor([row + [self.config.pad] * (context - len(row)) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids, torch.arange(context) < lengths[:, None]
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Token states, the mask of real tokens, and the pooled vectors. Published networks attend to all tokens, those
+        after EOT too, so they leave the mask aside."""
+        device = self.text_model.final_layer_norm.weight.device
+        ids, mask = self.tokenize(prompts)
+        if device.type == "cuda":  # pinned, so that the copy does not wait for the work queued there
+            ids, mask = ids.pin_memory(), mask.pin_memory()
+        ids, mask = ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        states = self(ids)
+        tokens = states.hidden[-1 - self.skip]
+        return Conditioning(tokens=self.norm(tokens) if self.normed else tokens, mask=mask, pooled=states.pooled)
+
+    def words_cut(self, prompt: str) -> str:
+        """The end of `prompt` that does not fit, "" when all does."""
+        return self.tokenizer.beyond(prompt, self.config.context - 2)
+
+
+def side_by_side(first: Conditioning, second: Conditioning) -> Conditioning:
+    """Two towers' states of the same prompts joined along the width, `pooled` from the second: Stable Diffusion XL."""
+    assert first.tokens is not None
+    assert second.tokens is not None
+    assert first.mask is not None
+    assert second.mask is not None
+    return Conditioning(
+        tokens=torch.cat([first.tokens, second.tokens], dim=-1), mask=first.mask | second.mask, pooled=second.pooled
+    )
+
+
+class TextTransformer(nn.Module):
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.depth))})
+        self.final_layer_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+        hidden = [self.embeddings(ids)]
+        for layer in self.encoder["layers"]:  # type: ignore[attr-defined]
+            hidden.append(layer(hidden[-1]))  # b l d
+        return tuple(hidden)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        # not nn.Embedding(rows, width): to fill one on the meta device, torch imports its whole compiler
+        self.token_embedding, self.position_embedding = (
+            nn.Embedding.from_pretrained(torch.empty(rows, config.width), freeze=False)
+            for rows in (config.vocabulary, config.context)
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class Layer(nn.Module):
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Attention(nn.Module):
+    """Every token looks at itself and those before it."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(config.width, config.width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            rearrange(project(x), "b l (h e) -> b h l e", h=self.num_heads)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(rearrange(attended, "b h l e -> b l (h e)"))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.fc1 = nn.Linear(config.width, config.hidden)
+        self.fc2 = nn.Linear(config.hidden, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
