@@ -154,16 +154,15 @@ class CLIPTextEncoder(CLIPText):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Token states, the mask of real tokens, and the pooled vectors. Published networks attend to all tokens, those
-        after EOT too, so they leave the mask aside."""
+        """Token states and the pooled vectors, without a mask: published networks were trained to attend to all tokens,
+        those after EOT too."""
         device = self.text_model.final_layer_norm.weight.device
-        ids, mask = self.tokenize(prompts)
+        ids, _ = self.tokenize(prompts)
         if device.type == "cuda":  # pinned, so that the copy does not wait for the work queued there
-            ids, mask = ids.pin_memory(), mask.pin_memory()
-        ids, mask = ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
-        states = self(ids)
+            ids = ids.pin_memory()
+        states = self(ids.to(device, non_blocking=True))
         tokens = states.hidden[-1 - self.skip]
-        return Conditioning(tokens=self.norm(tokens) if self.normed else tokens, mask=mask, pooled=states.pooled)
+        return Conditioning(tokens=self.norm(tokens) if self.normed else tokens, pooled=states.pooled)
 
     def words_cut(self, prompt: str) -> str:
         """The end of `prompt` that does not fit, "" when all does."""
@@ -174,11 +173,7 @@ def side_by_side(first: Conditioning, second: Conditioning) -> Conditioning:
     """Two towers' states of the same prompts joined along the width, `pooled` from the second: Stable Diffusion XL."""
     assert first.tokens is not None
     assert second.tokens is not None
-    assert first.mask is not None
-    assert second.mask is not None
-    return Conditioning(
-        tokens=torch.cat([first.tokens, second.tokens], dim=-1), mask=first.mask | second.mask, pooled=second.pooled
-    )
+    return Conditioning(tokens=torch.cat([first.tokens, second.tokens], dim=-1), pooled=second.pooled)
 
 
 class TextTransformer(nn.Module):
