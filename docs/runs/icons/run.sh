@@ -2,7 +2,8 @@
 # A run of `icons`, unattended and ready in time: sh docs/runs/icons/run.sh DATA WORK SECONDS [START]
 # DATA is the icon pack, WORK a folder for what comes out, START weights to go on from (else a stage at 128 px comes
 # first, and AUTOENCODER names the weights of the autoencoder). All GPUs of the machine share the training; the judge is
-# trained beside it on the last of them. Pictures that WORK/cache does not hold are drawn first by each of them. What is left in WORK: icons.safetensors, judge/, evaluation/, settings.jsonl, logs.
+# trained beside it on the last of them. Pictures that WORK/cache does not hold are drawn first, by each of them. What is
+# left in WORK: icons.safetensors, judge/, evaluation/, settings-0.jsonl and -1, logs.
 set -eu
 data=$1 work=$2 end=$(($(date +%s) + $3)) start=${4:-}
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
