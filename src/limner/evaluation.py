@@ -36,6 +36,7 @@ from limner.checkpoints import files
 from limner.data.batches import seeded
 from limner.data.icons import IconPack
 from limner.data.images import ImageSet, to_float
+from limner.data.transforms import mirrored
 from limner.errors import FileProblem
 from limner.metrics import distances, retrieval
 from limner.metrics.distances import frechet, kid, nearest, precision_recall
@@ -190,7 +191,7 @@ def seen(images: Tensor, mirror: Tensor, view: int, generator: torch.Generator) 
     if view > CLEAN:
         return worn(jittered(images, mirror, generator), generator)
     if view:
-        images = torch.where(mirror.to(images.device)[:, None, None, None], images.flip(-1), images)
+        images = mirrored(images, mirror.to(images.device))
     return worn(images, generator) if view == CLEAN else images
 
 

@@ -6,7 +6,7 @@ Stable Diffusion, and a training file has a `loss.` beside it. Cut that off firs
 
 from __future__ import annotations
 
-from limner.checkpoints.layouts import Layout, Place
+from limner.checkpoints.layouts import Layout, Place, early_diffusers
 from limner.models.autoencoder import AutoencoderConfig, KLConfig, VQConfig
 
 
@@ -46,13 +46,7 @@ def ldm_layout(config: AutoencoderConfig) -> Layout:
 
 def early_diffusers_layout(config: AutoencoderConfig) -> Layout:
     """Files that diffusers wrote until mid-2023, which spell attention `query`, `key`, `value` and `proj_attn`."""
-    rows = {}
-    for name in ldm_layout(config):
-        old = name
-        for new, word in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
-            old = old.replace(f".{new}.", f".{word}.")
-        rows[name] = Place(old)
-    return rows
+    return early_diffusers(ldm_layout(config))
 
 
 def _residual(ours: str, theirs: str, shortcut: bool = False) -> dict[str, Place]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -77,19 +77,20 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:10]
 
 
-def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Give `module` (it may be on the meta device) these weights. Every key and shape must fit: CheckpointMismatch."""
-    expected = module.state_dict()
-    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or unknown:
-        parts = [
-            f"{len(names)} {word} (first: {names[0]})"
-            for names, word in ((missing, "missing"), (unknown, "unknown"))
-            if names
-        ]
+def account(expected: Set[str], found: Set[str], source: Path | str) -> None:
+    """Every key must be there and nothing else: CheckpointMismatch names the first that is missing or left over."""
+    kinds = ((sorted(expected - found), "missing"), (sorted(found - expected), "unknown"))
+    parts = [f"{len(names)} {word} (first: {names[0]})" for names, word in kinds if names]
+    if parts:
         raise CheckpointMismatch(
             f"{source}: {' and '.join(parts)} of {len(expected)} keys; is it a file of another model?"
         )
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Give `module` (it may be on the meta device) these weights. Every key and shape must fit: CheckpointMismatch."""
+    expected = module.state_dict()
+    account(expected.keys(), tensors.keys(), source)
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             found, wanted = tuple(tensor.shape), tuple(expected[name].shape)

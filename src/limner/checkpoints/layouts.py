@@ -7,7 +7,7 @@ name; and since reading and writing use the same table, writing what was read gi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from limner.checkpoints.files import account
 from limner.errors import CheckpointMismatch
 
 
@@ -38,22 +39,27 @@ class Place:
 Layout = Mapping[str, Place]
 
 
+EARLY = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+
+def early_diffusers(names: Iterable[str]) -> dict[str, Place]:
+    """The layout of files that diffusers wrote before 2023 and in part until the middle of that year: its names, which
+    are ours, but for attention without text."""
+    layout = {}
+    for ours in names:
+        theirs = ours
+        for new, early in EARLY.items():
+            theirs = theirs.replace(new, early)
+        layout[ours] = Place(theirs)
+    return layout
+
+
 def read(layout: Layout, tensors: Mapping[str, Tensor], source: Path | str) -> dict[str, Tensor]:
     """The tensors of a file under our names, as views where that is possible.
 
     Every row must be there and nothing else: CheckpointMismatch names the first that is missing or left over.
     """
-    wanted = {place.name for place in layout.values()}
-    missing, unknown = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
-    if missing or unknown:
-        parts = [
-            f"{len(names)} {word} (first: {names[0]})"
-            for names, word in ((missing, "missing"), (unknown, "unknown"))
-            if names
-        ]
-        raise CheckpointMismatch(
-            f"{source}: {' and '.join(parts)} of {len(wanted)} keys; is it a file of another model?"
-        )
+    account({place.name for place in layout.values()}, tensors.keys(), source)
     return {name: _ours(tensors[place.name], place, source) for name, place in layout.items()}
 
 

@@ -8,7 +8,7 @@ no text is read, attention is theirs.
 
 from __future__ import annotations
 
-from limner.checkpoints.layouts import Place
+from limner.checkpoints.layouts import Place, early_diffusers
 from limner.models.unet import UNetConfig
 
 _BLOCK = {
@@ -110,14 +110,7 @@ def ldm_layout(config: UNetConfig, *, by_head: bool = True) -> dict[str, Place]:
 
 def old_diffusers_layout(config: UNetConfig) -> dict[str, Place]:
     """Our name -> place in a file that diffusers wrote of a network without text before 2023 (all of DDPM's are)."""
-    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
-    layout = {}
-    for ours in ldm_layout(config):
-        theirs = ours
-        for new, name in old.items():
-            theirs = theirs.replace(new, name)
-        layout[ours] = Place(theirs)
-    return layout
+    return early_diffusers(ldm_layout(config))
 
 
 def ddpm_layout(config: UNetConfig) -> dict[str, Place]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limner.errors import UsageError
+from limner.nn.attention import SpatialAttention
 from limner.types import Images, Latents
 
 EPS = 1e-6  # of every group norm
@@ -267,7 +268,7 @@ class Level(nn.Module):
         self.resnets = nn.ModuleList(
             ResidualBlock(channels if j == 0 else out_channels, out_channels, groups) for j in range(blocks)
         )
-        self.attentions = nn.ModuleList(Attention(out_channels, groups) for _ in range(blocks)) if attention else None
+        self.attentions = nn.ModuleList(attend(out_channels, groups) for _ in range(blocks)) if attention else None
         self.downsamplers = nn.ModuleList([Downsample(out_channels)]) if resample == "down" else None
         self.upsamplers = nn.ModuleList([Upsample(out_channels)]) if resample == "up" else None
 
@@ -284,7 +285,7 @@ class Level(nn.Module):
 class MidBlock(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(channels, groups)])
+        self.attentions = nn.ModuleList([attend(channels, groups)])
         self.resnets = nn.ModuleList(ResidualBlock(channels, channels, groups) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -308,21 +309,9 @@ class ResidualBlock(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
-class Attention(nn.Module):
-    """x + attention among all pixels, with one head as wide as the level."""
-
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, EPS)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
-        out = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        return x + rearrange(self.to_out[0](out), "b 1 (h w) c -> b c h w", h=x.shape[2])
+def attend(channels: int, groups: int) -> SpatialAttention:
+    """Among all pixels, with one head as wide as the level."""
+    return SpatialAttention(channels, 1, groups, EPS)
 
 
 class Downsample(nn.Module):

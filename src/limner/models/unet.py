@@ -12,7 +12,6 @@ Diffusion was trained.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limner.errors import UsageError
+from limner.nn.attention import Attention, SpatialAttention
+from limner.nn.embeddings import sinusoid
 from limner.types import Conditioning
 
 
@@ -387,44 +388,10 @@ def attention(config: UNetConfig, level: int | None = None) -> nn.Module:
     """The attention of a level, or of the middle."""
     width = config.widths[-1 if level is None else level]
     if not config.text_width:
-        return SpatialAttention(config, width)
+        return SpatialAttention(width, config.heads(width), config.groups, config.eps)
     depth = config.mid_depth if level is None else config.depths[level]
     text_only = level is not None and bool(config.text_only) and config.text_only[level]
     return SpatialTransformer(config, width, depth, text_only)
-
-
-class Attention(nn.Module):
-    """Queries from x, keys and values from `source`, all heads scaled by 1/√(their width)."""
-
-    def __init__(self, width: int, num_heads: int, source_width: int, bias: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.to_q = nn.Linear(width, width, bias=bias)
-        self.to_k = nn.Linear(source_width, width, bias=bias)
-        self.to_v = nn.Linear(source_width, width, bias=bias)
-        self.to_out = nn.Sequential(nn.Linear(width, width))
-
-    def forward(self, x: Tensor, source: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x (b, n, d) and source (b, l, e), of which `mask` (b, l) tells what is real -> (b, n, d)."""
-        q, k, v = (
-            rearrange(y, "b n (h e) -> b h n e", h=self.num_heads)
-            for y in (self.to_q(x), self.to_k(source), self.to_v(source))
-        )
-        where = None if mask is None else mask[:, None, None, :]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=where)
-        return self.to_out(rearrange(attended, "b h n e -> b n (h e)"))
-
-
-class SpatialAttention(Attention):
-    """x + attention among all pixels of x (b, c, h, w); text is not read."""
-
-    def __init__(self, config: UNetConfig, width: int) -> None:
-        super().__init__(width, config.heads(width), width, bias=True)
-        self.group_norm = nn.GroupNorm(config.groups, width, eps=config.eps)
-
-    def forward(self, x: Tensor, source: Tensor | None, mask: Tensor | None) -> Tensor:
-        pixels = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
-        return x + rearrange(super().forward(pixels, pixels, None), "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class SpatialTransformer(nn.Module):
@@ -507,16 +474,6 @@ class EmbeddingMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
-
-
-def sinusoid(t: Tensor, width: int, sines_first: bool = False, freq_shift: int = 0) -> Tensor:
-    """Sinusoids of t (b,) as (b, width), in float32. The order of the products is that of the published
-    networks: the last bit of a frequency is 6e-5 of an angle at t = 999."""
-    half = width // 2
-    powers = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
-    angles = t.float()[:, None] * powers.exp()
-    parts = [angles.sin(), angles.cos()] if sines_first else [angles.cos(), angles.sin()]
-    return F.pad(torch.cat(parts, dim=-1), (0, width % 2))
 
 
 def micro_conditioning(pooled: Tensor, numbers: Tensor) -> Tensor:

@@ -8,12 +8,23 @@ import torch
 from torch import Tensor, nn
 
 
-def sinusoid(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding of t (b,) as (b, width): cosines, then sines (arXiv:1706.03762; DDPM's layout)."""
+def sinusoid(t: Tensor, width: int, sines_first: bool = False, freq_shift: int = 0) -> Tensor:
+    """Sinusoids of t (b,) as (b, width), in float32: cosines, then sines (arXiv:1706.03762), or as DDPM has them.
+
+    The order of the products is that of the published networks: the last bit of a frequency is 6e-5 of an angle at
+    t = 999. `freq_shift` 1 gives the slowest a period of 2π·10,000 sharp.
+    """
     half = width // 2
-    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t.device, dtype=torch.float32))
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    powers = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
+    angles = t.float()[:, None] * powers.exp()
+    parts = [angles.sin(), angles.cos()] if sines_first else [angles.cos(), angles.sin()]
+    return nn.functional.pad(torch.cat(parts, dim=-1), (0, width % 2))
+
+
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """A table of vectors, not yet filled: to fill an nn.Embedding(rows, width) on the meta device, torch imports its
+    whole compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class TimeEmbedding(nn.Module):
@@ -40,7 +51,7 @@ def rope_table(positions: Tensor, head_width: int, base: float = 100.0) -> Tenso
     pairs = head_width // 2 // axes
     frequencies = base ** (-torch.arange(pairs, dtype=torch.float32, device=positions.device) / pairs)
     angles = (positions.float()[:, :, None] * frequencies).flatten(1)
-    angles = torch.nn.functional.pad(angles, (0, head_width // 2 - pairs * axes))
+    angles = nn.functional.pad(angles, (0, head_width // 2 - pairs * axes))
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limner.errors import UsageError
+from limner.nn.embeddings import embedding
 from limner.text.bpe import CLIPTokenizer
 from limner.types import Conditioning, Tokens
 
@@ -193,11 +194,8 @@ class TextTransformer(nn.Module):
 class Embeddings(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        # not nn.Embedding(rows, width): to fill one on the meta device, torch imports its whole compiler
-        self.token_embedding, self.position_embedding = (
-            nn.Embedding.from_pretrained(torch.empty(rows, config.width), freeze=False)
-            for rows in (config.vocabulary, config.context)
-        )
+        self.token_embedding = embedding(config.vocabulary, config.width)
+        self.position_embedding = embedding(config.context, config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]

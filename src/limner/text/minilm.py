@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from limner.nn.embeddings import embedding
 from limner.types import Conditioning
 
 WIDTH, DEPTH, HEADS, HIDDEN, VOCABULARY, POSITIONS = 384, 6, 12, 1536, 30522, 512
@@ -91,8 +92,7 @@ def sentence(states: Tensor, mask: Tensor) -> Tensor:
 class Embeddings(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        # not nn.Embedding(rows, WIDTH): to fill one on the meta device, torch imports its whole compiler
-        tables = [nn.Embedding.from_pretrained(torch.empty(rows, WIDTH)) for rows in (VOCABULARY, POSITIONS, 2)]
+        tables = [embedding(rows, WIDTH) for rows in (VOCABULARY, POSITIONS, 2)]
         self.word_embeddings, self.position_embeddings, self.token_type_embeddings = tables
         self.LayerNorm = nn.LayerNorm(WIDTH, eps=1e-12)
 
