@@ -272,7 +272,7 @@ def test_an_evaluation_computes_nothing_of_the_training_pictures_that_the_judge_
     monkeypatch.setattr(IconPack, "_draw_into", lambda *_: pytest.fail("drawn again"))
     evaluation.evaluate_system(Painter({}), pack, tmp_path / "out", judge_folder=tmp_path / "judge", cache=tmp_path)
     held = sum(r.split == "val" for r in pack.records)
-    assert counts == [held] * 3  # real, reconstructed, drawn
+    assert counts == [held] * 5  # real, reconstructed, drawn; drawn and real again as the judge sees them
 
 
 def test_the_judge_sees_worn_pictures_only(pack, blind, tmp_path, monkeypatch):
@@ -280,9 +280,13 @@ def test_the_judge_sees_worn_pictures_only(pack, blind, tmp_path, monkeypatch):
     true_train, true_worn = retrieval.train_judge, evaluation.worn
     monkeypatch.setattr(retrieval, "train_judge", lambda data, **how: seen.append(data) or true_train(data, **how))
     monkeypatch.setattr(evaluation, "worn", lambda x, g: worn.append(Thumbnails()(y := true_worn(x, g)).whole) or y)
+    judged, true_styled = [], retrieval.styled
+    monkeypatch.setattr(retrieval, "styled", lambda judge, x, styles: judged.append(x) or true_styled(judge, x, styles))
     evaluation.prepare_judge(pack, tmp_path, size=SIZE, steps=1, batch=8, views=4)
-    assert torch.equal(seen[0].features, torch.stack(worn, 1).half())
+    assert torch.equal(seen[0].features, torch.stack(worn[:2], 1).half())
     assert seen[0].features.shape[1] == 2
+    assert len(judged) == 3
+    assert all(torch.equal(x, y) for x, y in zip(judged, worn[2:], strict=True))
 
 
 def test_views_do_not_depend_on_how_many_are_asked_for(pack, blind):

@@ -26,7 +26,7 @@ from limner.text.minilm import MiniLM
 from limner.types import Defaults
 
 WEIGHTS = Path(__file__).parent / "weights"
-_PLAIN, _ONCE = Defaults(), Defaults(steps=1, guidance=1.0)
+_PLAIN, _ONCE = Defaults(steps=12, sampler="dpmpp_2m"), Defaults(steps=1, guidance=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

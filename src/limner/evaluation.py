@@ -40,7 +40,7 @@ from limner.data.transforms import mirrored
 from limner.errors import FileProblem
 from limner.metrics import distances, retrieval
 from limner.metrics.distances import frechet, kid, nearest, precision_recall
-from limner.metrics.features import FEATURES, FINAL, EffLite0, Features, full_precision
+from limner.metrics.features import FEATURES, FINAL, EffLite0, full_precision
 from limner.metrics.prompts import GRID_PROMPTS, HELD_OUT, Prompt, held_out_prompts, sha256_of
 from limner.metrics.scores import Figure, alpha_errors, mean, psnr, ratio, squared_errors, wilson
 from limner.text.minilm import MiniLM
@@ -82,8 +82,8 @@ def prepare_judge(
 ) -> dict[str, Any]:
     """Train the judge on the train split and measure real pictures with it: writes judge.safetensors and judge.json.
 
-    The judge learns from `worn` pictures. From whole ones it would learn what no eye sees: which styles came as WebP
-    files and which as SVG.
+    The judge learns from `worn` pictures, and all that it judges is worn first. From whole ones it would learn what no
+    eye sees: which styles came as WebP files and which as SVG.
 
     Returns what judge.json holds: the SHA-256 of the prompt list, of the pack and of the weights; `ceilings` (real
     held-out pictures), `resaved` (the same after WebP, which changes no verdict of a fair judge) and `floors` (each
@@ -98,7 +98,7 @@ def prepare_judge(
     train = pack.image_set("train", size, cache=cache)
     held = held_out_images(pack, prompts, size, cache)
     train_features = features_of_train(train, features, pack, cache, views)
-    held_features = features(held.images)
+    held_final = features(held.images).final
     captions = [c[:4] for c in train.captions]
     known = sorted({text for four in captions for text in four})
     place = {text: k for k, text in enumerate(known)}
@@ -123,12 +123,13 @@ def prepare_judge(
     texts, sentences = sentences_of(prompts, minilm)
     wanted = [p.style for p in prompts]
 
-    def judged(seen: Tensor) -> dict[str, Any]:
+    def judged(images: Tensor) -> dict[str, Any]:
+        seen = judged_features(images, features)
         right = retrieval.picked(judge, seen, prompts, texts, sentences)
         return accuracies(prompts, right) | {"style": asdict(share(retrieval.styled(judge, seen, wanted)))}
 
     others = torch.arange(len(prompts)).roll(len(prompts) // 2)
-    distance, _ = nearest(held_features.final.to(device), known_features(train_features, device))
+    distance, _ = nearest(held_final.to(device), known_features(train_features, device))
     report = {
         "pack_sha256": pack.digest,
         "prompts_sha256": sha256_of(prompts),
@@ -139,10 +140,10 @@ def prepare_judge(
         "steps": steps,
         "batch": batch,
         "seed": seed,
-        "ceilings": judged(held_features.whole),
-        "resaved": judged(features(resaved(held.images)).whole),
-        "floors": judged(held_features[others].whole),
-        "kid_scale": kid_scale(held.images, held_features.final, features),
+        "ceilings": judged(held.images),
+        "resaved": judged(resaved(held.images)),
+        "floors": judged(held.images[others]),
+        "kid_scale": kid_scale(held.images, held_final, features),
         "nearest_train_cosine_distance": {
             f"{q:.2f}": float(distance.double().quantile(q)) for q in (0.01, 0.05, 0.25, 0.5, 0.75)
         },
@@ -179,7 +180,8 @@ def features_of_train(train: ImageSet, features: EffLite0, pack: IconPack, cache
         here = slice(start, start + 128)
         images, mirror = to_float(train.images[here].to(features.device)), train.mirror[here]
         for view in range(views):
-            found[here, view] = features(seen(images, mirror, view, seeded(0, start, view))).whole.half()
+            generator = seeded(0, start, view, features.device)
+            found[here, view] = features(seen(images, mirror, view, generator)).whole.half()
     if path:
         files.save(path, {"features": found}, {})
     return found
@@ -197,13 +199,17 @@ def seen(images: Tensor, mirror: Tensor, view: int, generator: torch.Generator) 
 
 def jittered(images: Tensor, mirror: Tensor, generator: torch.Generator) -> Tensor:
     """(b, 4, h, w) premultiplied in [-1, 1], each scaled by 0.8 to 1.1, shifted by 6 %, half of `mirror` flipped."""
-    b = len(images)
-    scale = 0.8 + 0.3 * torch.rand(b, generator=generator)
-    shift = 0.12 * (torch.rand(b, 2, generator=generator) * 2 - 1)
-    flip = torch.where(mirror & (torch.rand(b, generator=generator) < 0.5), -1.0, 1.0)
-    theta = torch.zeros(b, 2, 3)
+    b, device = len(images), images.device
+
+    def chance(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=generator.device).to(device)
+
+    scale = 0.8 + 0.3 * chance(b)
+    shift = 0.12 * (chance(b, 2) * 2 - 1)
+    flip = torch.where(mirror.to(device) & (chance(b) < 0.5), -1.0, 1.0)
+    theta = torch.zeros(b, 2, 3, device=device)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = flip / scale, 1 / scale, shift
-    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images + 1, grid, align_corners=False) - 1  # outside is 0 + transparent: -1
 
 
@@ -214,9 +220,9 @@ def worn(images: Tensor, generator: torch.Generator) -> Tensor:
     b, _, h, w = images.shape
 
     def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(images.device)
+        return torch.randn(shape, generator=generator, device=generator.device).to(images.device)
 
-    soft, fine, coarse = torch.rand(3, b, 1, 1, 1, generator=generator).to(images.device)
+    soft, fine, coarse = torch.rand(3, b, 1, 1, 1, generator=generator, device=generator.device).to(images.device)
     images = (images + (1.5 * soft - 0.5) * (blurred(images, 1.0) - images)).clamp(-1, 1)
     blocks = F.interpolate(drawn(b, 3, -(-h // 4), -(-w // 4)), size=(h, w), mode="bilinear")
     alpha = images[:, 3:]
@@ -262,6 +268,12 @@ def blurred(images: Tensor, sigma: float) -> Tensor:
     images = F.pad(images, (reach, reach, reach, reach), mode="replicate")
     images = F.conv2d(images, kernel.view(1, 1, 1, -1).expand(c, 1, 1, -1), groups=c)
     return F.conv2d(images, kernel.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c)
+
+
+def judged_features(images: Tensor, features: EffLite0) -> Tensor:
+    """(n, FEATURES) of uint8 premultiplied (n, 4, h, w), each `worn` in a way that depends on its place only."""
+    chunks = (to_float(chunk.to(features.device)) for chunk in images.split(128))
+    return torch.cat([features(worn(chunk, seeded(0, k, 100))).whole for k, chunk in enumerate(chunks)])
 
 
 def known_features(train_features: Tensor, device: torch.device | str) -> Tensor:
@@ -392,11 +404,8 @@ def evaluate_system(
             scale = frozen["kid_scale"]
             report["judge_sha256"] = frozen["judge_sha256"]
             judge = retrieval.load(judge_folder / "judge.safetensors", device)
-            if "resaved" not in frozen:
-                report["not_measured"].append(
-                    "prompt and style accuracy as they should be: the judge here is an early one"
-                )
-            rows += judged_figures(judge, frozen["floors"], prompts, drawn_features, real_features, device)
+            ours, real = (judged_features(images, features) for images in (drawn, held.images))
+            rows += judged_figures(judge, frozen["floors"], prompts, ours, real, device)
         except FileProblem as error:
             report["not_measured"].append(f"prompt and style accuracy: {error}")
 
@@ -423,21 +432,22 @@ def judged_figures(
     judge: retrieval.Judge,
     floors: dict[str, Any],
     prompts: Sequence[Prompt],
-    drawn_features: Features,
-    real_features: Features,
+    drawn: Tensor,
+    real: Tensor,
     device: torch.device | str,
 ) -> list[dict[str, Any]]:
-    """Prompt accuracy, over all prompts and by kind, and style accuracy, each beside real pictures of the prompts."""
+    """Prompt accuracy, over all prompts and by kind, and style accuracy, each beside real pictures of the prompts, from
+    the `judged_features` of both."""
     texts, sentences = sentences_of(prompts, catalog.minilm(MAX_TOKENS).to(device))
-    ours, real = (retrieval.picked(judge, f.whole, prompts, texts, sentences) for f in (drawn_features, real_features))
-    rows = [compared("prompt accuracy, all", ours, real, floors["all"])]
+    ours, theirs = (retrieval.picked(judge, seen, prompts, texts, sentences) for seen in (drawn, real))
+    rows = [compared("prompt accuracy, all", ours, theirs, floors["all"])]
     for kind, (name, target) in KINDS.items():
         keep = torch.tensor([p.kind == kind for p in prompts])
         if keep.any():
-            rows.append(compared(name, ours[keep], real[keep], floors[kind], target))
+            rows.append(compared(name, ours[keep], theirs[keep], floors[kind], target))
     wanted = [p.style for p in prompts]
-    ours, real = (retrieval.styled(judge, f.whole, wanted) for f in (drawn_features, real_features))
-    return [*rows, compared("style accuracy", ours, real, floors["style"], 0.97)]
+    ours, theirs = (retrieval.styled(judge, seen, wanted) for seen in (drawn, real))
+    return [*rows, compared("style accuracy", ours, theirs, floors["style"], 0.97)]
 
 
 def copying_figures(

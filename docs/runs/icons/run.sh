@@ -3,7 +3,7 @@
 # DATA is the icon pack, WORK a folder for what comes out, START weights to go on from (else a stage at 128 px comes
 # first, and AUTOENCODER names the weights of the autoencoder). All GPUs of the machine share the training; the judge is
 # trained beside it on the last of them. Pictures that WORK/cache does not hold are drawn first, by each of them. What is
-# left in WORK: icons.safetensors, judge/, evaluation/, settings-0.jsonl and -1, logs.
+# left in WORK: icons.safetensors, judge/, evaluation-uniform/ and -shifted/, settings-0.jsonl and -1, logs.
 set -eu
 data=$1 work=$2 end=$(($(date +%s) + $3)) start=${4:-}
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
@@ -26,24 +26,33 @@ if [ -z "$start" ]; then
         steps=100000 save_every=100000 --stop-after $(($(left) / 4)) || true  # it ends by time
     start=$(ls -d "$work"/small/checkpoints/step-* | tail -1)/ema.safetensors
 fi
-# what follows the training takes 230 s, what goes before it (starting, encoding, compiling) 150 s
-steps=$(python3 -c "print(int(($(left) - ${AFTER:-230} - ${BEFORE:-150}) / $step) // 100 * 100)")
-train "$work/run" system.autoencoder_from="$autoencoder" init_from="$start" steps="$steps" lr="${LR:-1e-3}" \
-    warmup="${WARMUP:-100}" save_every=2000 --stop-after $(($(left) - ${AFTER:-230} + 20)) || true
-final=$work/run/final/icons.safetensors
+# what follows the training takes 180 s, what goes before it (starting, encoding, compiling) 150 s; a run that breaks off
+# is begun again from its newest weights
+for attempt in 1 2 3; do
+    [ "$(left)" -gt 400 ] || break
+    steps=$(python3 -c "print(int(($(left) - ${AFTER:-180} - ${BEFORE:-150}) / $step) // 100 * 100)")
+    run=$work/run-$attempt
+    train "$run" system.autoencoder_from="$autoencoder" init_from="$start" steps="$steps" lr="${LR:-1e-3}" \
+        warmup="${WARMUP:-100}" save_every=1000 --stop-after $(($(left) - ${AFTER:-180} + 20)) && break
+    newest=$(ls -d "$run"/checkpoints/step-* 2>/dev/null | tail -1)
+    [ -z "$newest" ] || start=$newest/ema.safetensors
+done
+final=$run/final/icons.safetensors
 if [ -f "$final" ]; then
     python3 tools/pack.py "$final" "$work/icons.safetensors"
 else
-    echo "no final weights: $work/run.log says why, $work/run/checkpoints may hold the newest state" >&2
+    echo "no final weights: $run.log says why, $run/checkpoints may hold the newest state" >&2
     exit 1
 fi
 wait $judge
 mkdir -p src/limner/weights/judge
 cp "$work"/judge/judge.* src/limner/weights/judge/
-CUDA_VISIBLE_DEVICES=$last python3 docs/runs/icons/settings.py "$work/icons.safetensors" "$data" "$work/cache" \
-    1 $(($(left) - 10)) >"$work/settings-1.jsonl" 2>"$work/settings-1.log" &
-CUDA_VISIBLE_DEVICES=0 python3 -m limner evaluate "$work/icons.safetensors" --data "$data" --cache "$work/cache" \
-    --device cuda --batch 128 --no-speed --out "$work/evaluation" >"$work/evaluation.log" 2>&1
-CUDA_VISIBLE_DEVICES=0 python3 docs/runs/icons/settings.py "$work/icons.safetensors" "$data" "$work/cache" \
-    0 $(($(left) - 10)) >"$work/settings-0.jsonl" 2>"$work/settings-0.log"
+evaluate() {
+    CUDA_VISIBLE_DEVICES=$1 python3 -m limner evaluate "$work/icons.safetensors" --data "$data" --cache "$work/cache" \
+        --device cuda --batch 128 --no-speed --schedule "$2" --out "$work/evaluation-$2" >"$work/evaluation-$2.log" 2>&1
+    CUDA_VISIBLE_DEVICES=$1 python3 docs/runs/icons/settings.py "$work/icons.safetensors" "$data" "$work/cache" \
+        "$3" $(($(left) - 5)) >"$work/settings-$3.jsonl" 2>"$work/settings-$3.log"
+}
+evaluate "$last" shifted 1 &
+evaluate 0 uniform 0
 wait
