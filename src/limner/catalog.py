@@ -15,7 +15,7 @@ from torch import nn
 
 from limner.checkpoints import files
 from limner.checkpoints.quantization import quantize
-from limner.errors import CheckpointMismatch, FileProblem, UnknownName, UsageError
+from limner.errors import CheckpointMismatch, FileProblem, UnknownName, UsageError, wanted
 from limner.models.dcae import DCAE, DCAE_ICONS, DCAE_TINY, DCAEConfig
 from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, JointDiTConfig
 from limner.sampling import interpolants, predictions
@@ -192,6 +192,13 @@ def minilm(max_tokens: int = 24) -> MiniLM:
 
 def _load_autoencoder(autoencoder: DCAE, source: str) -> None:
     path = WEIGHTS / source if (WEIGHTS / source).is_file() else Path(source)
+    if not path.exists():
+        mates = [e.name for e in entries() if e.task == "autoencoding" and e.config.autoencoder == autoencoder.config]
+        recipe = mates[0] if mates else "icons-autoencoder"
+        raise FileProblem(
+            f"no autoencoder {path}: train one with `limner train {recipe} --out runs/{recipe}`, or name its file with "
+            "system.autoencoder_from=FILE"
+        )
     tensors, _ = files.load(path)
     prefix = "autoencoder."
     files.assign(autoencoder, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, path)
@@ -248,9 +255,10 @@ def find(source: str | Path) -> Path:
     if str(source) in CATALOG:
         row = CATALOG[str(source)]
         if row.weights == "needed":
+            use = "-m RUN" if row.task != AutoencodingSystem.task else "-m RUN -i IMAGE, which gives the picture back"
             raise FileProblem(
                 f"the model {row.name!r} has no weights here: train them with `limner train {row.name} --out RUN` "
-                f"and give -m RUN, or give the path of a .safetensors file"
+                f"and give {use}; or give the path of a .safetensors file"
             )
         assert row.file is not None
         return row.file
@@ -281,4 +289,6 @@ def parse(stored: dict[str, Any], source: Path | str) -> AutoencodingConfig | Di
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
-        raise CheckpointMismatch(f"{source}: its configuration is not one of ours ({where}: {first['msg']})") from error
+        raise CheckpointMismatch(
+            f"{source}: its configuration is not one of ours ({where}: {wanted(first)})"
+        ) from error

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from limner import catalog, recipes
+from limner.cli.main import COMMANDS
 
 
 def test_models_lists_the_catalogue(limner):
@@ -49,6 +50,47 @@ def test_words_too_many_are_pointed_to_the_help(limner):
     result = limner("models", "icons")
     assert (result.code, result.out) == (2, "")
     assert result.err == "limner: Got unexpected extra argument(s) (icons); see `limner models --help`\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("modls", "models"),
+        ("model", "models"),
+        ("Models", "models"),
+        ("recipe", "recipes"),
+        ("trian", "train"),
+        ("genrate", "generate"),
+    ],
+)
+def test_a_slip_in_a_command_is_asked_about(limner, here, typed, meant):
+    result = limner(typed, "--steps", "3")
+    assert (result.code, result.out) == (2, "")
+    question = f"limner: no command '{typed}'. Did you mean `limner {meant}`? To paint it: limner generate {typed}\n"
+    assert result.err == question
+
+
+@pytest.mark.parametrize("prompt", ["rain", "trains", "brain", "date", "a train", "train!", "fox", "Rain"])
+def test_what_can_be_drawn_is_no_slip(limner, here, tiny_model, prompt):
+    assert limner(prompt, "-m", tiny_model, "--steps", "1").code == 0
+
+
+def test_the_help_says_what_each_command_does_in_whole_sentences(limner):
+    lines = limner("--help").out.partition("Commands:\n")[2].splitlines()
+    assert len(lines) == len(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+
+
+@pytest.mark.parametrize(("given", "used"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_leave_the_cores_to_others_unless_told(given, used):
+    bare = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    environment = bare | given | {"OMP_DISPLAY_ENV": "true"}  # then OpenMP says on stderr what it was started with
+    command = [sys.executable, "-m", "limner", "models"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert f"OMP_WAIT_POLICY = '{used}'" in done.stderr
+    imported = [sys.executable, "-c", "import limner.cli.main, torch"]
+    done = subprocess.run(imported, capture_output=True, text=True, env=environment, check=True)
+    assert ("OMP_WAIT_POLICY = 'ACTIVE'" in done.stderr) == bool(given)
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("limner mod", "models"), ("limner generate --samp", "--sampler")])
