@@ -106,5 +106,12 @@ def wanted(problem: Mapping[str, Any]) -> str:
     return f"give {words.format(**context)}" if words else str(context.get("error", problem["msg"])).replace("\n", " ")
 
 
+def complaint(problem: Mapping[str, Any]) -> str:
+    """As `wanted`, after the field and what it was given: "data.size='big': give a whole number"."""
+    field, value = ".".join(map(str, problem["loc"])), problem["input"]
+    given = f"={value!r:.40}" if isinstance(value, str | int | float) else ""
+    return f"{field}{given}: {wanted(problem)}" if field else wanted(problem)
+
+
 class Ignored(UserWarning):
     """Something that was asked for will not show in the picture."""

@@ -115,7 +115,7 @@ def noise_source(seeds: list[int], device: torch.device | str) -> Callable[[tupl
 def prepare(system: System, **values: Any) -> Request:
     """A complete request from what was said and the model's defaults. Raises UsageError, UnknownName, ImageProblem."""
     request = check(system.defaults, system.grid, **values)
-    if system.task == "autoencoding" and (request.image is None or (request.prompt + request.negative).strip()):
+    if system.task == "autoencoding" and (request.prompt + request.negative).strip():
         raise UsageError(
             f"{system.name} is an autoencoder: it reads no words, it gives a picture back: -i IMAGE without a prompt"
         )

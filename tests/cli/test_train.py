@@ -54,6 +54,13 @@ def test_stop_after_saves_and_resume_goes_on_to_the_same_end(limner, here, train
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
+def test_painting_with_a_run_that_was_stopped_asks_to_resume(limner, here):
+    assert limner("train", *TINY, "--device", "cpu", "--stop-after", "0").code == 0
+    result = limner("fox", "-m", "run")
+    assert (result.code, result.out) == (3, "")
+    assert result.err == "limner: run is a run that did not finish: go on with `limner train --resume run`\n"
+
+
 def test_a_run_that_never_saved_starts_anew(limner, here, trained):
     for folder in ("checkpoints", "final"):
         for path in sorted((here / "run" / folder).rglob("*"), reverse=True):

@@ -109,12 +109,12 @@ def test_json_gives_the_same_config_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": -1}, "steps: give more than 0"),
-        ({"colour": "red"}, "colour: there is no such field"),
+        ({"steps": -1}, "config: steps=-1: give more than 0"),
+        ({"colour": "red"}, "colour='red': there is no such field"),
         ({"data": {"source": "icons", "sise": 3}}, "data.sise"),
         ({"system": {"kind": "painting"}}, "system: give 'autoencoding', 'diffusion' as its 'kind'"),
         ({"system": {}}, "system: give its 'kind'"),
-        ({"data": 3}, "data: give a section of fields"),
+        ({"data": 3}, "data=3: give a section of fields"),
     ],
 )
 def test_a_config_file_that_was_edited_badly_is_refused(change, message):

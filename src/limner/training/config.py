@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from limner.catalog import SystemConfig
 from limner.data.batches import DataConfig
-from limner.errors import FileProblem, UnknownName, UsageError, wanted
+from limner.errors import FileProblem, UnknownName, UsageError, complaint, wanted
 
 Name = Annotated[str, Field(min_length=1, pattern=r"^[\w.-]*$")]
 Count = Annotated[int, Field(gt=0)]
@@ -110,9 +110,7 @@ def from_json(text: str | bytes, source: str) -> TrainConfig:
     try:
         return TypeAdapter(TrainConfig).validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise FileProblem(f"{source} is no training config: {where + ': ' if where else ''}{wanted(first)}") from None
+        raise FileProblem(f"{source} is no training config: {complaint(error.errors()[0])}") from None
 
 
 class _NoSuchField(Exception):
@@ -156,8 +154,9 @@ def _read(hint: Any, text: str) -> Any:
             errors.append(error)
     if text.startswith("["):
         raise errors[1]  # of the JSON that was meant
-    firsts = [error.errors()[0] for error in errors]  # and of them, that of the reading that got furthest
-    raise errors[max(range(3), key=lambda i: (len(firsts[i]["loc"]), firsts[i]["type"] == "too_long"))]
+    firsts = [error.errors()[0] for error in errors]
+    furthest = max(firsts, key=lambda first: (len(first["loc"]), first["type"] == "too_long"))
+    raise errors[firsts.index(furthest)]
 
 
 def _check_range(value: Any) -> None:
