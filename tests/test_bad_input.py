@@ -51,10 +51,10 @@ def refused(limner, here):
         ("guidance is nan: give a number from 0", ["fox", "--guidance", "nan"]),
         ("guidance is -1.0", ["fox", "--guidance", "-1"]),
         ("guidance is inf", ["fox", "--cfg-scale", "inf"]),
-        ("'--guidance'", ["fox", "--guidance", "much"]),
+        ("'--guidance' / '--cfg-scale': 'much': give a number; see", ["fox", "--guidance", "much"]),
         ("steps is 0: give a whole number from 1", ["fox", "--steps", "0"]),
         ("steps is -3", ["fox", "--steps", "-3"]),
-        ("'--steps'", ["fox", "--steps", "1.5"]),
+        ("'--steps': '1.5': give a whole number; see", ["fox", "--steps", "1.5"]),
         ("'--steps'", ["fox", "--steps", "nan"]),
         ("seed is -1", ["fox", "-s", "-1"]),
         ("seed is 1", ["fox", "-s", str(2**70)]),
@@ -169,6 +169,7 @@ def test_pictures_that_cannot_be_read(refused, here, tiny_model):
         "other.tiff",
     ):
         refused(FILE, re.escape(name), "fox", "-m", tiny_model, "-i", name)
+    refused(FILE, "folder.png is a folder: give the path of one PNG", "fox", "-m", tiny_model, "-i", "folder.png")
 
 
 def test_settings_that_cannot_be_read(refused, here, tiny_model):
@@ -176,6 +177,19 @@ def test_settings_that_cannot_be_read(refused, here, tiny_model):
     (here / "text.png").write_text("no picture")
     for name in ("bare.png", "text.png", "missing.png"):
         refused(FILE, re.escape(name), "-m", tiny_model, "-C", name)
+    refused(FILE, "from '.': it is a folder; name a picture", "-m", tiny_model, "-C", ".")
+
+
+def test_a_file_where_a_folder_is_wanted(refused, here):
+    (here / "file").touch()
+    for option in ("--data", "--out", "--cache"):
+        refused(FILE, "file is a file: give (a|the) folder", "evaluate", option, "file")
+
+
+def test_a_model_without_weights_says_what_they_will_do(refused):
+    refused(FILE, "train icons-tiny --out RUN` and give -m RUN; or", "fox", "-m", "icons-tiny")
+    told = "train icons-autoencoder --out RUN` and give -m RUN -i IMAGE, which gives the picture back; or"
+    refused(FILE, told, "fox", "-m", "icons-autoencoder")
 
 
 def test_settings_that_no_model_can_draw(refused, here, tiny_model):

@@ -15,7 +15,7 @@ from torch import nn
 
 from limner.checkpoints import files
 from limner.checkpoints.quantization import quantize
-from limner.errors import CheckpointMismatch, FileProblem, UnknownName, UsageError
+from limner.errors import CheckpointMismatch, FileProblem, UnknownName, UsageError, complaint
 from limner.models.dcae import DCAE, DCAE_ICONS, DCAE_TINY, DCAEConfig
 from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, JointDiTConfig
 from limner.sampling import interpolants, predictions
@@ -192,6 +192,13 @@ def minilm(max_tokens: int = 24) -> MiniLM:
 
 def _load_autoencoder(autoencoder: DCAE, source: str) -> None:
     path = WEIGHTS / source if (WEIGHTS / source).is_file() else Path(source)
+    if not path.exists():
+        ours = [e.config for e in entries() if isinstance(e.config, AutoencodingConfig)]
+        recipe = next((c.name for c in ours if c.autoencoder == autoencoder.config), "icons-autoencoder")
+        raise FileProblem(
+            f"no autoencoder {path}: train one with `limner train {recipe} --out runs/{recipe}`, or name its file with "
+            "system.autoencoder_from=FILE"
+        )
     tensors, _ = files.load(path)
     prefix = "autoencoder."
     files.assign(autoencoder, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, path)
@@ -248,9 +255,10 @@ def find(source: str | Path) -> Path:
     if str(source) in CATALOG:
         row = CATALOG[str(source)]
         if row.weights == "needed":
+            use = "-m RUN" if row.task != AutoencodingSystem.task else "-m RUN -i IMAGE, which gives the picture back"
             raise FileProblem(
                 f"the model {row.name!r} has no weights here: train them with `limner train {row.name} --out RUN` "
-                f"and give -m RUN, or give the path of a .safetensors file"
+                f"and give {use}; or give the path of a .safetensors file"
             )
         assert row.file is not None
         return row.file
@@ -260,6 +268,8 @@ def find(source: str | Path) -> Path:
     if os.path.isdir(path):  # noqa: PTH112 (Path's own question raises for a name too long)
         folder = path / "final" if (path / "final").is_dir() else path
         found = sorted(folder.glob("*.safetensors"))
+        if not found and (path / "checkpoints").is_dir():
+            raise FileProblem(f"{path} is a run that did not finish: go on with `limner train --resume {path}`")
         if len(found) != 1:
             what = "no .safetensors file" if not found else f"{len(found)} .safetensors files"
             raise FileProblem(f"{folder} holds {what}: give the path of one")
@@ -279,6 +289,5 @@ def parse(stored: dict[str, Any], source: Path | str) -> AutoencodingConfig | Di
     try:
         return TypeAdapter(SystemConfig).validate_python(stored)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise CheckpointMismatch(f"{source}: its configuration is not one of ours ({where}: {first['msg']})") from error
+        reason = complaint(error.errors()[0])
+        raise CheckpointMismatch(f"{source}: its configuration is not one of ours ({reason})") from error

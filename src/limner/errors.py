@@ -16,7 +16,8 @@ Every message says what was asked, what was found and what to do, in one line.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 INTERRUPTED = 130
 
@@ -32,7 +33,7 @@ class UsageError(LimnerError):
 
 
 class UnknownName(UsageError):
-    """`kind` "sampler", `name` what was asked, `known` what exists: the message names the nearest."""
+    """`kind` "sampler", `name` what was asked, `known` what exists: the message names the nearest, or some."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         if kind == "model":
@@ -41,6 +42,8 @@ class UnknownName(UsageError):
         near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
         nearest = next((n for n in names if near and n.lower() == near[0]), None)
         listing = f"Did you mean {nearest!r}?" if nearest else f"Known: {', '.join(names) or 'none'}."
+        if len(names) > 10 and not nearest:
+            listing = f"Nearest: {', '.join(difflib.get_close_matches(name, names, n=5, cutoff=0))}."
         super().__init__(f"no {kind} {name!r}. {listing}{' ' + hint if hint else ''}")
 
 
@@ -71,5 +74,44 @@ class TrainingDiverged(LimnerError):
     exit_code = 5
 
 
-class WordsCut(UserWarning):
-    """The end of a prompt did not fit into what the model reads."""
+WANTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string_too_short": "a name",
+    "string_pattern": "letters, digits, dots, - and _ alone",
+    "string": "text",
+    "greater_than_equal": "{ge:g} or more",
+    "greater_than": "more than {gt:g}",
+    "less_than_equal": "{le:g} or less",
+    "less_than": "less than {lt:g}",
+    "literal": "{expected}",
+    "union_tag_invalid": "{expected_tags} as its {discriminator}",
+    "union_tag_not_found": "its {discriminator}",
+    "dataclass": "a section of fields",
+    "too_long": "{max_length} values, not {actual_length}",
+    "missing": "the value that is missing",
+    "tuple": "a list in [ ]",
+    "json": "JSON ({error})",
+}
+
+
+def wanted(problem: Mapping[str, Any]) -> str:
+    """What to give instead, in our words, of an entry of pydantic's `ValidationError.errors()`."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return "there is no such field: leave it out"
+    words = next((words for start, words in WANTED.items() if kind.startswith(start)), None)
+    return f"give {words.format(**context)}" if words else str(context.get("error", problem["msg"])).replace("\n", " ")
+
+
+def complaint(problem: Mapping[str, Any]) -> str:
+    """As `wanted`, after the field and what it was given: "data.size='big': give a whole number"."""
+    field, value = ".".join(map(str, problem["loc"])), problem["input"]
+    given = f"={value!r:.40}" if isinstance(value, str | int | float) else ""
+    return f"{field}{given}: {wanted(problem)}" if field else wanted(problem)
+
+
+class Ignored(UserWarning):
+    """Something that was asked for will not show in the picture."""

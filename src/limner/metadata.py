@@ -263,7 +263,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         with Image.open(path, formats=["PNG"]) as image:
             texts = {k: v for k, v in image.info.items() if k in ("limner", "parameters") and isinstance(v, str)}
     except OSError as error:
-        reason = (error.strerror or "no PNG, or a damaged one").lower()
+        reason = "it is a folder" if path.is_dir() else (error.strerror or "no PNG, or a damaged one").lower()
         raise FileProblem(
             f"cannot read settings from {str(path)!r}: {reason}; name a picture that was saved"
         ) from error

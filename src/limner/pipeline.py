@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from limner import __version__, catalog
-from limner.errors import ImageProblem, LimnerError, UsageError, WordsCut
+from limner.errors import Ignored, ImageProblem, LimnerError, UsageError
 from limner.sampling import samplers, schedules
 from limner.types import Defaults, GeneratedImage, OnStep, Request, System
 
@@ -66,11 +66,11 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
 
     Keywords, all optional: negative (str), seed (int; random without), batch, width and height in pixels, steps,
     guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], on_step(done, total). What is left
-    out is the model's default. Raises UsageError, UnknownName, ImageProblem; warns (WordsCut) of words that do not fit.
+    out is the model's default. Raises UsageError, UnknownName, ImageProblem; warns (Ignored) of what will not show.
     """
     request = prepare(system, prompt=prompt, **values)
-    for sentence in words_cut(system, request):
-        warnings.warn(sentence, WordsCut, stacklevel=3)
+    for sentence in ignored(system, request):
+        warnings.warn(sentence, Ignored, stacklevel=3)
     seeds = [request.seed + i for i in range(request.batch)]
     images = draw(system, [request.prompt] * request.batch, seeds, request)
     settings = describe(system, request)
@@ -114,7 +114,12 @@ def noise_source(seeds: list[int], device: torch.device | str) -> Callable[[tupl
 
 def prepare(system: System, **values: Any) -> Request:
     """A complete request from what was said and the model's defaults. Raises UsageError, UnknownName, ImageProblem."""
-    return check(system.defaults, system.grid, **values)
+    request = check(system.defaults, system.grid, **values)
+    if system.task == "autoencoding" and (request.prompt + request.negative).strip():
+        raise UsageError(
+            f"{system.name} is an autoencoder: it reads no words, it gives a picture back: -i IMAGE without a prompt"
+        )
+    return request
 
 
 def check(
@@ -175,15 +180,37 @@ def check(
     )
 
 
-def words_cut(system: System, request: Request) -> list[str]:
-    """A sentence for the prompt and one for the negative prompt, of each whose end the model will not read."""
-    ends = {"prompt": system.words_cut(request.prompt), "negative prompt": system.words_cut(request.negative)}
-    return [
-        f"the {name} is longer than the model reads: {end if len(end) <= 60 else end[:56] + ' ...'!r} is left out; "
-        "shorten it, or say first what matters most"
-        for name, end in ends.items()
-        if end.strip()
-    ]
+def ignored(system: System, request: Request) -> list[str]:
+    """A sentence for each thing asked for that will not show in the picture."""
+    told = []
+    for name, text in (("prompt", request.prompt), ("negative prompt", request.negative)):
+        if (end := system.words_cut(text)).strip():
+            told.append(
+                f"the {name} is longer than the model reads: {_brief(end)} is left out; "
+                "shorten it, or say first what matters most"
+            )
+        if words := system.words_unknown(text):
+            told.append(f"the model does not know {_brief(words)} of the {name}: say it in English words")
+    if request.negative.strip() and request.guidance == 1:
+        told.append("the negative prompt has no effect at guidance 1: ask for more guidance")
+    if request.image is not None:
+        across, down = request.image.width * request.height, request.image.height * request.width
+        side, cut = ("width", 1 - down / across) if across > down else ("height", 1 - across / down)
+        if cut >= 0.005:
+            told.append(
+                f"{cut:.0%} of the picture's {side} is cut off, equally at both ends, to make its "
+                f"{request.image.width} x {request.image.height} pixels {request.width} x {request.height}: "
+                "ask for a width and height of its shape"
+            )
+    if system.task == "autoencoding":
+        names = ("steps", "guidance", "sampler", "schedule", "strength")
+        vain = [name for name in names if getattr(request, name) != getattr(system.defaults, name)]
+        told += [f"an autoencoder only gives the picture back, whatever {' and '.join(vain)} may be"] if vain else []
+    return told
+
+
+def _brief(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:56] + " ...")
 
 
 def describe(system: System, request: Request) -> dict[str, Any]:
@@ -242,6 +269,8 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         raise
     except FileNotFoundError as error:
         raise ImageProblem(f"no picture {path}: give the path of a PNG, JPEG or WebP file") from error
+    except IsADirectoryError as error:
+        raise ImageProblem(f"{path} is a folder: give the path of one PNG, JPEG or WebP file in it") from error
     except Exception as error:  # Pillow's plugins raise many kinds
         raise ImageProblem(f"{path} cannot be read as a PNG, JPEG or WebP picture: is it whole?") from error
 

@@ -160,6 +160,10 @@ class System(Protocol):
         """The end of a prompt that does not fit into what the system reads, "" when all does."""
         ...
 
+    def words_unknown(self, text: str) -> str:
+        """The words of a prompt that say nothing to the system, "" when all do."""
+        ...
+
     def sample(self, cond: Any, request: Request, noise: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
         """Latents of one picture a row; `noise(shape)` draws fresh noise for every row, shape without the batch."""
         ...

@@ -16,9 +16,12 @@ import time
 import pytest
 from PIL import Image
 
-from limner import __version__, metadata, pipeline
+from limner import __version__, catalog, metadata, pipeline
 from limner.cli.generate import slug
 from limner.cli.main import main
+from limner.data.rebuild.sets import SETS, SHARE_ALIKE
+from limner.metrics.prompts import GRID_PROMPTS
+from limner.sampling import samplers, schedules
 
 
 def painted(result) -> list[str]:
@@ -200,6 +203,55 @@ def test_words_that_do_not_fit_are_told_and_change_no_settings(limner, here, tin
     assert fits.err == "seed 1\n"
     assert settings.keys() == metadata.read_settings(here / fits.out.strip()).keys()
     assert limner(f"{words} seven", *common, "--dry-run").err.count("is left out") == 2
+
+
+def test_what_will_not_show_is_told_on_stderr(limner, here, tiny_model):
+    Image.new("RGB", (64, 32)).save("wide.png")
+    flags = ("-m", tiny_model, "-s", 1, "--steps", 1, "-n", "blue", "--guidance", 1, "-i", "wide.png")
+    result = limner("🦊", *flags)
+    *told, seed = result.err.splitlines()
+    assert (result.code, result.out, seed) == (0, "picture-1.png\n", "seed 1")
+    for line, reason in zip(told, ("does not know '🦊'", "no effect at guidance 1", "50% of the pict"), strict=True):
+        assert line.startswith("limner: ")
+        assert reason in line
+
+
+def test_an_autoencoder_gives_a_picture_back_and_paints_no_words(limner, here):
+    config = catalog.entry("icons-autoencoder-tiny").config
+    catalog.save(catalog.build(config), config, here / "ae.safetensors")
+    Image.new("RGBA", (32, 32), (255, 0, 0, 255)).save("red.png")
+    for words in (["fox"], ["fox", "-i", "red.png"], ["-i", "red.png", "-n", "fox"]):
+        result = limner("generate", *words, "-m", "ae.safetensors")
+        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+        assert "it reads no words, it gives a picture back: -i IMAGE without a prompt" in result.err
+    assert painted(limner("-i", "red.png", "-m", "ae.safetensors", "-s", 1)) == ["picture-1.png"]
+
+
+def test_the_help_names_what_there_is_and_the_defaults(limner):
+    text = " ".join(limner("generate", "--help").out.split())
+    assert re.search(r"Solver: (.*?)\.", text)[1].split(", ") == list(samplers.SAMPLERS)
+    assert re.search(r"How noise falls: (.*?)\.", text)[1].split(", ") == list(schedules.SCHEDULES)
+    icons = catalog.entry("icons").config
+    low, high, grid = re.search(r"(\d+) to (\d+) pixels in steps of (\d+)", text).groups()
+    assert [int(low), int(high)] == [icons.defaults.min_size, icons.defaults.max_size]
+    assert int(grid) == icons.autoencoder.factor
+    for option in ("width", "height", "steps", "guidance", "sampler", "schedule", "strength"):
+        told = re.search(rf"--{option}\W.*?\[default: (.*?)\]", text)[1]
+        assert told == f"{getattr(icons.defaults, option)}".removesuffix(".0"), option
+
+
+def test_the_help_shows_every_style_in_a_prompt(limner):
+    shown = limner("generate", "--help").out.partition("Styles that icons knows")[2].splitlines()[2:]
+    prompts = [prompt for line in shown for prompt in (line[2:42].strip(), line[42:].strip())]
+    assert set(prompts) <= set(GRID_PROMPTS)
+    phrases = {s.phrases[0] for name, s in SETS.items() if name not in SHARE_ALIKE}
+    found = [max((p for p in phrases if p in prompt), key=len) for prompt in prompts]
+    assert sorted(found) == sorted(phrases)
+
+
+def test_numbered_files_sort_in_the_order_of_their_seeds(limner, here, tiny_model):
+    plan = json.loads(limner("fox", "-m", tiny_model, "-o", "x.png", "-b", 12, "--dry-run", "--json").out)
+    assert plan["output"] == sorted(plan["output"]) == [f"x-{i:02}.png" for i in range(1, 13)]
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(limner, here, tiny_model, monkeypatch):

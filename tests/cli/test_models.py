@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from limner import catalog, recipes
+from limner.cli.main import COMMANDS
 
 
 def test_models_lists_the_catalogue(limner):
@@ -49,6 +51,51 @@ def test_words_too_many_are_pointed_to_the_help(limner):
     result = limner("models", "icons")
     assert (result.code, result.out) == (2, "")
     assert result.err == "limner: Got unexpected extra argument(s) (icons); see `limner models --help`\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("modls", "models"),
+        ("model", "models"),
+        ("Models", "models"),
+        ("recipe", "recipes"),
+        ("trian", "train"),
+        ("genrate", "generate"),
+    ],
+)
+def test_a_slip_in_a_command_is_asked_about(limner, here, typed, meant):
+    result = limner(typed, "--steps", "3")
+    assert (result.code, result.out) == (2, "")
+    question = f"limner: no command '{typed}'. Did you mean `limner {meant}`? To paint it: limner generate {typed}\n"
+    assert result.err == question
+
+
+@pytest.mark.parametrize("prompt", ["rain", "trains", "brain", "date", "a train", "train!", "fox", "Rain"])
+def test_what_can_be_drawn_is_no_slip(limner, here, tiny_model, prompt):
+    assert limner(prompt, "-m", tiny_model, "--steps", "1").code == 0
+
+
+def test_the_help_says_what_each_command_does_in_whole_sentences(limner):
+    lines = limner("--help").out.partition("Commands:\n")[2].splitlines()
+    assert len(lines) == len(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks GNU's OpenMP")
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"), ({"GOMP_SPINCOUNT": "77"}, "77")]
+)
+def test_threads_that_wait_leave_the_cores_to_others_unless_told(given, spins):
+    bare = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    told = bare | given | {"OMP_DISPLAY_ENV": "verbose"}  # OpenMP says on stderr what it was started with
+
+    def spin_count(*command: str) -> str:
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=told, check=True)
+        return re.search(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)[1]
+
+    assert spin_count("-m", "limner", "models") == spins
+    assert (spin_count("-c", "import limner.cli.main, torch") == spins) == bool(given)
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("limner mod", "models"), ("limner generate --samp", "--sampler")])

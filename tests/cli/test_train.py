@@ -11,6 +11,7 @@ from limner import catalog
 from limner.training import loop
 
 TINY = ("icons-tiny", "--out", "run")
+AUTOENCODER = ("icons-autoencoder-tiny", "--out", "run")
 FEW = ("steps=3", "batch_size=4", "save_every=2", "log_every=1", "data.limit=8")
 
 
@@ -51,6 +52,13 @@ def test_stop_after_saves_and_resume_goes_on_to_the_same_end(limner, here, train
     assert limner("train", "--resume", "parts", "--device", "cpu").code == 0
     whole, parts = (load_file(here / run / "final" / "icons-autoencoder-tiny.safetensors") for run in ("run", "parts"))
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def test_painting_with_a_run_that_was_stopped_asks_to_resume(limner, here):
+    assert limner("train", *TINY, "--device", "cpu", "--stop-after", "0").code == 0
+    result = limner("fox", "-m", "run")
+    assert (result.code, result.out) == (3, "")
+    assert result.err == "limner: run is a run that did not finish: go on with `limner train --resume run`\n"
 
 
 def test_a_run_that_never_saved_starts_anew(limner, here, trained):
@@ -94,7 +102,7 @@ def test_a_run_that_never_saved_starts_anew(limner, here, trained):
         (2, "optimizer=muon moves the linear layers", ["icons-autoencoder-tiny", "optimizer=muon", "--out", "run"]),
         (2, "width=64 is not in fours", [*TINY, "system.network.num_heads=0"]),
         (2, "width=60 is not in fours", [*TINY, "system.network.width=60"]),
-        (2, "other_sizes=[[16,16,.5]]: Invalid JSON", [*TINY, "data.other_sizes=[[16,16,.5]]"]),
+        (2, "other_sizes=[[16,16,.5]]: give JSON (expected value at", [*TINY, "data.other_sizes=[[16,16,.5]]"]),
         (2, "max_tokens=0", [*TINY, "system.max_tokens=0"]),
         (2, "no sampler 'eulr'. Did you mean 'euler'", [*TINY, "system.defaults.sampler=eulr"]),
         (2, "steps is 0", [*TINY, "system.defaults.steps=0"]),
@@ -104,6 +112,14 @@ def test_a_run_that_never_saved_starts_anew(limner, here, trained):
         (2, "optimizer=muon moves the linear layers", [*TINY, "system.network.depth=0", "optimizer=muon"]),
         (2, "max_tokens=0", ["icons-tiny", "--out", "made/here/run", "system.max_tokens=0"]),
         (2, "max_tokens=0", ["icons-tiny", "--out", "empty", "system.max_tokens=0"]),
+        (2, "icons-autoencoder-tiny is an autoencoder", [*AUTOENCODER, 'sample_prompts=["red circle"]']),
+        (2, "sampler 'eulr'", [*AUTOENCODER, "system.defaults.sampler=eulr"]),
+        (2, "Invalid value for '--stop-after': 'soon': give a number; see", [*TINY, "--stop-after", "soon"]),
+        (3, "train icons-autoencoder --out runs/icons-autoencoder`, or name its file", ["icons", "--out", "run"]),
+        (3, "with system.autoencoder_from=FILE", ["icons", "--out", "run"]),
+        (3, "full is a folder: give the path of a .saf", [*TINY, "system.autoencoder_from=full"]),
+        (3, "full/file is a file: give --out a new folder", ["icons-tiny", "--out", "full/file"]),
+        (3, "full/file is a file: give the folder of the run", ["--resume", "full/file"]),
         (3, "run holds no training run", ["--resume", "run"]),
         (3, "full is not empty", ["icons-autoencoder-tiny", "--out", "full"]),
         (3, "cannot write full/file/run", ["icons-autoencoder-tiny", "--out", "full/file/run"]),

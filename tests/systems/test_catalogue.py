@@ -55,10 +55,10 @@ def test_an_image_is_the_same_alone_and_anywhere_in_a_batch():
 def test_words_that_do_not_fit_are_a_warning_each():
     import warnings
 
-    from limner.errors import WordsCut
+    from limner.errors import Ignored
 
     pipe, words = pipeline.Pipeline(noisy("icons-tiny").eval(), "icons-tiny"), "one two three four five six"
-    with pytest.warns(WordsCut) as told:
+    with pytest.warns(Ignored) as told:
         pipe.generate(f"{words} seven", negative=f"{words} eight", steps=1, batch=2)
     assert [re.findall(r"the (.*) is longer.*('.*') is left out", str(w.message)) for w in told] == [
         [("prompt", "'seven'")],
@@ -67,6 +67,50 @@ def test_words_that_do_not_fit_are_a_warning_each():
     assert {w.filename for w in told} == {__file__}
     with warnings.catch_warnings(action="error"):
         pipe.generate(words, negative=f"{words} \n", steps=1)
+
+
+def test_what_will_not_show_is_a_warning_each():
+    import warnings
+
+    from PIL import Image
+
+    from limner.errors import Ignored
+
+    pipe = pipeline.Pipeline(noisy("icons-tiny").eval(), "icons-tiny")
+    wide, tall, square = (Image.new("RGB", size) for size in ((640, 480), (30, 60), (1000, 999)))
+    with pytest.warns(Ignored) as told:
+        pipe.generate("赤い狐 🦊", negative="blue", guidance=1, image=wide, steps=1)
+    with pytest.warns(Ignored) as told_too:
+        pipe.generate("red", negative="лиса fox", image=tall, width=32, height=16, steps=1)
+    assert [str(w.message) for w in (*told, *told_too)] == [
+        "the model does not know '赤い狐 🦊' of the prompt: say it in English words",
+        "the negative prompt has no effect at guidance 1: ask for more guidance",
+        "25% of the picture's width is cut off, equally at both ends, to make its 640 x 480 pixels 32 x 32: "
+        "ask for a width and height of its shape",
+        "the model does not know 'лиса' of the negative prompt: say it in English words",
+        "75% of the picture's height is cut off, equally at both ends, to make its 30 x 60 pixels 32 x 16: "
+        "ask for a width and height of its shape",
+    ]
+    with warnings.catch_warnings(action="error"):
+        pipe.generate("", guidance=1, image=square, steps=1)
+        pipe.generate("red", negative="blue", guidance=1.5, image=wide, width=64, height=48, steps=1)
+
+
+def test_an_autoencoder_gives_a_picture_back_and_reads_no_words():
+    from PIL import Image
+
+    from limner.errors import Ignored, UsageError
+
+    system, red = noisy("icons-autoencoder-tiny").eval(), Image.new("RGBA", (32, 32), (200, 30, 30, 255))
+    for prompt, values in (("fox", {}), ("", {"negative": "fox", "image": red}), ("fox", {"image": red})):
+        with pytest.raises(UsageError, match="icons-autoencoder-tiny is an autoencoder: it reads no words"):
+            pipeline.generate(system, prompt, **values)
+    (back,) = pipeline.generate(system, "", image=red)
+    with torch.inference_mode():
+        rebuilt = system.decode(system.encode(pipeline.to_tensor(red, 32, 32))).clamp(-1, 1)
+    assert back.image.tobytes() == pipeline.to_pil(rebuilt[0]).tobytes()
+    with pytest.warns(Ignored, match="only gives the picture back, whatever steps and strength may be"):
+        pipeline.generate(system, "", image=red, steps=2, strength=0.1)
 
 
 def test_steps_outside_the_guidance_interval_ask_for_one_row_a_picture(monkeypatch):

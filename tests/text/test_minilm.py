@@ -43,6 +43,24 @@ def test_a_prompt_is_cut_at_its_end_and_the_cut_is_told(noisy):
     assert noisy.words_cut("a red fox") == ""
 
 
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("a red fox", ""),
+        ("", ""),
+        ("🦊!", "🦊!"),
+        ("赤い狐 と fox🦊", "赤い狐 と fox🦊"),
+        ("красная лиса, fox", "красная лиса,"),
+        ("Größe naïve café", ""),
+        ("5° — “hi” & # ½ ♥ → €", ""),
+        ("fox狐 " * 30 + "狐", "狐"),
+    ],
+)
+def test_words_of_other_scripts_and_pictures_are_unknown(noisy, prompt, unknown):
+    assert noisy.words_unknown(prompt) == unknown
+    assert noisy.tokenize([prompt])[0].shape == (1, 24)
+
+
 def test_the_shipped_encoder_knows_what_is_near():
     vectors = catalog.minilm().sentences(["3d emoji of a red apple", "fruit", "locomotive"])
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -38,7 +39,7 @@ def test_dotted_paths_reach_into_sections():
         ("network.depth=4", "'system.network.depth'"),
         ("system.network.dpeth=4", "'system.network.depth'"),
         ("lr.x=3", "'lr'"),
-        ("=3", "Known: "),
+        ("=3", "Nearest: "),
     ],
 )
 def test_an_unknown_field_names_the_nearest(override, nearest):
@@ -51,27 +52,32 @@ def test_an_unknown_field_names_the_nearest(override, nearest):
     ("override", "reason"),
     [
         ("steps", "not a field=value pair"),
-        ("steps=0", "greater than 0"),
-        ("steps=-1", "greater than 0"),
-        ("steps=1.5", "valid integer"),
-        ("steps=many", "valid integer"),
-        ("batch_size=0", "greater than 0"),
-        ("save_every=0", "greater than 0"),
-        ("log_every=0", "greater than 0"),
-        ("keep=0", "greater than 0"),
-        ("sample_every=-1", "greater than or equal to 0"),
-        ("lr=nan", "greater than 0"),
-        ("lr=inf", "finite"),
-        ("lr=-1", "greater than 0"),
-        ("betas=1,0.9", "less than 1"),
-        ("betas=0.9", "required"),
-        ("precision=fp8", "'fp32' or 'bf16'"),
-        ("compile=perhaps", "valid boolean"),
-        ("system.network.depth=deep", "valid integer"),
+        ("steps=0", "give more than 0"),
+        ("steps=-1", "give more than 0"),
+        ("steps=1.5", "give a whole number"),
+        ("steps=many", "give a whole number"),
+        ("batch_size=0", "give more than 0"),
+        ("save_every=0", "give more than 0"),
+        ("log_every=0", "give more than 0"),
+        ("keep=0", "give more than 0"),
+        ("sample_every=-1", "give 0 or more"),
+        ("lr=nan", "give more than 0"),
+        ("lr=inf", "give a finite number"),
+        ("lr=fast", "give a number"),
+        ("lr=-1", "give more than 0"),
+        ("betas=1,0.9", "give less than 1"),
+        ("betas=0.9", "give the value that is missing"),
+        ("betas=0.9,0.9,0.9", "give 2 values, not 3"),
+        ("precision=fp8", "give 'fp32' or 'bf16'"),
+        ("compile=perhaps", "give true or false"),
+        ("system.network.depth=deep", "give a whole number"),
         ("system.network=deep", "whole section"),
         ("data={}", "whole section"),
-        ("name=", "at least 1 character"),
-        ("name=../other", "pattern"),
+        ("name=", "give a name"),
+        ("name=../other", "give letters, digits, dots, - and _ alone"),
+        ("lr_final=2", "give 1 or less"),
+        ("sample_prompts=[1]", "give text"),
+        ("sample_prompts=[a]", "give JSON (expected value"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_field_and_reason(override, reason):
@@ -80,6 +86,14 @@ def test_a_bad_value_is_one_line_that_names_field_and_reason(override, reason):
     assert reason in str(raised.value)
     assert "\n" not in str(raised.value)
     assert override.partition("=")[0].split(".")[-1] in str(raised.value)
+
+
+def test_of_many_unknown_fields_a_few_that_are_nearest_are_named():
+    with pytest.raises(UnknownName) as raised:
+        parse_overrides(CONFIG, ["zzz=3"])
+    told = re.fullmatch(r"no field 'zzz'\. Nearest: (.*)\. A run's config\.json shows all\.", str(raised.value))
+    assert told
+    assert len(told[1].split(", ")) == 5
 
 
 def test_a_recipe_with_a_bad_value_does_not_come_to_be():
@@ -95,9 +109,12 @@ def test_json_gives_the_same_config_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": -1}, "steps: "),
-        ({"colour": "red"}, "colour"),
+        ({"steps": -1}, "config: steps=-1: give more than 0"),
+        ({"colour": "red"}, "colour='red': there is no such field"),
         ({"data": {"source": "icons", "sise": 3}}, "data.sise"),
+        ({"system": {"kind": "painting"}}, "system: give 'autoencoding', 'diffusion' as its 'kind'"),
+        ({"system": {}}, "system: give its 'kind'"),
+        ({"data": 3}, "data=3: give a section of fields"),
     ],
 )
 def test_a_config_file_that_was_edited_badly_is_refused(change, message):

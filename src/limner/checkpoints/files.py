@@ -54,7 +54,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file of ours: (tensors with quantised ones restored to float32, configuration). Raises FileProblem."""
     if not path.is_file():
-        raise FileProblem(f"no file {path}: give the path of a .safetensors file")
+        found = f"{path} is a folder" if path.is_dir() else f"no file {path}"
+        raise FileProblem(f"{found}: give the path of a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

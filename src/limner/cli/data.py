@@ -21,7 +21,10 @@ def data_command(
     ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that draw; 0: one a core.")] = 0,
 ) -> None:
-    """Make a training set from public packages (npm; apt-get for clip art) and print its folder."""
+    """Make the icon set from public packages.
+
+    They come from npm, clip art by apt-get. Prints the folder of the set.
+    """
     if name != "icons":
         raise UnknownName("data set to make", name, ["icons"])
     from limner.data.icons import default_folders

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from limner.errors import FileProblem
+
 
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="A model's name (`limner models`) or its weights file.")] = "icons",
@@ -30,12 +32,18 @@ def evaluate_command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, not the table.")] = False,
 ) -> None:
-    """Measure a model beside real pictures: prompt and style accuracy, KID, copying, the autoencoder, speed."""
+    """Measure a model beside real pictures.
+
+    Prompt and style accuracy, KID, copying, the autoencoder, speed.
+    """
     import json
 
     from limner import evaluation, pipeline
     from limner.data.icons import open_icons
 
+    for folder in (out, cache):
+        if folder and folder.is_file():
+            raise FileProblem(f"{folder} is a file: give a folder")
     where = pipeline.find_device(device)
     pack = open_icons(data)
     if prepare_judge:

@@ -18,13 +18,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from limner import metadata
-from limner.errors import UsageError, WordsCut
+from limner.errors import Ignored, UsageError
 
 if TYPE_CHECKING:
     from limner.pipeline import Pipeline
     from limner.types import OnStep, Request
 
 DEFAULT_MODEL = "icons"
+SAMPLERS = "euler, euler_a, heun, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, flow_euler"  # here, since help imports no torch
+SCHEDULES = "uniform, shifted, karras, exponential"
+STYLES = """
+Styles that icons knows, in a prompt each:
+
+\b
+3d emoji of a red fox                   glossy gradient emoji of a penguin
+bold flat emoji: birthday cake          flat emoji: bouquet of flowers
+soft shaded emoji: hamburger            blob emoji of a green dragon
+rounded flat emoji: strawberry          firefox os emoji of a whale
+outlined cartoon emoji of a ghost       pink glyph emoji: butterfly
+a brown monochrome emoji of a bear face blue outline icon: shopping cart
+hand drawn doodle icon: umbrella        pastel outline icon: laptop
+flat color icon: padlock                gradient app icon: folder
+weather icon: partly cloudy night       round flag of brazil
+red silhouette icon: crossed swords     teal duotone icon: airplane
+a yellow pixel art icon of a key        clip art of a sailing boat
+"""
 BASE_BYTES, BYTES_PER_PIXEL = 370e6, 350  # of the process and of drawing; measured with `icons` on a CPU, within 10 %
 
 
@@ -38,23 +56,27 @@ def generate_command(
         str | None, typer.Option("-m", "--model", help=f"Name or weight file. [default: {DEFAULT_MODEL}]")
     ] = None,
     negative: Annotated[str | None, typer.Option("-n", "--negative", help="What to keep out of the picture.")] = None,
-    width: Annotated[int | None, typer.Option("-W", "--width", help="In pixels.")] = None,
-    height: Annotated[int | None, typer.Option("-H", "--height", help="In pixels.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps.")] = None,
+    width: Annotated[
+        int | None, typer.Option("-W", "--width", help="128 to 512 pixels in steps of 16. [default: 256]")
+    ] = None,
+    height: Annotated[int | None, typer.Option("-H", "--height", help="As the width. [default: 256]")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps, 1 to 1000. [default: 12]")] = None,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", "--cfg-scale", help="How closely to follow the prompt; 1 is plainly.")
+        float | None,
+        typer.Option("--guidance", "--cfg-scale", help="How closely to follow the prompt; 1 is plainly. [default: 4]"),
     ] = None,
     seed: Annotated[
         int | None, typer.Option("-s", "--seed", help="Same seed, same picture. [default: a random one, printed]")
     ] = None,
-    sampler: Annotated[str | None, typer.Option("--sampler", help="Solver, such as euler or dpmpp_2m.")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help=f"Solver: {SAMPLERS}. [default: dpmpp_2m]")] = None,
     schedule: Annotated[
-        str | None, typer.Option("--schedule", "--scheduler", help="How noise falls, such as uniform or karras.")
+        str | None, typer.Option("--schedule", "--scheduler", help=f"How noise falls: {SCHEDULES}. [default: uniform]")
     ] = None,
     batch: Annotated[int, typer.Option("-b", "--batch", help="Pictures, with seeds SEED, SEED+1, ...")] = 1,
     image: Annotated[Path | None, typer.Option("-i", "--image", help="Paint over this picture.")] = None,
     strength: Annotated[
-        float | None, typer.Option("--strength", help="With -i: 0 keeps the picture, 1 forgets it.")
+        float | None,
+        typer.Option("--strength", help="With -i, above 0: a little keeps the picture, 1 forgets it. [default: 0.6]"),
     ] = None,
     settings: Annotated[
         Path | None, typer.Option("-C", "--settings", help="Redo what this picture's metadata says; flags override it.")
@@ -63,7 +85,10 @@ def generate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of paths.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do not paint.")] = False,
 ) -> None:
-    """Paint PROMPT and print the path of the PNG. What a flag does not say, the model's defaults do."""
+    """Paint PROMPT and print the path of the PNG.
+
+    What no option says, the model's defaults do; the sizes and defaults below are those of icons.
+    """
     flags = {
         "prompt": prompt,
         "model": model,
@@ -80,8 +105,9 @@ def generate_command(
     remembered = _remembered(settings, image, model) if settings else {}
     painted_with = remembered.pop("model_hash", None)
     asked = remembered | {k: v for k, v in flags.items() if v is not None}
-    if "prompt" not in asked:
+    if "prompt" not in asked and image is None:
         raise UsageError('no prompt: say what to paint, such as limner "a red fox"')
+    asked.setdefault("prompt", "")
     for text in (prompt, negative):
         if text and not text.isascii() and text.encode("utf-8", "ignore").decode() != text:
             raise UsageError(
@@ -107,14 +133,14 @@ def generate_command(
             f"here {pipe.system.model_hash!r}): expect another picture",
             file=sys.stderr,
         )
-    for sentence in pipeline.words_cut(pipe.system, request):
+    for sentence in pipeline.ignored(pipe.system, request):
         print(f"limner: {sentence}", file=sys.stderr)
     if dry_run:
         _print_plan(_plan(pipe, request, paths), as_json)
         return
     print(f"seed {request.seed}", file=sys.stderr)
     with _progress() as on_step, warnings.catch_warnings():
-        warnings.simplefilter("ignore", WordsCut)  # told above
+        warnings.simplefilter("ignore", Ignored)  # told above
         pictures = pipe.generate(**asked, batch=batch, image=request.image, on_step=on_step)
     if output == "-":
         sys.stdout.buffer.write(metadata.encode_png(pictures[0].image, pictures[0].settings))
@@ -176,7 +202,9 @@ def _paths(output: str | None, request: Request) -> list[Path]:
     file = Path(output or "")
     if file.suffix.lower() != ".png":
         raise UsageError(f"cannot save {output!r}: pictures are PNG; let the name end in .png, or in / for a folder")
-    return [file if request.batch == 1 else file.with_stem(f"{file.stem}-{i + 1}") for i in range(request.batch)]
+    digits = len(str(request.batch))  # so that the names sort in order
+    numbers = [f"-{i + 1:0{digits}}" if request.batch > 1 else "" for i in range(request.batch)]
+    return [file.with_stem(file.stem + number) for number in numbers]
 
 
 @contextmanager

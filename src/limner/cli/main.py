@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import os
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,10 +22,10 @@ from typer.exceptions import TyperException
 import limner
 from limner.cli.data import data_command
 from limner.cli.evaluate import evaluate_command
-from limner.cli.generate import generate_command
+from limner.cli.generate import STYLES, generate_command
 from limner.cli.models import models_command, recipes_command
 from limner.cli.train import train_command
-from limner.errors import INTERRUPTED, FileProblem, LimnerError, OutOfMemory
+from limner.errors import INTERRUPTED, FileProblem, LimnerError, OutOfMemory, UsageError, wanted
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate_command,
@@ -42,7 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name, epilog=STYLES if _name == "generate" else None)(_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -63,10 +66,14 @@ def _options(
 def main(args: list[str] | None = None) -> None:
     """Run the command line `args` (default: the process's) and exit with its code."""
     code = 0
+    if args is None:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait spinning starve where cores are shared
     try:
         code = app(_with_command(sys.argv[1:] if args is None else args), "limner", standalone_mode=False) or 0
         sys.stdout.flush()
     except TyperException as error:
+        for problem in getattr(error.__cause__, "errors", list)():  # pydantic's
+            error.message = f"{problem['input']!r:.50}: {wanted(problem)}"
         code = _complain(f"{error.format_message().rstrip('.')}{_usage_hint(error)}", 2)
     except LimnerError as error:
         code = _complain(str(error), error.exit_code)
@@ -93,7 +100,22 @@ def _with_command(args: list[str]) -> list[str]:
     """What is not a command nor an option of `limner` itself is meant for `generate`; nothing at all asks for help."""
     if not args:
         return ["--help"]
-    return args if args[0] in COMMANDS or args[0].split("=")[0] in OPTIONS else ["generate", *args]
+    if args[0] in COMMANDS or args[0].split("=")[0] in OPTIONS:
+        return args
+    if command := _misspelt(args[0]):
+        asked = f"no command {args[0]!r}. Did you mean `limner {command}`?"
+        raise UsageError(f"{asked} To paint it: limner generate {args[0]}")
+    return ["generate", *args]
+
+
+def _misspelt(word: str) -> str | None:
+    """The command that `word` is close to, unless it is an English word: `limner rain` paints, `limner trian` asks."""
+    word = word.lower()
+    near = get_close_matches(word, COMMANDS, n=1, cutoff=0.8) if word.isalpha() else []
+    if near and near[0] not in (word, f"{word}s"):
+        tokenizer = Path(limner.__file__).parent / "weights" / "minilm" / "tokenizer.json"
+        near = [] if word in json.loads(tokenizer.read_bytes())["model"]["vocab"] else near
+    return near[0] if near else None
 
 
 def _complain(message: str, code: int) -> int:

@@ -225,6 +225,8 @@ def open_icons(folder: Path | None = None) -> IconPack:
 
     Raises FileProblem if there is none or it is torn.
     """
+    if folder and folder.is_file():
+        raise FileProblem(f"{folder} is a file: give the folder of the icon pack")
     places = [folder] if folder else default_folders()
     found = next((p for p in places if all((p / name).is_file() for name in FILES)), None)
     if found is None:

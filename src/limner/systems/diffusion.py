@@ -96,6 +96,9 @@ class DiffusionSystem(nn.Module):
     def words_cut(self, text: str) -> str:
         return self.text_encoder.words_cut(text)
 
+    def words_unknown(self, text: str) -> str:
+        return self.text_encoder.words_unknown(text)
+
     def denoiser(self, prompts: Prompts, guidance: float) -> Denoise:
         """The denoiser a solver asks, guided within the model's interval: two rows of the network a picture there, one
         elsewhere and with guidance 1."""

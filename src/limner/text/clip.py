@@ -169,6 +169,9 @@ class CLIPTextEncoder(CLIPText):
         """The end of `prompt` that does not fit, "" when all does."""
         return self.tokenizer.beyond(prompt, self.config.context - 2)
 
+    def words_unknown(self, prompt: str) -> str:
+        return ""  # tokens are made of bytes, so every word has some
+
 
 def side_by_side(first: Conditioning, second: Conditioning) -> Conditioning:
     """Two towers' states of the same prompts joined along the width, `pooled` from the second: Stable Diffusion XL."""

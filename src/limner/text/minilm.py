@@ -8,6 +8,7 @@ are those of the published file. WordPiece tokens through the `tokenizers` libra
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -16,6 +17,9 @@ from torch.nn import functional as F
 
 from limner.nn.embeddings import embedding
 from limner.types import Conditioning
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 WIDTH, DEPTH, HEADS, HIDDEN, VOCABULARY, POSITIONS = 384, 6, 12, 1536, 30522, 512
 PADDING = 0
@@ -73,14 +77,29 @@ class MiniLM(nn.Module):
 
     def words_cut(self, prompt: str) -> str:
         """The end of `prompt` that does not fit, "" when all does."""
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        encoded = self.tokenizer.encode(prompt)
-        self.tokenizer.enable_truncation(self.max_tokens)
-        self.tokenizer.enable_padding(length=self.max_tokens)
+        (encoded,) = self._whole([prompt])
         if len(encoded.ids) <= self.max_tokens:
             return ""
         return prompt[encoded.offsets[self.max_tokens - 1][0] :]
+
+    def words_unknown(self, prompt: str) -> str:
+        """The words of `prompt` without a letter or digit of English, which have no token or only foreign letters."""
+        unknown, words = [], prompt.split()
+        for word, encoded in zip(words, self._whole(words), strict=True):
+            tokens = [token.strip("#") for token in encoded.tokens[1:-1]]
+            english = any(token.isascii() and token.isalnum() for token in tokens)
+            if not english and any(token == "[UNK]" or token.isalpha() for token in tokens):
+                unknown.append(word)
+        return " ".join(unknown)
+
+    def _whole(self, texts: list[str]) -> list[Encoding]:
+        """Tokens of texts of any length, with neither cut nor padding."""
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        encoded = self.tokenizer.encode_batch(texts)
+        self.tokenizer.enable_truncation(self.max_tokens)
+        self.tokenizer.enable_padding(length=self.max_tokens)
+        return encoded
 
 
 def sentence(states: Tensor, mask: Tensor) -> Tensor:

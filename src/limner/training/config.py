@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from limner.catalog import SystemConfig
 from limner.data.batches import DataConfig
-from limner.errors import FileProblem, UnknownName, UsageError
+from limner.errors import FileProblem, UnknownName, UsageError, complaint, wanted
 
 Name = Annotated[str, Field(min_length=1, pattern=r"^[\w.-]*$")]
 Count = Annotated[int, Field(gt=0)]
@@ -87,9 +87,9 @@ def parse_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfi
         try:
             config = _replaced(config, path.strip().split("."), text.strip())
         except _NoSuchField:
-            raise UnknownName("field", path, fields_of(config), f"({config.name} has no such field.)") from None
+            raise UnknownName("field", path, fields_of(config), "A run's config.json shows all.") from None
         except ValidationError as error:
-            raise UsageError(f"{path}={text}: {_reason(error)}") from None
+            raise UsageError(f"{path}={text}: {wanted(error.errors()[0])}") from None
         except (ValueError, TypeError) as error:
             raise UsageError(f"{path}={text}: {error}") from None
     return config
@@ -110,8 +110,7 @@ def from_json(text: str | bytes, source: str) -> TrainConfig:
     try:
         return TypeAdapter(TrainConfig).validate_json(text)
     except ValidationError as error:
-        where = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise FileProblem(f"{source} is no training config: {where + ': ' if where else ''}{_reason(error)}") from None
+        raise FileProblem(f"{source} is no training config: {complaint(error.errors()[0])}") from None
 
 
 class _NoSuchField(Exception):
@@ -155,7 +154,9 @@ def _read(hint: Any, text: str) -> Any:
             errors.append(error)
     if text.startswith("["):
         raise errors[1]  # of the JSON that was meant
-    raise max(errors, key=lambda error: len(error.errors()[0]["loc"]))  # the reading that got furthest
+    firsts = [error.errors()[0] for error in errors]
+    furthest = max(firsts, key=lambda first: (len(first["loc"]), first["type"] == "too_long"))
+    raise errors[firsts.index(furthest)]
 
 
 def _check_range(value: Any) -> None:
@@ -176,8 +177,3 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _reason(error: ValidationError) -> str:
-    """The first complaint, in one line."""
-    return str(error.errors()[0]["msg"]).replace("\n", " ")

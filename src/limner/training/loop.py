@@ -70,7 +70,9 @@ def train(
                 torch.backends.cudnn.allow_tf32 = True
             torch.manual_seed(config.seed)
             system: Any = catalog.build(config.system)
-            pipeline.prepare(system, prompt="any")  # the defaults, before anything is spent
+            pipeline.check(system.defaults, system.grid, prompt="any")  # the defaults, before anything is spent
+            for prompt in config.sample_prompts:
+                pipeline.prepare(system, prompt=prompt)
             if config.init_from:
                 warm_start(system, Path(config.init_from), catalog.load)
             system.to(processes.device, memory_format=torch.channels_last)

@@ -185,6 +185,8 @@ def _pack(tensors: Mapping[str, Tensor]) -> bytes:
 def begin_run(run: Path, config: TrainConfig) -> list[Path]:
     """Make the folder of a new run; returns the folders made for it, the outermost first. Raises FileProblem if it is
     not empty or not writable."""
+    if run.is_file():
+        raise FileProblem(f"{run} is a file: give --out a new folder")
     made = [folder for folder in (*reversed(run.parents), run) if not folder.exists()]
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
@@ -209,6 +211,8 @@ def withdraw_run(run: Path, made: list[Path]) -> None:
 def config_of(run: Path) -> TrainConfig:
     """What the run in this folder was told. Raises FileProblem if there is none."""
     path = run / CONFIG
+    if run.is_file():
+        raise FileProblem(f"{run} is a file: give the folder of the run")
     if not path.is_file():
         raise FileProblem(f"{run} holds no training run (no {CONFIG}); start one: limner train RECIPE --out {run}")
     try:
