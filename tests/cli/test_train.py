@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from limner import catalog
-from limner.training import loop
+from limner import catalog, recipes
+from limner.training import loop, state
 
 TINY = ("icons-tiny", "--out", "run")
 FEW = ("steps=3", "batch_size=4", "save_every=2", "log_every=1", "data.limit=8")
@@ -64,6 +65,19 @@ def test_a_run_that_never_saved_starts_anew(limner, here, trained):
     assert (here / "run" / "final" / "icons-autoencoder-tiny.safetensors").exists()
 
 
+def test_a_run_that_another_process_trains_is_refused(limner, here):
+    run = here / "run"
+    run.mkdir()
+    (run / "limner.lock").write_text("process 1 on earth, which was killed")
+    with state.claim(run, recipes.get("icons-tiny")):
+        before = {p: p.read_bytes() for p in run.iterdir()}
+        result = limner("train", "--resume", "run")
+        assert (result.code, result.out) == (3, "")
+        assert result.err.startswith(f"limner: run is being trained by process {os.getpid()} on ")
+        assert result.err.count("\n") == 1
+        assert {p: p.read_bytes() for p in run.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("code", "message", "args"),
     [
@@ -107,6 +121,9 @@ def test_a_run_that_never_saved_starts_anew(limner, here, trained):
         (3, "run holds no training run", ["--resume", "run"]),
         (3, "full is not empty", ["icons-autoencoder-tiny", "--out", "full"]),
         (3, "cannot write full/file/run", ["icons-autoencoder-tiny", "--out", "full/file/run"]),
+        (3, "full/file holds no training run", ["--resume", "full/file"]),
+        (3, "File name too long", ["icons-autoencoder-tiny", "--out", f"made/{'x' * 300}"]),
+        (3, "File name too long", ["--resume", "x" * 300]),
     ],
 )
 def test_what_cannot_be_meant_is_one_line_and_leaves_nothing(limner, here, code, message, args):

@@ -225,9 +225,35 @@ def test_final_weights_appear_whole_or_not_at_all(tmp_path):
 
 def test_a_new_run_needs_an_empty_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileProblem, match=r"is not empty.*--resume"):
-        state.begin_run(tmp_path, toy.CONFIG)
+    with pytest.raises(FileProblem, match=r"is not empty.*--resume"), state.claim(tmp_path, toy.CONFIG):
+        pass
     assert names(tmp_path) == ["notes.txt"]
+
+
+def test_of_two_that_begin_a_run_at_once_the_second_changes_nothing(tmp_path):
+    with state._locked(tmp_path):
+        with pytest.raises(FileProblem, match="is being trained by process"), state.claim(tmp_path, toy.CONFIG):
+            pass
+        assert names(tmp_path) == ["limner.lock"]
+    assert names(tmp_path) == []
+
+
+def test_a_lock_removed_while_another_waited_for_it_is_worth_nothing(tmp_path, monkeypatch):
+    flock = state.fcntl.flock
+    monkeypatch.setattr(state.fcntl, "flock", lambda *a: ((tmp_path / "limner.lock").unlink(), flock(*a)))
+    with pytest.raises(FileProblem, match="is being trained by another process"), state.claim(tmp_path):
+        pass
+
+
+def test_where_there_are_no_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(state.fcntl, "flock", none)
+    assert toy.fit(tmp_path / "run") == 0
+    err = capsys.readouterr().err
+    assert err.startswith(f"cannot lock {tmp_path / 'run'}: No locks available; see")
+    assert err.count("\n") == 1
 
 
 def test_a_folder_without_a_run_has_nothing_to_resume(tmp_path):
