@@ -13,6 +13,7 @@ from torch import Tensor
 from limner.data import transforms
 from limner.data.images import ImageSet, to_float
 from limner.errors import FileProblem, UnknownName
+from limner.nn.embeddings import sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +133,6 @@ def caption_weights(images: ImageSet) -> Tensor:
         weights = [*shares[: len(captions)], *[0.1 if shares else 1.0] * (len(captions) - len(shares))]
         row[: len(captions)] = torch.tensor(weights[: len(captions)])
     return table
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small host tensor on `device`, without waiting for the work queued there."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def seeded(seed: int, step: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
