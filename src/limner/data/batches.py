@@ -12,7 +12,7 @@ from torch import Tensor
 
 from limner.data import transforms
 from limner.data.images import ImageSet, to_float
-from limner.errors import FileProblem, UnknownName
+from limner.errors import UnknownName, UsageError
 from limner.nn.embeddings import sent
 
 
@@ -40,7 +40,7 @@ SOURCES = ("icons", "shapes", "folder", *CLASSICS)
 
 
 def open_images(config: DataConfig) -> ImageSet:
-    """The pictures a DataConfig names. Raises FileProblem, UnknownName."""
+    """The pictures a DataConfig names. Raises FileProblem, UsageError."""
     folder = Path(config.folder) if config.folder else None
     if config.source == "shapes":
         from limner.data.shapes import shapes
@@ -56,7 +56,7 @@ def open_images(config: DataConfig) -> ImageSet:
         from limner.data.folders import open_folder
 
         if folder is None:
-            raise FileProblem('source "folder" needs data.folder=PATH')
+            raise UsageError("data.source=folder needs data.folder=PATH")
         images = open_folder(folder, config.size)
     elif config.source in CLASSICS:
         from limner.data.classics import open_classic

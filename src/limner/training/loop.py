@@ -32,10 +32,12 @@ from limner.training.report import Report
 from limner.training.state import (
     TrainState,
     checkpoint_name,
+    checkpoints,
     claim,
     final_file,
     newest_checkpoint,
     read_checkpoint,
+    reading,
     remove_temporaries,
     save_checkpoint,
     warm_start,
@@ -66,18 +68,36 @@ def train(
             torch.backends.cudnn.allow_tf32 = True
         torch.manual_seed(config.seed)
         system: Any = catalog.build(config.system)
-        pipeline.prepare(system, prompt="any")  # the defaults, before anything is spent
+        for prompt in config.sample_prompts or ("any",):
+            pipeline.prepare(system, prompt=prompt)  # with the defaults, before anything is spent
+        check(config, system.grid, config.data.size)
         if config.init_from:
             warm_start(system, Path(config.init_from), catalog.load)
         system.to(processes.device, memory_format=torch.channels_last)
-        views = config.data.latent_views
-        if config.data.other_sizes and not views:
-            raise UsageError("data.other_sizes are sizes of kept latents: give data.latent_views=1 or more")
         images = open_batches(config.data, config.seed, processes.device)
+        views = config.data.latent_views
+        if not views:  # classic sets have a size of their own
+            check(config, system.grid, images.set.images.shape[-1])
         batches: Batches = LatentBatches(images, system.autoencoder, views) if views else images
         if config.compile:
             system.compile(dynamic=False)
         return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop)
+
+
+def check(config: TrainConfig, grid: int, size: int) -> None:
+    """Raises UsageError where the system cannot learn from pictures of this size, or in this form."""
+    data = config.data
+    if data.other_sizes and not data.latent_views:
+        raise UsageError("data.other_sizes are sizes of kept latents: give data.latent_views=1 or more")
+    if config.system.kind == "autoencoding":
+        grid *= 2  # it learns from latents of half the size too
+        if data.latent_views:
+            raise UsageError("data.latent_views are latents, an autoencoder learns from pictures: give 0")
+    if size < grid or size % grid:
+        raise UsageError(
+            f"pictures of {size} pixels are not in multiples of {grid}, which {config.name} needs: give another "
+            "data.size or data.source"
+        )
 
 
 def draw_prompts(system: Any, config: TrainConfig) -> list[Image.Image]:
@@ -193,12 +213,14 @@ def restore(state: TrainState, run: Path, processes: Processes) -> list[str]:
     notes: list[str] = []
     folder = run / "checkpoints"
 
-    def newest() -> dict[str, bytes] | None:
+    def newest() -> tuple[int, dict[str, bytes] | None]:
         notes.extend(f"removed {name}, left half-written" for name in remove_temporaries(run))
-        return newest_checkpoint(folder, notes.append)
+        files = newest_checkpoint(folder, notes.append)
+        with reading(f"the newest in {folder}"):
+            return int(json.loads(files["state.json"])["step"]) if files else -1, files
 
-    files = processes.lead(newest)
-    step = processes.agree(json.loads(files["state.json"])["step"] if files else -1)
+    step, files = processes.lead(newest) or (-1, None)
+    step = processes.agree(step)
     if step < 0:
         return [*notes, f"{run} never saved a checkpoint: starting anew"]
     source = folder / checkpoint_name(step)
@@ -266,11 +288,12 @@ class Ledger:
             return
         record = self.records[flags.index(1.0)]
         terms = ", ".join(f"{name}={float(value):.4g}" for name, value in record.terms.items())
+        folder = run / "checkpoints"
+        advice = f"the last checkpoint in {folder} is good: start from it with a lower lr (init_from=…)"
         more = f" and {len(record.ids) - 8} more" if len(record.ids) > 8 else ""
         raise TrainingDiverged(
             f"step {record.step} diverged: {terms}, lr={record.lr:.3g}, samples {' '.join(record.ids[:8])}{more}; its "
-            f"update was not made, the last checkpoint in {run / 'checkpoints'} is good: start from it with a lower lr "
-            "(init_from=…)"
+            f"update was not made, {advice if checkpoints(folder) else 'no checkpoint was saved yet: lower the lr'}"
         )
 
     def means(self) -> dict[str, float]:

@@ -32,6 +32,7 @@ from typing import Any, cast
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from limner.checkpoints.files import write_atomically
@@ -100,21 +101,22 @@ class TrainState:
 
     def restore(self, files: Mapping[str, bytes], source: str) -> None:
         """Become what `files` remember; `source` names them in messages. Raises FileProblem, CheckpointMismatch."""
-        if files["config.json"] != to_json(self.config).encode():
-            raise FileProblem(
-                f"{source} was trained with another config than this run's config.json; put that file back as it was, "
-                f"or start a new run with init_from={source}/ema.safetensors"
-            )
-        state = json.loads(files["state.json"])
-        if state["frozen"] != self.frozen:
-            raise FileProblem(
-                f"{source} was trained around other frozen weights than the config gives now (an autoencoder or text "
-                "encoder); put the old file back, or start a new run with init_from"
-            )
-        self.step = int(state["step"])
-        copy_tensors(safetensors.torch.load(files["model.safetensors"]), self.tensors, source)
-        self.ema.load(safetensors.torch.load(files["ema.safetensors"]))
-        self._load_optimizers(safetensors.torch.load(files["optimizer.safetensors"]))
+        with reading(source):
+            if from_json(files["config.json"], f"{source}/{CONFIG}") != self.config:
+                raise FileProblem(
+                    f"{source} was trained with another config than this run's {CONFIG}; put that file back as it was, "
+                    f"or start a new run with init_from={source}/ema.safetensors"
+                )
+            state = json.loads(files["state.json"])
+            if state["frozen"] != self.frozen:
+                raise FileProblem(
+                    f"{source} was trained around other frozen weights than the config gives now (an autoencoder or "
+                    "text encoder); put the old file back, or start a new run with init_from"
+                )
+            self.step = int(state["step"])
+            copy_tensors(safetensors.torch.load(files["model.safetensors"]), self.tensors, source)
+            self.ema.load(safetensors.torch.load(files["ema.safetensors"]))
+            self._load_optimizers(safetensors.torch.load(files["optimizer.safetensors"]))
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         names = {id(p): name for name, p in self.system.named_parameters()}
@@ -328,6 +330,16 @@ def newest_checkpoint(folder: Path, tell: Callable[[str], None]) -> dict[str, by
     if candidates or any(folder.glob(f"*{TORN}")):
         raise FileProblem(f"every checkpoint in {folder} is damaged; start a new run in another folder")
     return None
+
+
+@contextmanager
+def reading(source: str) -> Iterator[None]:
+    """Inside, what a whole checkpoint lacks, or has in a form of another version, becomes a FileProblem."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, SafetensorError) as error:
+        what = f"is no checkpoint of this version ({error!r})"
+        raise FileProblem(f"{source} {what}: go on with the version that wrote it, or start a new run") from error
 
 
 def _manifest(files: Mapping[str, bytes]) -> bytes:
