@@ -310,3 +310,11 @@ def test_errors_are_text_even_when_json_is_asked_for(limner, here, tiny_model):
     assert (result.code, result.out) == (USAGE, "")
     with pytest.raises(json.JSONDecodeError):
         json.loads(result.err)
+
+
+def test_a_file_that_may_not_be_touched_is_one_line(refused, monkeypatch):
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "secret")
+
+    monkeypatch.setattr("limner.catalog.entries", forbidden)
+    refused(FILE, "cannot use secret: permission denied", "models")

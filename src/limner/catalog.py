@@ -21,6 +21,7 @@ from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, J
 from limner.sampling import interpolants, predictions
 from limner.systems.autoencoding import AutoencodingSystem
 from limner.systems.diffusion import DiffusionSystem
+from limner.text.minilm import POSITIONS as minilm_positions
 from limner.text.minilm import WIDTH as minilm_width
 from limner.text.minilm import MiniLM
 from limner.types import Defaults
@@ -62,7 +63,7 @@ class DiffusionConfig:
     max_tokens: int = 24
     interpolant: Literal["flow", "edm"] = "flow"
     prediction: Literal["velocity", "x0", "eps", "v"] = "velocity"
-    caption_dropout: float = 0.1
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     defaults: Defaults = _PLAIN
 
 
@@ -157,8 +158,8 @@ def build(config: AutoencodingConfig | DiffusionConfig) -> AutoencodingSystem | 
             DCAE(config.autoencoder), config.defaults, config.name, config.family, **asdict(config.loss)
         )
     network = config.network
-    if config.max_tokens < 1:
-        raise UsageError(f"max_tokens={config.max_tokens}: a prompt has 1 token or more")
+    if not 1 <= config.max_tokens <= minilm_positions:
+        raise UsageError(f"max_tokens={config.max_tokens}: a prompt has 1 token to {minilm_positions}")
     if network.channels != config.autoencoder.latent_channels:
         latent = config.autoencoder.latent_channels
         raise UsageError(f"network.channels={network.channels}, but the autoencoder's latents have {latent}")

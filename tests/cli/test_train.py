@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from limner import catalog
-from limner.training import loop
+from limner import catalog, recipes
+from limner.training import loop, state
 
-TINY = ("icons-tiny", "--out", "run")
-AUTOENCODER = ("icons-autoencoder-tiny", "--out", "run")
+RUN = ("--out", "run")
+TINY = ("icons-tiny", *RUN)
+AUTOENCODER = ("icons-autoencoder-tiny", *RUN)
+LEVELS = ("widths", "encoder_blocks", "decoder_blocks")
+DIGITS = ("data.source=mnist", "data.folder=../digits")
 FEW = ("steps=3", "batch_size=4", "save_every=2", "log_every=1", "data.limit=8")
 
 
@@ -72,6 +77,19 @@ def test_a_run_that_never_saved_starts_anew(limner, here, trained):
     assert (here / "run" / "final" / "icons-autoencoder-tiny.safetensors").exists()
 
 
+def test_a_run_that_another_process_trains_is_refused(limner, here):
+    run = here / "run"
+    run.mkdir()
+    (run / "limner.lock").write_text("process 1 on earth, which was killed")
+    with state.claim(run, recipes.get("icons-tiny")):
+        before = {p: p.read_bytes() for p in run.iterdir()}
+        result = limner("train", "--resume", "run")
+        assert (result.code, result.out) == (3, "")
+        assert result.err.startswith(f"limner: run is being trained by process {os.getpid()} on ")
+        assert result.err.count("\n") == 1
+        assert {p: p.read_bytes() for p in run.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("code", "message", "args"),
     [
@@ -88,8 +106,8 @@ def test_a_run_that_never_saved_starts_anew(limner, here, trained):
         ),
         (
             2,
-            "system.caption_dropout=nan: nan cannot be",
-            ["icons-tiny", "system.caption_dropout=nan", "steps=1", "--out", "run"],
+            "system.defaults.guidance=nan: nan cannot be",
+            ["icons-tiny", "system.defaults.guidance=nan", "steps=1", "--out", "run"],
         ),
         (2, "lr=nan: ", ["icons-tiny", "lr=nan", "--out", "run"]),
         (2, "not a field=value pair", ["icons-tiny", "steps", "--out", "run"]),
@@ -120,15 +138,38 @@ def test_a_run_that_never_saved_starts_anew(limner, here, trained):
         (3, "full is a folder: give the path of a .saf", [*TINY, "system.autoencoder_from=full"]),
         (3, "full/file is a file: give --out a new folder", ["icons-tiny", "--out", "full/file"]),
         (3, "full/file is a file: give the folder of the run", ["--resume", "full/file"]),
+        (2, "max_tokens=513: a prompt has 1 token to 512", [*TINY, "system.max_tokens=513"]),
+        (2, "batch_size=9999999999999: ", [*TINY, "batch_size=9999999999999"]),
+        (2, "seed=9999999999999999999: ", [*TINY, "seed=9999999999999999999"]),
+        (2, "name=..: ", [*TINY, "name=.."]),
+        (2, "system.caption_dropout=2: ", [*TINY, "system.caption_dropout=2"]),
+        (2, "the prompt is empty", [*TINY, 'sample_prompts=["a fox", ""]']),
+        (2, "data.source=folder needs data.folder=PATH", [*TINY, "data.source=folder"]),
+        (2, "pictures of 33 pixels are not in multiples of 4", [*TINY, "data.size=33"]),
+        (2, "pictures of 0 pixels are not in multiples of 4", [*TINY, "data.size=0"]),
+        (2, "pictures of 36 pixels are not in multiples of 8", ["icons-autoencoder-tiny", "data.size=36", *RUN]),
+        (2, "pictures of 28 pixels are not in multiples of 8", ["icons-autoencoder-tiny", *DIGITS, *RUN]),
+        (2, "data.latent_views are latents", ["icons-autoencoder-tiny", "data.latent_views=1", *RUN]),
+        (2, "must name as many levels", [*TINY, "system.autoencoder.encoder_blocks=1"]),
+        (2, "one or more", [*TINY, *(f"system.autoencoder.{name}=[]" for name in LEVELS)]),
+        (2, "pictures have 4 channels", [*TINY, "system.autoencoder.image_channels=3"]),
+        (2, "widths=(0, 32): pictures have 4 channels, the others 1", [*TINY, "system.autoencoder.widths=0,32"]),
+        (2, "2 must be a multiple of 4", [*TINY, "system.autoencoder.widths=16,2"]),
+        (2, "24 must be a multiple of 4 that divides 4 x 16", [*TINY, "system.autoencoder.widths=16,24"]),
         (3, "run holds no training run", ["--resume", "run"]),
         (3, "full is not empty", ["icons-autoencoder-tiny", "--out", "full"]),
         (3, "cannot write full/file/run", ["icons-autoencoder-tiny", "--out", "full/file/run"]),
+        (3, "File name too long", ["icons-autoencoder-tiny", "--out", f"made/{'x' * 300}"]),
+        (3, "File name too long", ["--resume", "x" * 300]),
     ],
 )
 def test_what_cannot_be_meant_is_one_line_and_leaves_nothing(limner, here, code, message, args):
     (here / "empty").mkdir()
     (here / "full").mkdir()
     (here / "full" / "file").write_text("mine")
+    (here.parent / "digits").mkdir()
+    digits = {f"x_{split}": np.zeros((1, 28, 28), np.uint8) for split in ("train", "test")}
+    np.savez(here.parent / "digits" / "mnist.npz", **digits, y_train=[0], y_test=[0])
     result = limner("train", *args)
     assert (result.code, result.out) == (code, "")
     assert message in result.err
@@ -136,26 +177,50 @@ def test_what_cannot_be_meant_is_one_line_and_leaves_nothing(limner, here, code,
     assert sorted(str(p.relative_to(here)) for p in here.rglob("*")) == ["empty", "full", "full/file"]
 
 
-def test_a_run_that_diverges_ends_with_5_and_one_line(limner, here, monkeypatch):
+def failing(monkeypatch, limner, change):
+    """Train with batches that `change`(step, images) has changed."""
     original = loop.open_batches
 
-    def poisoned(*args):
+    def changed(*args):
         batches = original(*args)
         draw = batches.batch
 
         def batch(step, *args, **kwargs):
             made = draw(step, *args, **kwargs)
-            return made | {"images": made["images"] / (step != 2)}
+            return made | {"images": change(step, made["images"])}
 
         batches.batch = batch
         return batches
 
-    monkeypatch.setattr(loop, "open_batches", poisoned)
-    result = limner("train", "icons-autoencoder-tiny", "--out", "run", "--device", "cpu", *FEW)
+    monkeypatch.setattr(loop, "open_batches", changed)
+    return limner("train", "icons-autoencoder-tiny", "--out", "run", "--device", "cpu", *FEW)
+
+
+def test_a_run_that_diverges_ends_with_5_and_one_line(limner, here, monkeypatch):
+    result = failing(monkeypatch, limner, lambda step, images: images / (step != 2))
     assert result.code == 5
     assert result.err.startswith("limner: step 2 diverged: ")
+    assert "the last checkpoint in run/checkpoints is good" in result.err
     assert result.err.count("\n") == 1
     assert [p.name for p in (here / "run" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_run_that_diverges_at_once_leaves_nothing(limner, here, monkeypatch):
+    result = failing(monkeypatch, limner, lambda step, images: images / 0)
+    assert result.code == 5
+    assert result.err.startswith("limner: step 0 diverged: ")
+    assert result.err.endswith("no checkpoint was saved yet: lower the lr\n")
+    assert not list(here.iterdir())
+
+
+def test_a_run_too_large_for_the_memory_ends_with_4_and_leaves_nothing(limner, here, monkeypatch):
+    def full(step, images):
+        raise MemoryError
+
+    result = failing(monkeypatch, limner, full)
+    assert result.code == 4
+    assert result.err.startswith("limner: out of memory: ")
+    assert not list(here.iterdir())
 
 
 def test_ctrl_c_saves_and_ends_with_130(limner, here, monkeypatch):

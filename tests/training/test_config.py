@@ -109,7 +109,7 @@ def test_json_gives_the_same_config_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": -1}, "config: steps=-1: give more than 0"),
+        ({"steps": -1}, "of this version: steps=-1: give more than 0"),
         ({"colour": "red"}, "colour='red': there is no such field"),
         ({"data": {"source": "icons", "sise": 3}}, "data.sise"),
         ({"system": {"kind": "painting"}}, "system: give 'autoencoding', 'diffusion' as its 'kind'"),

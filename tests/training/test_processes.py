@@ -15,8 +15,8 @@ from limner.training import state
 from limner.training.processes import STOPS, StopRequests, join
 
 
-def train(run: Path, world: int) -> dict[str, torch.Tensor]:
-    """Final weights of the toy run by `world` processes."""
+def train(run: Path, world: int) -> list[int]:
+    """Train the toy run by `world` processes; returns their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -25,16 +25,22 @@ def train(run: Path, world: int) -> dict[str, torch.Tensor]:
         process.start()
     for process in together:
         process.join()
-    assert [process.exitcode for process in together] == [0] * world
-    return safetensors.torch.load_file(state.final_file(run, CONFIG))
+    return [process.exitcode for process in together]
 
 
 def test_two_processes_train_what_one_trains_with_the_same_batch(tmp_path):
-    one, two = train(tmp_path / "one", 1), train(tmp_path / "two", 2)
+    assert train(tmp_path / "one", 1) + train(tmp_path / "two", 2) == [0, 0, 0]
+    one, two = (safetensors.torch.load_file(state.final_file(tmp_path / name, CONFIG)) for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-5)
     metrics = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert len(metrics[0]) == len(metrics[1]) == CONFIG.steps // CONFIG.log_every
+
+
+def test_when_the_first_process_is_refused_the_others_end_without_a_traceback(tmp_path):
+    (tmp_path / "mine.txt").write_text("kept")
+    assert train(tmp_path, 2) == [1, 3]  # 1 is the traceback of the error itself, which the command line would catch
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_signals_mean_again_what_they_meant_before():

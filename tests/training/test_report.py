@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from limner.errors import FileProblem
 from limner.training.report import CHECKER, Report, duration, grid
 
 RED, CLEAR = (255, 0, 0, 255), (0, 0, 0, 0)
@@ -41,12 +42,18 @@ def test_a_resumed_report_forgets_steps_that_will_be_done_again_and_a_torn_line(
     with Report(tmp_path, 10, 2, 0) as report:
         for step in (2, 4, 6):
             report.log(step, {"loss": 1.0})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 8, "lo')
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 8, "lo\xff')
     with Report(tmp_path, 10, 2, 4) as report:
         report.log(6, {"loss": 2.0})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(2, 1), (4, 1), (6, 2)]
+
+
+def test_a_report_without_a_place_for_its_files_says_so(tmp_path):
+    (tmp_path / "tensorboard").write_text("mine")
+    with Report(tmp_path, 10, 2, 0) as report, pytest.raises(FileProblem, match=r"cannot write .*tensorboard: File"):
+        report.log(2, {"loss": 1.0})
 
 
 def test_time_aside_does_not_count_in_the_rate(tmp_path, monkeypatch):

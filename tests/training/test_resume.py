@@ -202,10 +202,30 @@ def test_kill_9_at_fifty_random_moments(tmp_path, context):
     assert ending(tmp_path / "run", config) == ending(tmp_path / "whole", config)
 
 
+def test_a_run_is_one_process_at_a_time_until_that_ends_even_by_kill_9(tmp_path, context, uninterrupted):
+    run = tmp_path / "run"
+    process = context.Process(target=fit_slowly, args=(run, CONFIG, 60))
+    process.start()
+    while not (run / "config.json").exists():
+        time.sleep(0.01)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    try:
+        with pytest.raises(FileProblem, match=rf"run is being trained by process {process.pid} on .*; wait"):
+            fit(run)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    finally:
+        process.kill()
+        process.join()
+    assert fit(run) == 0
+    assert same(run, uninterrupted)
+    assert not (run / "limner.lock").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_within_a_step(tmp_path, context, uninterrupted, number):
     run = tmp_path / "run"
-    process = context.Process(target=fit_slowly, args=(run, replace(CONFIG, save_every=1000), 0.05))
+    config = replace(CONFIG, save_every=1000, log_every=1)
+    process = context.Process(target=fit_slowly, args=(run, config, 0.05))
     process.start()
     while not (run / "metrics.jsonl").exists():
         time.sleep(0.01)
@@ -216,7 +236,7 @@ def test_a_signal_saves_within_a_step(tmp_path, context, uninterrupted, number):
     (saved,) = state.checkpoints(run / "checkpoints")
     assert state.read_checkpoint(saved)
     assert not state.final_file(run, CONFIG).exists()
-    fit(run, replace(CONFIG, save_every=1000))
+    fit(run, config)
     final = ending(run)
     assert {k: v for k, v in final.items() if k != "config.json" and k != "manifest.json"} == {
         k: v for k, v in uninterrupted.items() if k != "config.json" and k != "manifest.json"
@@ -238,8 +258,8 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_end_is_the_same(tmp_path, c
 
 def test_a_run_that_never_saved_starts_anew_and_says_so(tmp_path, capsys, uninterrupted):
     run = tmp_path / "run"
-    state.begin_run(run, CONFIG)
-    (run / "checkpoints" / "step-000005.tmp").mkdir(parents=True)
+    with state.claim(run, CONFIG):
+        (run / "checkpoints" / "step-000005.tmp").mkdir(parents=True)
     assert fit(run) == 0
     out = capsys.readouterr().out
     assert "never saved a checkpoint: starting anew" in out
@@ -256,15 +276,9 @@ def test_the_final_file_holds_the_averages(uninterrupted):
         assert not torch.equal(final[name], own[name])
 
 
-def test_a_new_run_leaves_what_is_in_its_folder_alone(tmp_path):
-    (tmp_path / "mine.tmp").write_text("kept")
-    with pytest.raises(FileProblem, match="is not empty"):
-        state.begin_run(tmp_path, CONFIG)
-    assert [p.name for p in tmp_path.iterdir()] == ["mine.tmp"]
-
-
 def test_a_new_run_may_enter_a_folder_where_one_was_killed_before_it_began(tmp_path):
     (tmp_path / "config.jsonx1y2.tmp").write_text("{")
-    state.begin_run(tmp_path, CONFIG)
-    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
-    assert state.config_of(tmp_path) == CONFIG
+    (tmp_path / "limner.lock").write_text("process 1 on earth")
+    with state.claim(tmp_path, CONFIG):
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "limner.lock"]
+        assert state.config_of(tmp_path) == CONFIG

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -223,11 +224,37 @@ def test_final_weights_appear_whole_or_not_at_all(tmp_path):
 # ------------------------------------------------------------------------------------------------------- what fits what
 
 
-def test_a_new_run_needs_an_empty_folder(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileProblem, match=r"is not empty.*--resume"):
-        state.begin_run(tmp_path, toy.CONFIG)
-    assert names(tmp_path) == ["notes.txt"]
+def test_a_new_run_needs_an_empty_folder_and_leaves_what_is_in_another_alone(tmp_path):
+    (tmp_path / "mine.tmp").write_text("kept")
+    with pytest.raises(FileProblem, match=r"is not empty.*--resume"), state.claim(tmp_path, toy.CONFIG):
+        pass
+    assert names(tmp_path) == ["mine.tmp"]
+
+
+def test_of_two_that_begin_a_run_at_once_the_second_changes_nothing(tmp_path):
+    with state._locked(tmp_path):
+        with pytest.raises(FileProblem, match="is being trained by process"), state.claim(tmp_path, toy.CONFIG):
+            pass
+        assert names(tmp_path) == ["limner.lock"]
+    assert names(tmp_path) == []
+
+
+def test_a_lock_removed_while_another_waited_for_it_is_worth_nothing(tmp_path, monkeypatch):
+    flock = state.fcntl.flock
+    monkeypatch.setattr(state.fcntl, "flock", lambda *a: ((tmp_path / "limner.lock").unlink(), flock(*a)))
+    with pytest.raises(FileProblem, match="is being trained by another process"), state.claim(tmp_path):
+        pass
+
+
+def test_where_there_are_no_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(state.fcntl, "flock", none)
+    assert toy.fit(tmp_path / "run") == 0
+    err = capsys.readouterr().err
+    assert err.startswith(f"cannot lock {tmp_path / 'run'}: No locks available; see")
+    assert err.count("\n") == 1
 
 
 def test_a_folder_without_a_run_has_nothing_to_resume(tmp_path):
@@ -239,6 +266,41 @@ def test_another_config_is_not_resumed(trained):
     other = state.TrainState(toy.ToySystem(), replace(toy.CONFIG, lr=0.5))
     with pytest.raises(FileProblem, match="another config"):
         other.restore(state.read_checkpoint(trained / "checkpoints" / "step-000030"), "step-000030")
+
+
+def copied(trained: Path, tmp_path: Path, changes: dict[str, bytes | None]) -> Path:
+    """The run with files of its checkpoints changed, or removed, as if they had been written so."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for checkpoint in state.checkpoints(run / "checkpoints"):
+        files = {name: changes.get(name, data) for name, data in state.read_checkpoint(checkpoint).items()}
+        state.save_checkpoint(checkpoint.parent, int(checkpoint.name[5:]), {k: v for k, v in files.items() if v}, 2)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("state.json", b"{}"),
+        ("state.json", b"[]"),
+        ("state.json", b"step"),
+        ("model.safetensors", b"weights"),
+        ("ema.safetensors", None),
+        ("ema.safetensors", toy.safetensors.torch.save({"x": torch.ones(1)})),
+        ("optimizer.safetensors", toy.safetensors.torch.save({"x": torch.ones(1)})),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_refused(trained, tmp_path, name, data):
+    run = copied(trained, tmp_path, {name: data})
+    with pytest.raises(FileProblem, match=r"is no checkpoint of this version .*go on with the version that wrote it"):
+        toy.fit(run)
+
+
+def test_a_run_from_before_a_field_was_added_goes_on(trained, tmp_path):
+    config = json.loads((trained / "config.json").read_text())
+    del config["muon_lr_scale"]
+    run = copied(trained, tmp_path, {"config.json": json.dumps(config).encode()})
+    assert toy.fit(run) == 0
 
 
 def test_other_frozen_weights_are_not_resumed(trained):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,8 @@ def fit(run: Path, config: TrainConfig = CONFIG, **kwargs: Any) -> int:
     system = kwargs.pop("system", None) or ToySystem()
     batches = kwargs.pop("batches", None) or ToyBatches()
     resume = (run / "config.json").exists()
-    if not resume:
-        state.begin_run(run, config)
-    return loop.fit(system, batches, config, run, resume=resume, export=save_toy, **kwargs)
+    with state.claim(run, None if resume else config):
+        return loop.fit(system, batches, config, run, resume=resume, export=save_toy, **kwargs)
 
 
 def ending(run: Path, config: TrainConfig = CONFIG) -> dict[str, bytes]:
@@ -177,10 +177,9 @@ def fit_as_one_of(run: Path, config: TrainConfig, rank: int, world: int, port: i
     torch.set_num_threads(1)
     together: Processes = join("cpu")
     torch.manual_seed(config.seed)
-    if together.first:
-        state.begin_run(run, config)
-    together.agree(0)
-    system = ToySystem(noise=0.0)
-    system.net[1] = nn.Identity()  # batch statistics depend on how a batch is shared
-    loop.fit(system, ToyBatches(), replace(config), run, export=save_toy, processes=together)
+    with ExitStack() as held:
+        together.lead(lambda: held.enter_context(state.claim(run, config)))
+        system = ToySystem(noise=0.0)
+        system.net[1] = nn.Identity()  # batch statistics depend on how a batch is shared
+        loop.fit(system, ToyBatches(), replace(config), run, export=save_toy, processes=together)
     together.leave()

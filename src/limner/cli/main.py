@@ -80,10 +80,13 @@ def main(args: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own flush at exit is quiet
+            reason = f"cannot write {error.filename or 'the output'}: no space left on the device; free some"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG):
+            reason = f"cannot use {error.filename or 'a file'}: {str(error.strerror).lower()}"
+        else:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own flush at exit is quiet
-        reason = f"cannot write {error.filename or 'the output'}: no space left on the device; free some"
         code = 1 if error.errno == errno.EPIPE else _complain(reason, FileProblem.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from limner.data import transforms
 from limner.data.images import ImageSet, to_float
-from limner.errors import FileProblem, UnknownName
+from limner.errors import UnknownName, UsageError
+from limner.nn.embeddings import sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ SOURCES = ("icons", "shapes", "folder", *CLASSICS)
 
 
 def open_images(config: DataConfig) -> ImageSet:
-    """The pictures a DataConfig names. Raises FileProblem, UnknownName."""
+    """The pictures a DataConfig names. Raises FileProblem, UsageError."""
     folder = Path(config.folder) if config.folder else None
     if config.source == "shapes":
         from limner.data.shapes import shapes
@@ -55,7 +56,7 @@ def open_images(config: DataConfig) -> ImageSet:
         from limner.data.folders import open_folder
 
         if folder is None:
-            raise FileProblem('source "folder" needs data.folder=PATH')
+            raise UsageError("data.source=folder needs data.folder=PATH")
         images = open_folder(folder, config.size)
     elif config.source in CLASSICS:
         from limner.data.classics import open_classic
@@ -132,11 +133,6 @@ def caption_weights(images: ImageSet) -> Tensor:
         weights = [*shares[: len(captions)], *[0.1 if shares else 1.0] * (len(captions) - len(shares))]
         row[: len(captions)] = torch.tensor(weights[: len(captions)])
     return table
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small host tensor on `device`, without waiting for the work queued there."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def seeded(seed: int, step: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, distributed
 
 from limner.data import transforms
-from limner.data.batches import ImageBatches, seeded, sent
+from limner.data.batches import ImageBatches, seeded
 from limner.errors import UsageError
+from limner.nn.embeddings import sent
 from limner.types import Autoencoder
 
 

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from limner.errors import UsageError
 from limner.nn.attention import SpatialAttention
+from limner.nn.convolution import Downsample, Upsample
 from limner.types import Images, Latents
 
 EPS = 1e-6  # of every group norm
@@ -269,7 +270,7 @@ class Level(nn.Module):
             ResidualBlock(channels if j == 0 else out_channels, out_channels, groups) for j in range(blocks)
         )
         self.attentions = nn.ModuleList(attend(out_channels, groups) for _ in range(blocks)) if attention else None
-        self.downsamplers = nn.ModuleList([Downsample(out_channels)]) if resample == "down" else None
+        self.downsamplers = nn.ModuleList([Downsample(out_channels, "after")]) if resample == "down" else None
         self.upsamplers = nn.ModuleList([Upsample(out_channels)]) if resample == "up" else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -312,21 +313,3 @@ class ResidualBlock(nn.Module):
 def attend(channels: int, groups: int) -> SpatialAttention:
     """Among all pixels, with one head as wide as the level."""
     return SpatialAttention(channels, 1, groups, EPS)
-
-
-class Downsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

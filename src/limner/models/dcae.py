@@ -10,12 +10,14 @@ scaled to unit variance inside, by buffers measured after training.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from limner.errors import UsageError
 from limner.nn.convolution import ChannelToSpace, ResidualBlock, SpaceToChannel
 
 
@@ -45,6 +47,7 @@ class DCAE(nn.Module):
 
     def __init__(self, config: DCAEConfig) -> None:
         super().__init__()
+        check(config)
         self.config = config
         self.factor = config.factor
         self.channels = config.latent_channels
@@ -99,3 +102,21 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         return F.pixel_shuffle(self.conv_out(F.silu(self.stages(self.conv_in(latents)))), 2)
+
+
+def check(config: DCAEConfig) -> None:
+    """Raises UsageError for what no autoencoder can be built of."""
+    widths = config.widths
+    if not len(widths) == len(config.encoder_blocks) == len(config.decoder_blocks) > 0:
+        raise UsageError(
+            f"widths={widths}, encoder_blocks={config.encoder_blocks} and decoder_blocks={config.decoder_blocks} must "
+            "name as many levels, one or more"
+        )
+    if config.image_channels != 4 or min(*widths, config.latent_channels) < 1:
+        raise UsageError(
+            f"image_channels={config.image_channels}, latent_channels={config.latent_channels}, widths={widths}: "
+            "pictures have 4 channels, the others 1 or more"
+        )
+    for fine, coarse in pairwise(widths):
+        if coarse % 4 or 4 * fine % coarse:
+            raise UsageError(f"widths={widths}: {coarse} must be a multiple of 4 that divides 4 x {fine}")

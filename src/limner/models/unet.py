@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from limner.errors import UsageError
 from limner.nn.attention import Attention, SpatialAttention
+from limner.nn.convolution import Downsample, Upsample
 from limner.nn.embeddings import sinusoid
 from limner.types import Conditioning
 
@@ -328,25 +329,6 @@ class UpLevel(nn.Module):
         for upsample in self.upsamplers:
             x = upsample(x, emb, size)
         return x
-
-
-class Downsample(nn.Module):
-    def __init__(self, width: int, pad: Literal["around", "after"]) -> None:
-        super().__init__()
-        self.after = pad == "after"
-        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=0 if self.after else 1)
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.after else x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor, emb: Tensor, size: torch.Size) -> Tensor:
-        return self.conv(F.interpolate(x, size, mode="nearest"))
 
 
 class ResBlock(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,6 +34,30 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.norm(self.conv2(F.silu(self.conv1(x))))
+
+
+class Downsample(nn.Module):
+    """Half the height and width, by a convolution that sees zeros on all sides or only right and below (`pad`); `emb`
+    is not read."""
+
+    def __init__(self, channels: int, pad: Literal["around", "after"]) -> None:
+        super().__init__()
+        self.after = pad == "after"
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if self.after else 1)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.after else x)
+
+
+class Upsample(nn.Module):
+    """Twice the height and width, or `size`, by repetition, then a convolution; `emb` is not read."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, size: torch.Size | None = None) -> Tensor:
+        return self.conv(F.interpolate(x, size, None if size else 2.0, "nearest"))
 
 
 class SpaceToChannel(nn.Module):

@@ -1,4 +1,4 @@
-"""Numbers and positions as vectors."""
+"""Numbers and positions as vectors, and ids on their way to a table."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def embedding(rows: int, width: int) -> nn.Embedding:
     """A table of vectors, not yet filled: to fill an nn.Embedding(rows, width) on the meta device, torch imports its
     whole compiler."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small host tensor on `device`, without waiting for the work queued there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class TimeEmbedding(nn.Module):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limner.errors import UsageError
-from limner.nn.embeddings import embedding
+from limner.nn.embeddings import embedding, sent
 from limner.text.bpe import CLIPTokenizer
 from limner.types import Conditioning, Tokens
 
@@ -142,26 +142,18 @@ class CLIPTextEncoder(CLIPText):
             )
         self.tokenizer, self.skip, self.normed = tokenizer, skip, normed
 
-    def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """ids (b, context), and a mask that is True on words and the marks around them.
-
-        What is longer is cut at the end; `words_cut` says what.
-        """
+    def tokenize(self, prompts: list[str]) -> Int[Tensor, "b l"]:
+        """Prompts between their marks, filled up or cut to `context`; `words_cut` says what is lost."""
         context, bot, eot = self.config.context, self.tokenizer.bot, self.tokenizer.eot
         rows = [[bot, *ids[: context - 2], eot] for ids in self.tokenizer.encode(prompts, marked=False)]
-        ids = torch.tensor([row + [self.config.pad] * (context - len(row)) for row in rows])
-        lengths = torch.tensor([len(row) for row in rows])
-        return ids, torch.arange(context) < lengths[:, None]
+        return torch.tensor([row + [self.config.pad] * (context - len(row)) for row in rows])
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         """Token states and the pooled vectors, without a mask: published networks were trained to attend to all tokens,
         those after EOT too."""
         device = self.text_model.final_layer_norm.weight.device
-        ids, _ = self.tokenize(prompts)
-        if device.type == "cuda":  # pinned, so that the copy does not wait for the work queued there
-            ids = ids.pin_memory()
-        states = self(ids.to(device, non_blocking=True))
+        states = self(sent(self.tokenize(prompts), device))
         tokens = states.hidden[-1 - self.skip]
         return Conditioning(tokens=self.norm(tokens) if self.normed else tokens, pooled=states.pooled)
 

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from limner.nn.embeddings import embedding
+from limner.nn.embeddings import embedding, sent
 from limner.types import Conditioning
 
 if TYPE_CHECKING:
@@ -62,10 +62,7 @@ class MiniLM(nn.Module):
     def encode(self, prompts: list[str]) -> Conditioning:
         """Token states, their mask, and as `pooled` the unit sentence vectors (b, 384), scaled to unit variance."""
         device = self.embeddings.word_embeddings.weight.device
-        ids, mask = self.tokenize(prompts)
-        if device.type == "cuda":  # pinned, so that the copy does not wait for the work queued there
-            ids, mask = ids.pin_memory(), mask.pin_memory()
-        ids, mask = ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        ids, mask = (sent(tensor, device) for tensor in self.tokenize(prompts))
         states = self(ids, mask)
         return Conditioning(tokens=states, mask=mask, pooled=sentence(states, mask) * WIDTH**0.5)
 

@@ -15,9 +15,9 @@ from limner.catalog import SystemConfig
 from limner.data.batches import DataConfig
 from limner.errors import FileProblem, UnknownName, UsageError, complaint, wanted
 
-Name = Annotated[str, Field(min_length=1, pattern=r"^[\w.-]*$")]
-Count = Annotated[int, Field(gt=0)]
-CountOrZero = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1, pattern=r"^\w[\w.-]*$")]
+Count = Annotated[int, Field(gt=0, lt=10**12)]
+CountOrZero = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0)]
 PositiveOrZero = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -110,7 +110,7 @@ def from_json(text: str | bytes, source: str) -> TrainConfig:
     try:
         return TypeAdapter(TrainConfig).validate_json(text)
     except ValidationError as error:
-        raise FileProblem(f"{source} is no training config: {complaint(error.errors()[0])}") from None
+        raise FileProblem(f"{source} is no training config of this version: {complaint(error.errors()[0])}") from None
 
 
 class _NoSuchField(Exception):

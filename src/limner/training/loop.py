@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from limner import catalog, pipeline
 from limner.data.batches import open_batches
 from limner.data.images import Batches
 from limner.data.latents import LatentBatches
-from limner.errors import LimnerError, TrainingDiverged, UsageError
+from limner.errors import TrainingDiverged, UsageError
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
 from limner.training.optimizers import clip_gradients, lr_at, step_unless
@@ -31,15 +31,16 @@ from limner.training.processes import STOPS, Processes, StopRequests, join
 from limner.training.report import Report
 from limner.training.state import (
     TrainState,
-    begin_run,
     checkpoint_name,
+    checkpoints,
+    claim,
     final_file,
     newest_checkpoint,
     read_checkpoint,
+    reading,
     remove_temporaries,
     save_checkpoint,
     warm_start,
-    withdraw_run,
     write_final,
 )
 
@@ -58,38 +59,46 @@ def train(
     cuda; under torchrun every process takes one. `stop_after` seconds of wall time the state is saved and the loop
     left. Returns 0 when finished, else a key of `processes.STOPS`. Raises LimnerError.
     """
-    with StopRequests(stop_after) as stop:
+    with StopRequests(stop_after) as stop, ExitStack() as held:
         processes = join(device)
-        made: list[Path] | None = None
-        try:
-            if processes.first and not resume:
-                made = begin_run(run, config)
-            processes.agree(0)
-            if processes.device.type == "cuda":
-                torch.backends.cuda.matmul.allow_tf32 = True
-                torch.backends.cudnn.allow_tf32 = True
-            torch.manual_seed(config.seed)
-            system: Any = catalog.build(config.system)
-            pipeline.check(system.defaults, system.grid, prompt="any")  # the defaults, before anything is spent
-            for prompt in config.sample_prompts:
-                pipeline.prepare(system, prompt=prompt)
-            if config.init_from:
-                warm_start(system, Path(config.init_from), catalog.load)
-            system.to(processes.device, memory_format=torch.channels_last)
-            views = config.data.latent_views
-            if config.data.other_sizes and not views:
-                raise UsageError("data.other_sizes are sizes of kept latents: give data.latent_views=1 or more")
-            images = open_batches(config.data, config.seed, processes.device)
-            batches: Batches = LatentBatches(images, system.autoencoder, views) if views else images
-            if config.compile:
-                system.compile(dynamic=False)
-            return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop)
-        except LimnerError:
-            if made is not None:
-                withdraw_run(run, made)
-            raise
-        finally:
-            processes.leave()
+        held.callback(processes.leave)
+        processes.lead(lambda: held.enter_context(claim(run, None if resume else config)))
+        if processes.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.backends.cudnn.allow_tf32 = True
+        torch.manual_seed(config.seed)
+        system: Any = catalog.build(config.system)
+        pipeline.check(system.defaults, system.grid, prompt="any")  # the defaults, before anything is spent
+        for prompt in config.sample_prompts:
+            pipeline.prepare(system, prompt=prompt)
+        check(config, system.grid, config.data.size)
+        if config.init_from:
+            warm_start(system, Path(config.init_from), catalog.load)
+        system.to(processes.device, memory_format=torch.channels_last)
+        images = open_batches(config.data, config.seed, processes.device)
+        views = config.data.latent_views
+        if not views:  # classic sets have a size of their own
+            check(config, system.grid, images.set.images.shape[-1])
+        batches: Batches = LatentBatches(images, system.autoencoder, views) if views else images
+        if config.compile:
+            system.compile(dynamic=False)
+        return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop)
+
+
+def check(config: TrainConfig, grid: int, size: int) -> None:
+    """Raises UsageError where the system cannot learn from pictures of this size, or in this form."""
+    data = config.data
+    if data.other_sizes and not data.latent_views:
+        raise UsageError("data.other_sizes are sizes of kept latents: give data.latent_views=1 or more")
+    if config.system.kind == "autoencoding":
+        grid *= 2  # it learns from latents of half the size too
+        if data.latent_views:
+            raise UsageError("data.latent_views are latents, an autoencoder learns from pictures: give 0")
+    if size < grid or size % grid:
+        raise UsageError(
+            f"pictures of {size} pixels are not in multiples of {grid}, which {config.name} needs: give another "
+            "data.size or data.source"
+        )
 
 
 def draw_prompts(system: Any, config: TrainConfig) -> list[Image.Image]:
@@ -204,11 +213,14 @@ def restore(state: TrainState, run: Path, processes: Processes) -> list[str]:
     """Bring `state` to the newest whole checkpoint of `run`; returns what there is to tell."""
     notes: list[str] = []
     folder = run / "checkpoints"
-    files, step = None, -1
-    if processes.first:
-        notes += [f"removed {name}, left half-written" for name in remove_temporaries(run)]
+
+    def newest() -> tuple[int, dict[str, bytes] | None]:
+        notes.extend(f"removed {name}, left half-written" for name in remove_temporaries(run))
         files = newest_checkpoint(folder, notes.append)
-        step = json.loads(files["state.json"])["step"] if files else -1
+        with reading(f"the newest in {folder}"):
+            return int(json.loads(files["state.json"])["step"]) if files else -1, files
+
+    step, files = processes.lead(newest) or (-1, None)
     step = processes.agree(step)
     if step < 0:
         return [*notes, f"{run} never saved a checkpoint: starting anew"]
@@ -277,11 +289,12 @@ class Ledger:
             return
         record = self.records[flags.index(1.0)]
         terms = ", ".join(f"{name}={float(value):.4g}" for name, value in record.terms.items())
+        folder = run / "checkpoints"
+        advice = f"the last checkpoint in {folder} is good: start from it with a lower lr (init_from=…)"
         more = f" and {len(record.ids) - 8} more" if len(record.ids) > 8 else ""
         raise TrainingDiverged(
             f"step {record.step} diverged: {terms}, lr={record.lr:.3g}, samples {' '.join(record.ids[:8])}{more}; its "
-            f"update was not made, the last checkpoint in {run / 'checkpoints'} is good: start from it with a lower lr "
-            "(init_from=…)"
+            f"update was not made, {advice if checkpoints(folder) else 'no checkpoint was saved yet: lower the lr'}"
         )
 
     def means(self) -> dict[str, float]:

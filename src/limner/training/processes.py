@@ -6,15 +6,18 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from limner.errors import UsageError
+from limner.errors import LimnerError, UsageError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -46,6 +49,19 @@ class Processes:
         values = torch.tensor(value)
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self.host)
         return int(values)
+
+    def lead(self, work: Callable[[], T]) -> T | None:
+        """Let the first process do `work`, which may raise LimnerError; the others wait, and end with it if it does."""
+        done, refused = None, None
+        if self.first:
+            try:
+                done = work()
+            except LimnerError as error:
+                refused = error
+        code = self.agree(refused.exit_code if refused else 0)
+        if code:
+            raise refused or SystemExit(code)
+        return done
 
     def share(self, loss: nn.Module) -> nn.Module:
         """A module whose backward averages the gradients of all processes; itself where there is one."""

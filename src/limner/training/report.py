@@ -43,24 +43,30 @@ class Report:
         self.bar = self.console.is_terminal and not silent
         self.file: IO[str] | None = None
         self.board: Any = None
-        self.mark = (step, time.perf_counter())
+        self.has_board = importlib.util.find_spec("tensorboard") is not None
+        self.start, self.mark = step, (step, time.perf_counter())
         self.away = 0.0
 
     def __enter__(self) -> Report:
         if not self.silent:
             with writing(self.run / "metrics.jsonl"):
-                _forget_after(self.run / "metrics.jsonl", self.mark[0])
-                self.file = (self.run / "metrics.jsonl").open("a", encoding="utf-8")
-            if importlib.util.find_spec("tensorboard") is None:
+                _forget_after(self.run / "metrics.jsonl", self.start)
+            if not self.has_board:
                 self.say("TensorBoard is not installed, so no event files: pip install 'limner[train]' adds it")
-            else:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.mark[0] + 1)
         if self.bar:
             self.progress.start()
-        self.mark = (self.mark[0], time.perf_counter())
+        self.mark = (self.start, time.perf_counter())
         return self
+
+    def _open(self) -> None:
+        """The files; not before there is something for them, so that a run that fails at once leaves none."""
+        with writing(self.run / "metrics.jsonl"):
+            self.file = (self.run / "metrics.jsonl").open("a", encoding="utf-8")
+        if self.has_board:
+            from torch.utils.tensorboard import SummaryWriter
+
+            with writing(self.run / "tensorboard"):
+                self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.start + 1)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -92,6 +98,9 @@ class Report:
         left = (self.steps - step) * seconds / max(1, steps)
         line = {"step": step, "images": step * self.batch_size, **values}
         line |= {"images_per_second": rate, "seconds_left": left, "memory_gb": peak_memory() / 1e9}
+        if not self.silent and self.file is None:
+            with self.aside():
+                self._open()
         if self.file:
             with writing(self.run / "metrics.jsonl"):
                 self.file.write(json.dumps({k: _rounded(v) for k, v in line.items()}) + "\n")
@@ -161,7 +170,7 @@ def _forget_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)

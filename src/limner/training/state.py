@@ -17,11 +17,14 @@ the folder is renamed: a crash at any moment leaves the older checkpoints and at
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +32,7 @@ from typing import Any, cast
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from limner.checkpoints.files import write_atomically
@@ -41,6 +45,8 @@ TEMPORARY = ".tmp"
 TORN = ".torn"
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
+LOCK = "limner.lock"
+"""Says who trains in a run's folder, while somebody does."""
 
 
 class TrainState:
@@ -95,21 +101,22 @@ class TrainState:
 
     def restore(self, files: Mapping[str, bytes], source: str) -> None:
         """Become what `files` remember; `source` names them in messages. Raises FileProblem, CheckpointMismatch."""
-        if files["config.json"] != to_json(self.config).encode():
-            raise FileProblem(
-                f"{source} was trained with another config than this run's config.json; put that file back as it was, "
-                f"or start a new run with init_from={source}/ema.safetensors"
-            )
-        state = json.loads(files["state.json"])
-        if state["frozen"] != self.frozen:
-            raise FileProblem(
-                f"{source} was trained around other frozen weights than the config gives now (an autoencoder or text "
-                "encoder); put the old file back, or start a new run with init_from"
-            )
-        self.step = int(state["step"])
-        copy_tensors(safetensors.torch.load(files["model.safetensors"]), self.tensors, source)
-        self.ema.load(safetensors.torch.load(files["ema.safetensors"]))
-        self._load_optimizers(safetensors.torch.load(files["optimizer.safetensors"]))
+        with reading(source):
+            if from_json(files["config.json"], f"{source}/{CONFIG}") != self.config:
+                raise FileProblem(
+                    f"{source} was trained with another config than this run's {CONFIG}; put that file back as it was, "
+                    f"or start a new run with init_from={source}/ema.safetensors"
+                )
+            state = json.loads(files["state.json"])
+            if state["frozen"] != self.frozen:
+                raise FileProblem(
+                    f"{source} was trained around other frozen weights than the config gives now (an autoencoder or "
+                    "text encoder); put the old file back, or start a new run with init_from"
+                )
+            self.step = int(state["step"])
+            copy_tensors(safetensors.torch.load(files["model.safetensors"]), self.tensors, source)
+            self.ema.load(safetensors.torch.load(files["ema.safetensors"]))
+            self._load_optimizers(safetensors.torch.load(files["optimizer.safetensors"]))
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         names = {id(p): name for name, p in self.system.named_parameters()}
@@ -182,41 +189,80 @@ def _pack(tensors: Mapping[str, Tensor]) -> bytes:
 # ---------------------------------------------------------------------------------------------------- the run's folder
 
 
-def begin_run(run: Path, config: TrainConfig) -> list[Path]:
-    """Make the folder of a new run; returns the folders made for it, the outermost first. Raises FileProblem if it is
-    not empty or not writable."""
-    if run.is_file():
+@contextmanager
+def claim(run: Path, new: TrainConfig | None = None) -> Iterator[None]:
+    """Inside, no other process trains in the folder `run`; `new` makes it that of a new run with this config.
+
+    A new run that ends before it has left anything leaves no folder either. Raises FileProblem if another process
+    trains there, or if the folder of a new run is not empty or not writable.
+    """
+    if os.path.isfile(run):  # noqa: PTH113 (as below)
         raise FileProblem(f"{run} is a file: give --out a new folder")
-    made = [folder for folder in (*reversed(run.parents), run) if not folder.exists()]
     with writing(run):
-        run.mkdir(parents=True, exist_ok=True)
-        unfinished = set(run.glob(f"{CONFIG}*{TEMPORARY}"))
-        if set(run.iterdir()) - unfinished:
-            raise FileProblem(f"{run} is not empty; give another --out, or go on with it: limner train --resume {run}")
-        for path in unfinished:
-            path.unlink()
-    write_atomically(run / CONFIG, to_json(config).encode())
-    return made
-
-
-def withdraw_run(run: Path, made: list[Path]) -> None:
-    """Undo `begin_run`, which made these folders, for a run that was refused before it left anything else."""
-    with suppress(OSError):
-        if [path.name for path in run.iterdir()] == [CONFIG]:
-            (run / CONFIG).unlink()
-            for folder in reversed(made):
+        made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    try:
+        if new:
+            with writing(run):
+                run.mkdir(parents=True, exist_ok=True)
+                found = set(run.iterdir()) - {run / LOCK, *run.glob(f"{CONFIG}*{TEMPORARY}")}
+            if found:
+                raise FileProblem(
+                    f"{run} is not empty; give another --out, or go on with it: limner train --resume {run}"
+                )
+        with _locked(run):
+            if new:
+                remove_temporaries(run)
+                write_atomically(run / CONFIG, to_json(new).encode())
+            try:
+                yield
+            finally:
+                if new and {path.name for path in run.glob("*")} == {CONFIG, LOCK}:
+                    (run / CONFIG).unlink()
+    finally:
+        for folder in made:
+            with suppress(OSError):  # it is not empty
                 folder.rmdir()
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """The lock of `claim`: the system takes it back when this process ends, even by kill -9."""
+    path = run / LOCK
+    with writing(path):
+        file = path.open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = os.fstat(file.fileno()).st_nlink == 0  # its last holder removed it since it was opened here
+        except (BlockingIOError, PermissionError):
+            taken = True
+        except OSError as error:
+            taken = False
+            print(f"cannot lock {run}: {_sentence(error)}; see that nothing else trains there", file=sys.stderr)
+        if taken:
+            file.seek(0)
+            who = file.read() or "another process"
+            raise FileProblem(f"{run} is being trained by {who}; wait until that ends, or stop it")
+        try:
+            with writing(path):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def config_of(run: Path) -> TrainConfig:
     """What the run in this folder was told. Raises FileProblem if there is none."""
     path = run / CONFIG
-    if run.is_file():
+    if os.path.isfile(run):  # noqa: PTH113 (Path's own question raises for a name too long)
         raise FileProblem(f"{run} is a file: give the folder of the run")
-    if not path.is_file():
-        raise FileProblem(f"{run} holds no training run (no {CONFIG}); start one: limner train RECIPE --out {run}")
     try:
         return from_json(path.read_bytes(), str(path))
+    except (FileNotFoundError, NotADirectoryError):
+        start = f"limner train RECIPE --out {run}"
+        raise FileProblem(f"{run} holds no training run (no {CONFIG}); start one: {start}") from None
     except OSError as error:
         raise FileProblem(f"cannot read {path}: {_sentence(error)}") from None
 
@@ -288,6 +334,16 @@ def newest_checkpoint(folder: Path, tell: Callable[[str], None]) -> dict[str, by
     if candidates or any(folder.glob(f"*{TORN}")):
         raise FileProblem(f"every checkpoint in {folder} is damaged; start a new run in another folder")
     return None
+
+
+@contextmanager
+def reading(source: str) -> Iterator[None]:
+    """Inside, what a whole checkpoint lacks, or has in a form of another version, becomes a FileProblem."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, SafetensorError) as error:
+        what = f"is no checkpoint of this version ({error!r})"
+        raise FileProblem(f"{source} {what}: go on with the version that wrote it, or start a new run") from error
 
 
 def _manifest(files: Mapping[str, bytes]) -> bytes:
