@@ -51,17 +51,22 @@ def save(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
     write_atomically(path, serialise(whole, metadata))
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file of ours: (tensors with quantised ones restored to float32, configuration). Raises FileProblem."""
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of any safetensors file. Tensors are mapped: read from the disk when first looked
+    at. Raises FileProblem."""
     if not path.is_file():
         raise FileProblem(f"no file {path}: give the path of a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise FileProblem(f"{path} is not a whole safetensors file ({reason}): download or train it again") from error
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file of ours: (tensors with quantised ones restored to float32, configuration). Raises FileProblem."""
+    tensors, metadata = read(path)
     if CONFIG_KEY not in metadata:
         raise FileProblem(f"{path} is a safetensors file of another program: it carries no limner configuration")
     try:
@@ -71,10 +76,15 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return dequantize(tensors, config.get("quantization", {}), path), config
 
 
-def digest(path: Path) -> str:
-    """The first ten digits of the file's SHA-256, which name weights wherever they lie."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
+def digest(*paths: Path) -> str:
+    """The first ten digits of the SHA-256 of a file, or of several one after the other, which name weights wherever
+    they lie."""
+    hashed = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                hashed.update(block)
+    return hashed.hexdigest()[:10]
 
 
 def account(expected: Set[str], found: Set[str], source: Path | str) -> None:

@@ -8,7 +8,7 @@ name; and since reading and writing use the same table, writing what was read gi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +52,11 @@ def early_diffusers(names: Iterable[str]) -> dict[str, Place]:
             theirs = theirs.replace(new, early)
         layout[ours] = Place(theirs)
     return layout
+
+
+def prefixed(layout: Layout, ours: str, theirs: str) -> dict[str, Place]:
+    """`layout` as a part of a larger model, whose names begin with `ours` here and with `theirs` in the file."""
+    return {ours + name: replace(place, name=theirs + place.name) for name, place in layout.items()}
 
 
 def read(layout: Layout, tensors: Mapping[str, Tensor], source: Path | str) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from functools import partial
 
 from torch import Tensor
 
+from limner import names
 from limner.errors import UnknownName
 from limner.sampling.interpolants import Interpolant
 from limner.types import Denoise, Noise, OnStep
@@ -86,6 +87,32 @@ def ddim(
 euler_ancestral = partial(ddim, eta=1.0)
 
 
+ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def plms(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: list[float],
+    interpolant: Interpolant,
+    *,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Pseudo linear multistep (PNDM, arXiv:2202.09778, equation 12): Adams and Bashforth's weights for even steps, over
+    the last four slopes. The first step averages the slopes at its ends, so it asks twice."""
+    slopes: list[Tensor] = []
+    for i, (sigma, following) in enumerate(_steps(sigmas)):
+        slopes = [(x - denoise(x, sigma)) / sigma, *slopes[:3]]
+        slope = sum(weight * d for weight, d in zip(ADAMS[len(slopes) - 1], slopes, strict=True))
+        if i == 0 and len(sigmas) > 2:
+            end = x + (following - sigma) * slope
+            slope = (slope + (end - denoise(end, following)) / following) / 2
+        x = x + (following - sigma) * slope
+        _report(on_step, i, sigmas)
+    return x
+
+
 def dpmpp_2m(
     denoise: Denoise,
     x: Tensor,
@@ -145,6 +172,7 @@ SAMPLERS: dict[str, Sampler] = {
     "heun": heun,
     "ddim": ddim,
     "ddpm": euler_ancestral,
+    "plms": plms,
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "flow_euler": euler,
@@ -152,10 +180,21 @@ SAMPLERS: dict[str, Sampler] = {
 """`flow_euler` is `euler`: in flow coordinates (x - x0) / sigma is the velocity."""
 
 
-def get(name: str) -> Sampler:
-    if name not in SAMPLERS:
+BARE = frozenset({"euler", "euler_a", "heun"})
+"""Solvers that begin with sigma * eps, as if nothing lay under the noise: those of k-diffusion, and so in diffusers
+unless timesteps are `leading`."""
+
+
+def find(name: str) -> str:
+    """Our name of a sampler, by any spelling. Raises UnknownName."""
+    ours = names.find(name, names.SAMPLERS)
+    if ours is None:
         raise UnknownName("sampler", name, SAMPLERS)
-    return SAMPLERS[name]
+    return ours
+
+
+def get(name: str) -> Sampler:
+    return SAMPLERS[find(name)]
 
 
 def _steps(sigmas: list[float]) -> list[tuple[float, float]]:

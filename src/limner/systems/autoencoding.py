@@ -77,7 +77,7 @@ class AutoencodingSystem(nn.Module):
         self.autoencoder.latent_mean.copy_(z.mean(1))
         self.autoencoder.latent_std.copy_(z.std(1).clamp_min(1e-3))
 
-    def condition(self, prompts: list[str], negatives: list[str]) -> None:
+    def condition(self, prompts: list[str], request: Request) -> None:
         return None
 
     def words_cut(self, text: str) -> str:

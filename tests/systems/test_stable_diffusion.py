@@ -1,0 +1,104 @@
+"""Stable Diffusion end to end against diffusers: the same request, the same picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from limner import catalog, pipeline
+
+from . import stable_diffusion
+
+SCHEDULERS = {
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "plms": "PNDMScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A folder, what diffusers makes of it and what we make of it."""
+
+    folder: Path
+    theirs: Any
+    ours: Any
+
+
+@pytest.fixture(scope="session")
+def sd1(tmp_path_factory) -> Model:
+    return _model(stable_diffusion.sd1(tmp_path_factory.mktemp("sd1")))
+
+
+def _model(folder: Path) -> Model:
+    diffusers.utils.logging.set_verbosity_error()
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.published = pipe.scheduler.config
+    return Model(folder, pipe, catalog.load(folder))
+
+
+def expected(pipe: Any, sampler: str, **settings) -> tuple[torch.Tensor, Image.Image]:
+    """Latents and picture of diffusers, its scheduler made from the one that the folder names."""
+    told = {"algorithm_type": "sde-dpmsolver++"} if sampler == "dpmpp_2m_sde" else {}
+    pipe.scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(pipe.published, **told)
+    latents = pipe(
+        "a red fox", num_inference_steps=10, guidance_scale=5.0, generator=torch.Generator().manual_seed(3),
+        output_type="latent", **settings,
+    ).images  # fmt: skip
+    with torch.no_grad():
+        images = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    return latents, pipe.image_processor.postprocess(images)[0]
+
+
+def drawn(system: Any, sampler: str, monkeypatch, **settings) -> tuple[torch.Tensor, Image.Image]:
+    """The same of ours."""
+    seen: list[torch.Tensor] = []
+    decode = system.decode
+    monkeypatch.setattr(system, "decode", lambda latents: (seen.append(latents), decode(latents))[1])
+    told = {"seed": 3, "steps": 10, "guidance": 5.0, "sampler": sampler}
+    image = pipeline.generate(system, "a red fox", **told | settings)[0].image
+    return seen[0], image
+
+
+def assert_same(ours: tuple[torch.Tensor, Image.Image], expected: tuple[torch.Tensor, Image.Image]) -> None:
+    assert (ours[0] - expected[0]).abs().max() <= 1e-4 * expected[0].abs().max()
+    apart = np.abs(np.asarray(ours[1], dtype=int) - np.asarray(expected[1], dtype=int))
+    assert apart.shape[-1] == 3
+    assert (apart <= 1).mean() >= 0.999
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_a_folder_draws_what_diffusers_draws(sd1, sampler, monkeypatch):
+    assert_same(drawn(sd1.ours, sampler, monkeypatch), expected(sd1.theirs, sampler))
+
+
+def test_generate_takes_a_folder_and_remembers_what_it_is(sd1, here, limner):
+    from limner.metadata import read_settings
+
+    done = limner(
+        "generate", "-m", sd1.folder, "a red fox", "--steps", 2, "--sampler", "Euler", "-s", 3, "-o", "fox.png"
+    )
+    assert (done.code, done.out) == (0, "fox.png\n")
+    told = read_settings(here / "fox.png")
+    assert [told[name] for name in ("model", "sampler", "schedule", "width")] == ["sd1", "euler", "linspace", 32]
+    assert len(told["model_hash"]) == 10
+
+
+def test_a_transparent_picture_goes_onto_white(sd1):
+    clear, white = (Image.new("RGBA", (32, 32), (0, 0, 0, 0)), Image.new("RGB", (32, 32), "white"))
+    one, other = (sd1.ours.encode(pipeline.to_tensor(picture, 32, 32)) for picture in (clear, white))
+    assert torch.equal(one, other)
+    assert one.shape == (1, 4, 16, 16)
