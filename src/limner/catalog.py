@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from limner.checkpoints import files, folders, layouts
+from limner.checkpoints import files, folders, layouts, single_files
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.quantization import quantize
 from limner.errors import CheckpointMismatch, FileProblem, UnknownName, UsageError
@@ -103,7 +103,7 @@ class Entry:
 
 _TINY = Defaults(width=32, height=32, steps=12, guidance=2.0, min_size=16, max_size=64)
 _SD = Defaults(
-    width=512, height=512, steps=30, guidance=7.5, schedule="auto", min_size=64, max_size=2048
+    width=512, height=512, steps=30, guidance=7.5, schedule="auto", min_size=32, max_size=2048
 )  # multiples of 64 are best
 
 
@@ -280,36 +280,55 @@ def save(
     files.save(path, stored, {**asdict(config), "quantization": recipe})
 
 
-def load(source: str | Path, device: torch.device | str = "cpu") -> AutoencodingSystem | DiffusionSystem:
-    """A system by name ("icons"), weight file, folder of a training run or of diffusers, ready to draw.
+def load(
+    source: str | Path, device: torch.device | str = "cpu", prediction: Literal["eps", "v"] | None = None
+) -> AutoencodingSystem | DiffusionSystem:
+    """A system by name ("icons"), weight file of ours or of Stable Diffusion, folder of a training run or of diffusers,
+    ready to draw. `prediction` is for files that do not say what they predict.
 
     Raises UnknownName, FileProblem, CheckpointMismatch.
     """
     path = find(source)
+    found = recognise(path, prediction)
     with ThreadPoolExecutor(1) as beside:
-        config: AutoencodingConfig | DiffusionConfig
-        tokenizers: Sequence[CLIPTokenizer] = ()
-        if path.is_dir():
-            found = folders.recognise(path)
-            model_hash = beside.submit(files.digest, *found.files)  # on another core, meanwhile
-            config, tokenizers = config_of(found), found.tokenizers
-            tensors = _cast(layouts.read(found.layout, found.tensors, path), torch.device(device))
+        model_hash = beside.submit(files.digest, *([path] if found is None else found.files))  # on another core
+        if found is not None:
+            config: AutoencodingConfig | DiffusionConfig = config_of(found)
+            system = _bare(config, path, found.tokenizers)
+            told = f"{path}, read as {config.name}"
+            layouts.fit(found.layout, system.state_dict(), found.tensors, told)
+            tensors = _cast(layouts.read(found.layout, found.tensors, told), torch.device(device))
         else:
-            model_hash = beside.submit(files.digest, path)
             tensors, stored = files.load(path)
             stored.pop("quantization", None)
             config = parse(stored, path)
-        try:
-            with torch.device("meta"):
-                bare = replace(config, autoencoder_from="") if isinstance(config, DiffusionConfig) else config
-                system = build(bare, tokenizers)
-        except UsageError as error:
-            raise CheckpointMismatch(f"{path}: its configuration is of no system ({error})") from error
-        if isinstance(system, DiffusionSystem) and getattr(config, "text_encoder", "") == "minilm":
-            tensors |= {f"text_encoder.{k}": v for k, v in system.text_encoder.state_dict().items()}
+            system = _bare(config, path)
+            if getattr(config, "text_encoder", "") == "minilm":
+                tensors |= {f"text_encoder.{k}": v for k, v in system.text_encoder.state_dict().items()}  # type: ignore[union-attr]
         files.assign(system, tensors, path)
     system.model_hash = model_hash.result()
     return system.requires_grad_(False).eval().to(device)
+
+
+def recognise(path: Path, prediction: Literal["eps", "v"] | None = None) -> Foreign | None:
+    """The model of another program at `path`, None for a file of ours. Raises FileProblem, CheckpointMismatch."""
+    if path.is_dir():
+        return folders.recognise(path)
+    tensors, metadata = files.read(path)
+    return None if files.CONFIG_KEY in metadata else single_files.recognise(path, tensors, prediction)
+
+
+def _bare(
+    config: AutoencodingConfig | DiffusionConfig, path: Path, tokenizers: Sequence[CLIPTokenizer] = ()
+) -> AutoencodingSystem | DiffusionSystem:
+    """The system with nothing in its weights yet."""
+    if isinstance(config, DiffusionConfig):
+        config = replace(config, autoencoder_from="")
+    try:
+        with torch.device("meta"):
+            return build(config, tokenizers)
+    except UsageError as error:
+        raise CheckpointMismatch(f"{path}: its configuration is of no system ({error})") from error
 
 
 def config_of(found: Foreign) -> DiffusionConfig:
@@ -323,8 +342,8 @@ def config_of(found: Foreign) -> DiffusionConfig:
     assert isinstance(row, DiffusionConfig)
     side = found.size or row.defaults.width
     defaults = replace(
-        row.defaults, width=side, height=side, min_size=min(side, row.defaults.min_size), sampler=found.sampler,
-        schedule=found.schedule,
+        row.defaults, width=side, height=side, min_size=min(side, row.defaults.min_size),
+        sampler=found.sampler or row.defaults.sampler, schedule=found.schedule or row.defaults.schedule,
     )  # fmt: skip
     return replace(
         row, network=network, autoencoder=found.autoencoder, text_encoder=text, interpolant=found.noise,

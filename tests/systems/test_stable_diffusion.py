@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from limner import catalog, pipeline
+from limner.checkpoints import folders, single_files
 
 from . import stable_diffusion
 
@@ -30,11 +32,13 @@ SCHEDULERS = {
 
 @dataclass(frozen=True)
 class Model:
-    """A folder, what diffusers makes of it and what we make of it."""
+    """A folder and a single file of one model, what diffusers makes of it and what we make of both."""
 
     folder: Path
+    file: Path
     theirs: Any
     ours: Any
+    ours_of_file: Any
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +51,9 @@ def _model(folder: Path) -> Model:
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     pipe.published = pipe.scheduler.config
-    return Model(folder, pipe, catalog.load(folder))
+    file = folder.parent / "model.safetensors"
+    save_file({k: v.contiguous() for k, v in single_files.export(folders.recognise(folder)).items()}, file)
+    return Model(folder, file, pipe, catalog.load(folder), catalog.load(file))
 
 
 def expected(pipe: Any, sampler: str, **settings) -> tuple[torch.Tensor, Image.Image]:
@@ -83,6 +89,12 @@ def assert_same(ours: tuple[torch.Tensor, Image.Image], expected: tuple[torch.Te
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_a_folder_draws_what_diffusers_draws(sd1, sampler, monkeypatch):
     assert_same(drawn(sd1.ours, sampler, monkeypatch), expected(sd1.theirs, sampler))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ddim"])
+def test_a_single_file_draws_what_diffusers_draws(sd1, sampler, monkeypatch):
+    ours = drawn(sd1.ours_of_file, sampler, monkeypatch, width=32, height=32)
+    assert_same(ours, expected(sd1.theirs, sampler))
 
 
 def test_generate_takes_a_folder_and_remembers_what_it_is(sd1, here, limner):

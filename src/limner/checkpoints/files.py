@@ -14,6 +14,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from limner.checkpoints.quantization import dequantize
 from limner.errors import CheckpointMismatch, FileProblem
 
 CONFIG_KEY = "limner"
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -52,16 +54,36 @@ def save(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of any safetensors file. Tensors are mapped: read from the disk when first looked
-    at. Raises FileProblem."""
+    """The tensors and the metadata of any safetensors file, or the tensors of a torch checkpoint. They are mapped: read
+    from the disk when first looked at. Raises FileProblem."""
     if not path.is_file():
         raise FileProblem(f"no file {path}: give the path of a .safetensors file")
     try:
+        with path.open("rb") as opened:
+            head = opened.read(9)
+        if head[:4] == ZIP or (head[:1] == PICKLE and head[8:] != b"{"):
+            return _read_torch(path, mmap=head[:4] == ZIP), {}
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise FileProblem(f"{path} is not a whole safetensors file ({reason}): download or train it again") from error
+
+
+def _read_torch(path: Path, mmap: bool) -> dict[str, Tensor]:
+    """The tensors of a file of `torch.save`, through torch's reader that runs no code in it."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # the reader raises many kinds
+        reason = "more than tensors in it" if "weights_only" in str(error).lower() else "not whole"
+        raise FileProblem(
+            f"{path} is not opened ({reason}): it may run code; have a program you trust make a .safetensors of it"
+        ) from error
+    stored = stored.get("state_dict", stored) if isinstance(stored, dict) else {}
+    tensors = {name: value for name, value in stored.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors or len(tensors) < len(stored):
+        raise FileProblem(f"{path} is not a table of tensors: what is it?")
+    return tensors
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

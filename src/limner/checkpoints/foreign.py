@@ -20,7 +20,7 @@ from limner.text.clip import CLIPTowersConfig
 @dataclass(frozen=True, kw_only=True)
 class Foreign:
     """`layout` has a row for every tensor of a `systems.diffusion.DiffusionSystem`, `tensors` is what the files hold,
-    mapped, in `files`; `sampler` and `schedule` are what the files say to draw with, `size` the pixels a side."""
+    mapped, in `files`; `sampler`, `schedule` and `size` (pixels a side) are what the files say to draw with."""
 
     source: Path
     network: UNetConfig
@@ -32,6 +32,6 @@ class Foreign:
     layout: Layout
     tensors: Mapping[str, Tensor]
     files: tuple[Path, ...]
-    sampler: str
-    schedule: str
-    size: int
+    sampler: str = ""
+    schedule: str = ""
+    size: int = 0

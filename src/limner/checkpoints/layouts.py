@@ -59,6 +59,24 @@ def prefixed(layout: Layout, ours: str, theirs: str) -> dict[str, Place]:
     return {ours + name: replace(place, name=theirs + place.name) for name, place in layout.items()}
 
 
+def fit(layout: Layout, ours: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Raises CheckpointMismatch, with names as the file has them, unless it holds all of `ours` (on any device) and
+    nothing else, in the shapes that they have there."""
+    expected = write(layout, ours)
+    account(expected.keys(), tensors.keys(), source)
+    for name, tensor in expected.items():
+        found, wanted = tuple(tensors[name].shape), tuple(tensor.shape)
+        if _plain(found) != _plain(wanted):
+            raise CheckpointMismatch(f"{source}: {name} is {found} in the file, {wanted} in the model")
+
+
+def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the ones at the end, which matrices kept as convolutions have."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
 def read(layout: Layout, tensors: Mapping[str, Tensor], source: Path | str) -> dict[str, Tensor]:
     """The tensors of a file under our names, as views where that is possible.
 
