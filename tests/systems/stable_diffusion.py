@@ -95,3 +95,66 @@ def sd1(folder: Path) -> Path:
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     return saved(pipe, folder, SD1_SCHEDULER)
+
+
+SD2_SCHEDULER = SD1_SCHEDULER | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+
+
+def sd2_v(folder: Path) -> Path:
+    """A folder of Stable Diffusion 2, which predicts v."""
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=autoencoder(0.18215),
+        text_encoder=tower("CLIPTextModel", 64, "gelu"),
+        tokenizer=tokenizer(folder / "words", "!"),
+        unet=network(block_out_channels=(64, 128), attention_head_dim=(1, 2), use_linear_projection=True),
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    return saved(pipe, folder, SD2_SCHEDULER)
+
+
+SDXL_SCHEDULER = SD1_SCHEDULER | {
+    "_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon", "interpolation_type": "linear",
+    "sample_max_value": 1.0, "timestep_spacing": "leading", "use_karras_sigmas": False,
+}  # fmt: skip
+SDXL_NETWORK = {
+    "block_out_channels": (64, 128), "attention_head_dim": (1, 2), "use_linear_projection": True,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2), "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+}  # fmt: skip
+
+
+def sdxl(folder: Path) -> Path:
+    """A folder of Stable Diffusion XL."""
+    import diffusers
+
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=autoencoder(0.13025),
+        text_encoder=tower("CLIPTextModel", 64, "quick_gelu"),
+        text_encoder_2=tower("CLIPTextModelWithProjection", 128, "gelu", depth=3),
+        tokenizer=tokenizer(folder / "words", "<|endoftext|>"),
+        tokenizer_2=tokenizer(folder / "words2", "!"),
+        unet=network(**SDXL_NETWORK, cross_attention_dim=64 + 128, projection_class_embeddings_input_dim=128 + 6 * 256),
+        scheduler=diffusers.EulerDiscreteScheduler(),
+    )
+    return saved(pipe, folder, SDXL_SCHEDULER)
+
+
+def sdxl_refiner(folder: Path) -> Path:
+    """A folder of Stable Diffusion XL's refiner."""
+    import diffusers
+
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline(
+        vae=autoencoder(0.13025),
+        text_encoder=None,
+        text_encoder_2=tower("CLIPTextModelWithProjection", 128, "gelu", depth=3),
+        tokenizer=None,
+        tokenizer_2=tokenizer(folder / "words2", "!"),
+        unet=network(**SDXL_NETWORK, cross_attention_dim=128, projection_class_embeddings_input_dim=128 + 5 * 256),
+        scheduler=diffusers.EulerDiscreteScheduler(),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+    )
+    return saved(pipe, folder, SDXL_SCHEDULER)
