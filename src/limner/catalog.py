@@ -21,7 +21,7 @@ from limner.errors import CheckpointMismatch, FileProblem, UnknownName, UsageErr
 from limner.models.autoencoder import KL_SD1, KL_SDXL, KLAutoencoder, KLConfig
 from limner.models.dcae import DCAE, DCAE_ICONS, DCAE_TINY, DCAEConfig
 from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, JointDiTConfig
-from limner.models.unet import SD1, SD2, SDXL, SDXL_REFINER, UNet, UNetConfig
+from limner.models.unet import SD1, SD2, SDXL, SDXL_REFINER, UNET_TINY, UNet, UNetConfig
 from limner.sampling import interpolants, predictions
 from limner.sampling.interpolants import VPConfig
 from limner.systems.autoencoding import AutoencodingSystem
@@ -155,6 +155,21 @@ CATALOG = {
             ),
             task=AutoencodingSystem.task,
             summary="32 px RGBA pictures to 8 x 8 x 8 latents and back",
+        ),
+        Entry(
+            config=DiffusionConfig(
+                name="sd1-tiny",
+                family="Stable Diffusion 1",
+                network=replace(UNET_TINY, in_channels=8, out_channels=8, depths=(0, 1), text_width=minilm_width),
+                autoencoder=DCAE_TINY,
+                autoencoder_from=str(Path("icons-tiny", "autoencoder.safetensors")),
+                max_tokens=8,
+                interpolant=VPConfig(),
+                prediction="eps",
+                defaults=replace(_TINY, schedule="auto"),
+            ),
+            task=DiffusionSystem.task,
+            summary="coloured shapes, 32 px: a U-Net that reads text, trained in a minute",
         ),
         _stable_diffusion("sd1", "512 px, any file of Stable Diffusion 1"),
         _stable_diffusion("sd2", "512 px, Stable Diffusion 2 base", **_SD2),

@@ -114,7 +114,9 @@ def noise_source(seeds: list[int], device: torch.device | str) -> Callable[[tupl
 
 def prepare(system: System, **values: Any) -> Request:
     """A complete request from what was said and the model's defaults. Raises UsageError, UnknownName, ImageProblem."""
-    return check(system.defaults, system.grid, **values)
+    request = check(system.defaults, system.grid, **values)
+    system.check(request)
+    return request
 
 
 def check(
@@ -156,8 +158,8 @@ def check(
     ]
     sampler, fused = names.split(defaults.sampler if sampler is None else sampler)
     sampler = samplers.find(sampler)
-    schedule = schedules.find(schedule or fused or defaults.schedule)
-    schedule = schedules.usual(sampler) if schedule == "auto" else schedule
+    schedule = next(said for said in (schedule, fused, defaults.schedule) if said is not None)
+    schedule = schedules.settle(schedule, sampler)
     return Request(
         prompt=prompt,
         negative=negative or "",

@@ -152,6 +152,10 @@ class System(Protocol):
 
     def phase_parameters(self, phase: str) -> list[torch.nn.Parameter]: ...
 
+    def check(self, request: Request) -> None:
+        """Raises UsageError for a request that this system cannot do."""
+        ...
+
     def condition(self, prompts: list[str], request: Request) -> Any:
         """What `sample` is told of prompts (one a picture), the negative one and the size; computed once a request."""
         ...

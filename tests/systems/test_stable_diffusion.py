@@ -20,15 +20,26 @@ from limner.checkpoints import folders, single_files
 
 from . import stable_diffusion
 
-SCHEDULERS = {
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "plms": "PNDMScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "plms": ("PNDMScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_2m_sde_heun": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
+    ),
+    "res_multistep": ("DPMSolverMultistepScheduler", {"solver_type": "heun"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
 }
 
 
@@ -66,13 +77,13 @@ def _model(folder: Path) -> Model:
     return Model(folder, file, pipe, catalog.load(folder), catalog.load(file))
 
 
-def expected(pipe: Any, sampler: str, **settings) -> tuple[torch.Tensor, Image.Image]:
+def expected(pipe: Any, sampler: str) -> tuple[torch.Tensor, Image.Image]:
     """Latents and picture of diffusers, its scheduler made from the one that the folder names."""
-    told = {"algorithm_type": "sde-dpmsolver++"} if sampler == "dpmpp_2m_sde" else {}
-    pipe.scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(pipe.published, **told)
+    cls, told = SCHEDULERS[sampler]
+    pipe.scheduler = getattr(diffusers, cls).from_config(pipe.published, **told)
     latents = pipe(
         "a red fox", num_inference_steps=10, guidance_scale=5.0, generator=torch.Generator().manual_seed(3),
-        output_type="latent", **settings,
+        output_type="latent", eta=0.3 if sampler == "tcd" else 0.0,
     ).images  # fmt: skip
     with torch.no_grad():
         images = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample

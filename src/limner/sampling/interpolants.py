@@ -146,6 +146,12 @@ class Discrete(EDM):
         low, high = (math.log(s) for s in self.sigmas[i - 1 : i + 1])
         return min(max(i - 1 + (math.log(sigma) - low) / (high - low), 0.0), len(self.sigmas) - 1.0)
 
+    def at(self, time: float) -> float:
+        """The sigma of a time, the inverse of `time`."""
+        i = min(int(time), len(self.sigmas) - 2)
+        low, high = (math.log(s) for s in self.sigmas[i : i + 2])
+        return self.sigmas[int(time)] if time == int(time) else math.exp(low + (time - i) * (high - low))
+
     def start(self, eps: Tensor, sigma: float) -> Tensor:
         """Noise alone, of the variance that a picture would have under it."""
         return math.hypot(1, sigma) * eps

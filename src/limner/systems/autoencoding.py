@@ -77,6 +77,9 @@ class AutoencodingSystem(nn.Module):
         self.autoencoder.latent_mean.copy_(z.mean(1))
         self.autoencoder.latent_std.copy_(z.std(1).clamp_min(1e-3))
 
+    def check(self, request: Request) -> None:
+        pass
+
     def condition(self, prompts: list[str], request: Request) -> None:
         return None
 

@@ -88,6 +88,13 @@ class DiffusionSystem(nn.Module):
 
     # ---------------------------------------------------------------- sampling
 
+    def check(self, request: Request) -> None:
+        self.sigmas(request)
+
+    def sigmas(self, request: Request) -> list[float]:
+        """What the sampler walks. Raises UsageError for a schedule that the interpolant cannot have."""
+        return schedules.plan(request.schedule, request.sampler, request.steps, self.interpolant)
+
     def condition(self, prompts: list[str], request: Request) -> Prompts:
         unique = list(dict.fromkeys([*prompts, request.negative]))
         rows = {text: i for i, text in enumerate(unique)}
@@ -140,10 +147,10 @@ class DiffusionSystem(nn.Module):
     ) -> Latents:
         """`start` are latents to begin from (img2img), walked from `request.strength` of the way into noise."""
         shape = (self.autoencoder.channels, request.height // self.grid, request.width // self.grid)
-        sigmas = schedules.plan(request.schedule, request.sampler, request.steps, self.interpolant)
+        sigmas = self.sigmas(request)
         eps = noise(shape)
         if start is None:
-            bare = request.sampler in samplers.BARE and request.schedule != "leading"
+            bare = request.sampler in schedules.BARE and request.schedule != "leading"
             x = sigmas[0] * eps if bare else self.interpolant.start(eps, sigmas[0])
         else:
             assert request.strength is not None
