@@ -50,6 +50,7 @@ SD1, ICONS = (catalog.entry(name).config.defaults for name in ("sd1", "icons"))
         (SD1, {"sampler": "k_dpmpp_2m"}, ("dpmpp_2m", "linspace")),
         (SD1, {"sampler": "DDIM"}, ("ddim", "leading")),
         (SD1, {"sampler": "DPM++ SDE"}, ("dpmpp_sde", "karras")),
+        (SD1, {"sampler": "DPM++ 3M SDE"}, ("dpmpp_3m_sde", "exponential")),
         (SD1, {"sampler": "DPM++ 2M Karras"}, ("dpmpp_2m", "karras")),
         (SD1, {"sampler": "DPM++ 2M Karras", "schedule": "SGM Uniform"}, ("dpmpp_2m", "sgm_uniform")),
         (SD1, {"sampler": "LCM", "schedule": "leading"}, ("lcm", "lcm")),

@@ -79,11 +79,11 @@ def _read_torch(path: Path, mmap: bool) -> dict[str, Tensor]:
         raise FileProblem(
             f"{path} is not opened ({reason}): it may run code; have a program you trust make a .safetensors of it"
         ) from error
-    stored = stored.get("state_dict", stored) if isinstance(stored, dict) else {}
-    tensors = {name: value for name, value in stored.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    if not tensors or len(tensors) < len(stored):
+    stored = stored.get("state_dict", stored) if isinstance(stored, dict) else stored
+    rows = stored.items() if isinstance(stored, dict) else ()
+    if not rows or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in rows):
         raise FileProblem(f"{path} is not a table of tensors: what is it?")
-    return tensors
+    return dict(rows)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,15 @@ class Settings:
         return value
 
     def each(self, name: str, count: int | None, default: int | list[int], most: int = 100_000) -> tuple[int, ...]:
-        """`count` whole numbers from 1 to `most`; one stands for all. With no `count`, as many as there are."""
+        """`count` whole numbers from 1 to `most`; one stands for all. Without `count`, 10 of them at most."""
         value = self.values.pop(name, None)
         value = default if value is None else value
         rows = value if isinstance(value, list) else [value] * (count or 1)
-        if len(rows) != (count or len(rows)) or any(type(n) is not int or not 0 < n <= most for n in rows):
+        if (
+            not 0 < len(rows) <= 10
+            or len(rows) != (count or len(rows))
+            or any(type(n) is not int or not 0 < n <= most for n in rows)
+        ):
             raise self.wrong(name, value)
         return tuple(rows)
 
@@ -104,16 +109,15 @@ def recognise(folder: Path) -> Foreign:
     for name in ("unet", "vae", "scheduler", *(towers or ["text_encoder"])):
         if name not in parts:
             raise CheckpointMismatch(f"{index.path}: there is no {name}; a whole model has one")
-    tokenizers = tuple(CLIPTokenizer.from_folder(folder / n.replace("text_encoder", "tokenizer")) for n in towers)
     xl = kind.startswith("StableDiffusionXL")
     try:
         network, side = network_config(Settings(folder / "unet" / "config.json"))
         codec = autoencoder_config(Settings(folder / "vae" / "config.json"))
         noise, prediction, sampler, schedule = noise_config(Settings(folder / "scheduler" / "scheduler_config.json"))
-        configs = []
-        for name, tokenizer in zip(towers, tokenizers, strict=True):
-            settings = Settings(folder / name / "config.json")
-            configs.append(text.transformers_config(settings.values, pad=tokenizer.pad, source=settings.path))
+        told = [Settings(folder / name / "config.json") for name in towers]
+        configs = [text.transformers_config(settings.values, pad=0, source=settings.path) for settings in told]
+        tokenizers = tuple(CLIPTokenizer.from_folder(folder / n.replace("text_encoder", "tokenizer")) for n in towers)
+        configs = [replace(config, pad=known.pad) for config, known in zip(configs, tokenizers, strict=True)]
         words = CLIPTowersConfig(
             towers=tuple(configs), skip=int(xl), normed=not xl,
             zero_empty=xl and index.take("force_zeros_for_empty_prompt", True),
@@ -178,15 +182,15 @@ def network_config(settings: Settings) -> tuple[UNetConfig, int]:
     take = settings.take
     widths = settings.each("block_out_channels", None, [320, 640, 1280, 1280])
     levels = len(widths)
-    kinds = settings.values.pop("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
-    attends = [kind == "CrossAttnDownBlock2D" for kind in kinds]
-    mirrored = settings.values.pop("up_block_types", None) or [f"{'CrossAttn' * a}UpBlock2D" for a in attends[::-1]]
-    if [f"{'CrossAttn' * a}DownBlock2D" for a in attends] != list(kinds) or len(kinds) != levels:
-        raise settings.wrong("down_block_types", kinds)
-    if mirrored != [f"{'CrossAttn' * a}UpBlock2D" for a in attends[::-1]]:
-        raise settings.wrong("up_block_types", mirrored)
-    layers = settings.each("transformer_layers_per_block", levels, 1, most=100)
-    blocks = settings.each("layers_per_block", levels, 2, most=100)
+    down = settings.values.pop("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
+    attends = [kind == "CrossAttnDownBlock2D" for kind in down] if isinstance(down, list) else []
+    if [f"{'CrossAttn' * a}DownBlock2D" for a in attends] != down or len(attends) != levels:
+        raise settings.wrong("down_block_types", down)
+    up = [f"{'CrossAttn' * a}UpBlock2D" for a in attends[::-1]]
+    if (found := settings.values.pop("up_block_types", up)) != up:
+        raise settings.wrong("up_block_types", found)
+    layers = settings.each("transformer_layers_per_block", levels, 1, most=50)
+    blocks = settings.each("layers_per_block", levels, 2, most=10)
     texts = settings.each("cross_attention_dim", levels, 1280)
     heads = settings.each("attention_head_dim", levels, 8)  # means their number
     only = settings.values.pop("only_cross_attention", None) or False
@@ -250,7 +254,7 @@ def autoencoder_config(settings: Settings) -> KLConfig:
         image_channels=channels[0],
         latent_channels=take("latent_channels", 4),
         widths=widths,
-        blocks=settings.each("layers_per_block", 1, 1, most=100)[0],
+        blocks=settings.each("layers_per_block", 1, 1, most=10)[0],
         groups=take("norm_num_groups", 32),
         scale=take("scaling_factor", 0.18215),
         shift=take("shift_factor", 0.0),

@@ -68,6 +68,8 @@ def fit(layout: Layout, ours: Mapping[str, Tensor], tensors: Mapping[str, Tensor
         found, wanted = tuple(tensors[name].shape), tuple(tensor.shape)
         if _plain(found) != _plain(wanted):
             raise CheckpointMismatch(f"{source}: {name} is {found} in the file, {wanted} in the model")
+        if not tensors[name].is_floating_point():
+            raise CheckpointMismatch(f"{source}: {name} is of {tensors[name].dtype}, which are no fractions")
 
 
 def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:

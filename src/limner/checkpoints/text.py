@@ -44,7 +44,7 @@ TRANSFORMERS: dict[
     "projection": (int, "projection_dim", 512),
     "eot": (int, "eos_token_id", 49407),
 }
-LARGEST = 1_000_000
+LARGEST, DEEPEST = 1_000_000, 200
 
 
 def openclip_layout(config: CLIPTextConfig) -> Layout:
@@ -123,7 +123,8 @@ def transformers_config(settings: Mapping[str, Any], *, pad: int, source: Path |
     values: dict[str, Any] = {}
     for name, (kind, theirs, default) in TRANSFORMERS.items():
         value = settings.get(theirs, default)
-        if type(value) is not kind or (isinstance(value, int | float) and not 0 < value < LARGEST):
+        most = DEEPEST if name == "depth" else LARGEST
+        if type(value) is not kind or (isinstance(value, int | float) and not 0 < value < most):
             raise CheckpointMismatch(f"{source}: {theirs} is {value!r:.100}, which no text encoder has")
         values[name] = value
     if kinds == ["CLIPTextModel"]:
