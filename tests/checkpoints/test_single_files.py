@@ -14,7 +14,7 @@ from limner.checkpoints.foreign import Foreign
 from limner.errors import CheckpointMismatch
 from limner.text import bpe
 
-ROWS = [entry.name for entry in catalog.entries() if entry.family.startswith("Stable Diffusion")]
+ROWS = [entry.name for entry in catalog.entries() if not entry.recipe]
 
 
 @lru_cache(maxsize=1)
