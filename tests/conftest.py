@@ -52,6 +52,14 @@ def other_model(tmp_path_factory) -> Path:
     return _noisy_model(tmp_path_factory.mktemp("model") / "icons-tiny.safetensors", seed=1)
 
 
+@pytest.fixture(scope="session")
+def sd1_folder(tmp_path_factory) -> Path:
+    """A small Stable Diffusion 1 as diffusers saves it."""
+    from systems import stable_diffusion
+
+    return stable_diffusion.sd1(tmp_path_factory.mktemp("sd1"))
+
+
 def _noisy_model(path: Path, seed: int) -> Path:
     import torch
 

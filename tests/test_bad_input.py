@@ -68,7 +68,7 @@ def refused(limner, here):
         ("no sampler 'eulr'. Did you mean 'euler'", ["fox", "--sampler", "eulr"]),
         ("no schedule 'karas'. Did you mean 'karras'", ["fox", "--schedule", "karas"]),
         ("no sampler ''. Known: ddim", ["fox", "--sampler", ""]),
-        ("no schedule ''. Known: exponential", ["fox", "--schedule", ""]),
+        ("no schedule ''. Known: align_your_steps", ["fox", "--schedule", ""]),
         ("without a picture to paint over: add -i", ["fox", "--strength", "0.5"]),
         ("No such option: --stepz", ["fox", "--stepz", "3"]),
         ("'--steps' requires an argument", ["fox", "--steps"]),

@@ -76,7 +76,10 @@ class Painter(torch.nn.Module):
         self.autoencoder = SimpleNamespace(encode=lambda x: x, decode=lambda x: x + error)
         self.seen = []
 
-    def condition(self, prompts, negatives):
+    def check(self, request):
+        pass
+
+    def condition(self, prompts, request):
         return prompts
 
     def sample(self, cond, request, noise):

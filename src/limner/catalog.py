@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -11,16 +12,23 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
-from limner.checkpoints import files
+from limner.checkpoints import files, folders, layouts, single_files
+from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.quantization import quantize
 from limner.errors import CheckpointMismatch, FileProblem, UnknownName, UsageError, complaint
+from limner.models.autoencoder import KL_SD1, KL_SDXL, KLAutoencoder, KLConfig
 from limner.models.dcae import DCAE, DCAE_ICONS, DCAE_TINY, DCAEConfig
 from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, JointDiTConfig
+from limner.models.unet import SD1, SD2, SDXL, SDXL_REFINER, UNET_TINY, UNet, UNetConfig
 from limner.sampling import interpolants, predictions
+from limner.sampling.interpolants import VPConfig
 from limner.systems.autoencoding import AutoencodingSystem
 from limner.systems.diffusion import DiffusionSystem
+from limner.text import bpe
+from limner.text.bpe import CLIPTokenizer
+from limner.text.clip import SD1_TEXT, SD2_TEXT, SDXL_REFINER_TEXT, SDXL_TEXT, CLIPTowers, CLIPTowersConfig
 from limner.text.minilm import POSITIONS as minilm_positions
 from limner.text.minilm import WIDTH as minilm_width
 from limner.text.minilm import MiniLM
@@ -56,12 +64,12 @@ class DiffusionConfig:
     kind: Literal["diffusion"] = "diffusion"
     name: str = "icons"
     family: str = "latent flow transformer"
-    network: JointDiTConfig = JOINT_DIT_ICONS
-    autoencoder: DCAEConfig = DCAE_ICONS
+    network: Annotated[JointDiTConfig | UNetConfig, Field(discriminator="type")] = JOINT_DIT_ICONS
+    autoencoder: Annotated[DCAEConfig | KLConfig, Field(discriminator="type")] = DCAE_ICONS
     autoencoder_from: str = ""
-    text_encoder: Literal["minilm"] = "minilm"
+    text_encoder: Literal["minilm"] | CLIPTowersConfig = "minilm"
     max_tokens: int = 24
-    interpolant: Literal["flow", "edm"] = "flow"
+    interpolant: Literal["flow", "edm"] | VPConfig = "flow"
     prediction: Literal["velocity", "x0", "eps", "v"] = "velocity"
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     defaults: Defaults = _PLAIN
@@ -72,12 +80,14 @@ SystemConfig = Annotated[AutoencodingConfig | DiffusionConfig, Field(discriminat
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A row of the catalogue; `file` is the bundled weight file, None where weights must be trained or given."""
+    """A row of the catalogue; `file` is the bundled weight file, None where weights must be trained or given. Without a
+    `recipe` of the same name, they must be given."""
 
     config: AutoencodingConfig | DiffusionConfig
     summary: str
     file: Path | None = None
     task: str = field(default="")
+    recipe: bool = True
 
     @property
     def name(self) -> str:
@@ -93,6 +103,26 @@ class Entry:
 
 
 _TINY = Defaults(width=32, height=32, steps=12, guidance=2.0, min_size=16, max_size=64)
+_SD = Defaults(
+    width=512, height=512, steps=30, guidance=7.5, schedule="auto", min_size=32, max_size=2048
+)  # multiples of 64 are best
+
+
+def _stable_diffusion(name: str, summary: str, **changes: Any) -> Entry:
+    """A row of the family, by what differs from Stable Diffusion 1."""
+    config = DiffusionConfig(
+        name=name, family="Stable Diffusion 1", network=SD1, autoencoder=KL_SD1, text_encoder=SD1_TEXT,
+        interpolant=VPConfig(), prediction="eps", defaults=_SD,
+    )  # fmt: skip
+    return Entry(config=replace(config, **changes), task=DiffusionSystem.task, summary=summary, recipe=False)
+
+
+_SD2 = {"family": "Stable Diffusion 2", "network": SD2, "text_encoder": SD2_TEXT}
+_SDXL = {
+    "family": "Stable Diffusion XL",
+    "autoencoder": KL_SDXL,
+    "defaults": replace(_SD, width=1024, height=1024, guidance=5.0),
+}
 
 CATALOG = {
     entry.name: entry
@@ -127,6 +157,38 @@ CATALOG = {
             task=AutoencodingSystem.task,
             summary="32 px RGBA pictures to 8 x 8 x 8 latents and back",
         ),
+        Entry(
+            config=DiffusionConfig(
+                name="sd1-tiny",
+                family="Stable Diffusion 1",
+                network=replace(UNET_TINY, in_channels=8, out_channels=8, depths=(0, 1), text_width=minilm_width),
+                autoencoder=DCAE_TINY,
+                autoencoder_from=str(Path("icons-tiny", "autoencoder.safetensors")),
+                max_tokens=8,
+                interpolant=VPConfig(),
+                prediction="eps",
+                defaults=replace(_TINY, schedule="auto"),
+            ),
+            task=DiffusionSystem.task,
+            summary="coloured shapes, 32 px: a U-Net that reads text, trained in a minute",
+        ),
+        _stable_diffusion("sd1", "512 px, any file of Stable Diffusion 1"),
+        _stable_diffusion("sd2", "512 px, Stable Diffusion 2 base", **_SD2),
+        _stable_diffusion(
+            "sd2-v",
+            "768 px, Stable Diffusion 2, which predicts v",
+            **_SD2,
+            prediction="v",
+            defaults=replace(_SD, width=768, height=768),
+        ),
+        _stable_diffusion("sdxl", "1024 px, Stable Diffusion XL", **_SDXL, network=SDXL, text_encoder=SDXL_TEXT),
+        _stable_diffusion(
+            "sdxl-refiner",
+            "1024 px, Stable Diffusion XL's refiner, best over a picture (-i)",
+            **_SDXL,
+            network=SDXL_REFINER,
+            text_encoder=SDXL_REFINER_TEXT,
+        ),
     )
 }
 
@@ -148,8 +210,11 @@ def entry(name: str) -> Entry:
 # -------------------------------------------------------------------- building
 
 
-def build(config: AutoencodingConfig | DiffusionConfig) -> AutoencodingSystem | DiffusionSystem:
-    """The system with fresh weights; a frozen autoencoder is read from `autoencoder_from` when that is given.
+def build(
+    config: AutoencodingConfig | DiffusionConfig, tokenizers: Sequence[CLIPTokenizer] = ()
+) -> AutoencodingSystem | DiffusionSystem:
+    """The system with fresh weights; a frozen autoencoder is read from `autoencoder_from` when that is given. CLIP's
+    towers take `tokenizers`, or the one that ships.
 
     Raises UsageError for what no system can be built of.
     """
@@ -157,21 +222,29 @@ def build(config: AutoencodingConfig | DiffusionConfig) -> AutoencodingSystem | 
         return AutoencodingSystem(
             DCAE(config.autoencoder), config.defaults, config.name, config.family, **asdict(config.loss)
         )
-    network = config.network
+    network, text, latent = config.network, config.text_encoder, config.autoencoder.latent_channels
     if not 1 <= config.max_tokens <= minilm_positions:
         raise UsageError(f"max_tokens={config.max_tokens}: a prompt has 1 token to {minilm_positions}")
-    if network.channels != config.autoencoder.latent_channels:
-        latent = config.autoencoder.latent_channels
-        raise UsageError(f"network.channels={network.channels}, but the autoencoder's latents have {latent}")
-    if network.text_width != minilm_width:
-        raise UsageError(f"network.text_width={network.text_width}, but the text encoder's tokens have {minilm_width}")
-    autoencoder = DCAE(config.autoencoder)
+    channels = "channels" if isinstance(network, JointDiTConfig) else "in_channels"
+    if (found := getattr(network, channels)) != latent:
+        raise UsageError(f"network.{channels}={found}, but the autoencoder's latents have {latent}")
+    text_width = minilm_width if text == "minilm" else text.width
+    if network.text_width != text_width:
+        raise UsageError(f"network.text_width={network.text_width}, but the text encoder's tokens have {text_width}")
+    if isinstance(network, UNetConfig) and network.vector_width:
+        pooled = minilm_width if text == "minilm" else text.pooled_width
+        if network.vector_width - pooled not in (5 * 256, 6 * 256):
+            raise UsageError(f"network.vector_width={network.vector_width} is not {pooled} and 5 or 6 numbers of 256")
+    codec, known = config.autoencoder, tokenizers
+    autoencoder = DCAE(codec) if isinstance(codec, DCAEConfig) else KLAutoencoder(codec)
     if config.autoencoder_from:
         _load_autoencoder(autoencoder, config.autoencoder_from)
     return DiffusionSystem(
-        network=JointDiT(config.network),
+        network=JointDiT(network) if isinstance(network, JointDiTConfig) else UNet(network),
         autoencoder=autoencoder.eval(),
-        text_encoder=minilm(config.max_tokens),
+        text_encoder=minilm(config.max_tokens)
+        if text == "minilm"
+        else CLIPTowers(text, known or [bpe.shipped()] * len(text.towers)).eval(),
         interpolant=interpolants.get(config.interpolant),
         prediction=predictions.get(config.prediction),
         defaults=config.defaults,
@@ -191,7 +264,7 @@ def minilm(max_tokens: int = 24) -> MiniLM:
     return encoder.requires_grad_(False).eval()
 
 
-def _load_autoencoder(autoencoder: DCAE, source: str) -> None:
+def _load_autoencoder(autoencoder: nn.Module, source: str) -> None:
     path = WEIGHTS / source if (WEIGHTS / source).is_file() else Path(source)
     if not path.exists():
         ours = [e.config for e in entries() if isinstance(e.config, AutoencodingConfig)]
@@ -215,11 +288,13 @@ def save(
     *,
     bits: int = 32,
 ) -> None:
-    """Write one self-describing file: all but the text encoder. `bits` 8 stores matrices in 8 bits, the rest in 16.
+    """Write one self-describing file: all but the text encoder that ships. `bits` 8 stores matrices in 8 bits, the rest
+    in 16.
 
     Raises FileProblem.
     """
-    tensors = {k: v.detach().float().cpu() for k, v in system.state_dict().items() if not k.startswith("text_encoder.")}
+    beside = "text_encoder." if getattr(config, "text_encoder", "") == "minilm" else ()
+    tensors = {k: v.detach().float().cpu() for k, v in system.state_dict().items() if not k.startswith(beside)}
     if isinstance(config, DiffusionConfig):
         config = replace(config, autoencoder_from="")
     stored, recipe = quantize(
@@ -228,27 +303,82 @@ def save(
     files.save(path, stored, {**asdict(config), "quantization": recipe})
 
 
-def load(source: str | Path, device: torch.device | str = "cpu") -> AutoencodingSystem | DiffusionSystem:
-    """A system by name ("icons"), weight file, or folder of a training run, ready to draw.
+def load(
+    source: str | Path, device: torch.device | str = "cpu", prediction: Literal["eps", "v"] | None = None
+) -> AutoencodingSystem | DiffusionSystem:
+    """A system by name ("icons"), weight file of ours or of Stable Diffusion, folder of a training run or of diffusers,
+    ready to draw. `prediction` is for files that do not say what they predict.
 
     Raises UnknownName, FileProblem, CheckpointMismatch.
     """
     path = find(source)
+    found = recognise(path, prediction)
     with ThreadPoolExecutor(1) as beside:
-        model_hash = beside.submit(files.digest, path)  # on another core, meanwhile
-        tensors, stored = files.load(path)
-        stored.pop("quantization", None)
-        config = parse(stored, path)
-        try:
-            with torch.device("meta"):
-                system = build(replace(config, autoencoder_from="") if isinstance(config, DiffusionConfig) else config)
-        except UsageError as error:
-            raise CheckpointMismatch(f"{path}: its configuration is of no system ({error})") from error
-        if isinstance(system, DiffusionSystem):
-            tensors |= {f"text_encoder.{k}": v for k, v in system.text_encoder.state_dict().items()}
+        model_hash = beside.submit(files.digest, *([path] if found is None else found.files))  # on another core
+        if found is not None:
+            config: AutoencodingConfig | DiffusionConfig = config_of(found)
+            system = _bare(config, path, found.tokenizers)
+            told = f"{path}, read as {config.name}"
+            layouts.fit(found.layout, system.state_dict(), found.tensors, told)
+            tensors = _cast(layouts.read(found.layout, found.tensors, told), torch.device(device))
+        else:
+            tensors, stored = files.load(path)
+            stored.pop("quantization", None)
+            config = parse(stored, path)
+            system = _bare(config, path)
+            if getattr(config, "text_encoder", "") == "minilm":
+                tensors |= {f"text_encoder.{k}": v for k, v in system.text_encoder.state_dict().items()}  # type: ignore[union-attr]
         files.assign(system, tensors, path)
     system.model_hash = model_hash.result()
     return system.requires_grad_(False).eval().to(device)
+
+
+def recognise(path: Path, prediction: Literal["eps", "v"] | None = None) -> Foreign | None:
+    """The model of another program at `path`, None for a file of ours. Raises FileProblem, CheckpointMismatch."""
+    if path.is_dir():
+        return folders.recognise(path)
+    tensors, metadata = files.read(path)
+    return None if files.CONFIG_KEY in metadata else single_files.recognise(path, tensors, prediction)
+
+
+def _bare(
+    config: AutoencodingConfig | DiffusionConfig, path: Path, tokenizers: Sequence[CLIPTokenizer] = ()
+) -> AutoencodingSystem | DiffusionSystem:
+    """The system with nothing in its weights yet."""
+    if isinstance(config, DiffusionConfig):
+        config = replace(config, autoencoder_from="")
+    try:
+        with torch.device("meta"):
+            return build(config, tokenizers)
+    except UsageError as error:
+        raise CheckpointMismatch(f"{path}: its configuration is of no system ({error})") from error
+
+
+def config_of(found: Foreign) -> DiffusionConfig:
+    """The row of the catalogue that a model of another program is like, with its own sizes and settings."""
+    network, text = found.network, found.text
+    if network.vector_width:
+        name = "sdxl" if network.vector_width == text.pooled_width + 6 * 256 else "sdxl-refiner"
+    else:
+        name = "sd1" if not network.linear_projection else "sd2-v" if found.prediction == "v" else "sd2"
+    row = CATALOG[name].config
+    assert isinstance(row, DiffusionConfig)
+    side = found.size or row.defaults.width
+    defaults = replace(
+        row.defaults, width=side, height=side, min_size=min(side, row.defaults.min_size),
+        sampler=found.sampler or row.defaults.sampler, schedule=found.schedule or row.defaults.schedule,
+    )  # fmt: skip
+    return replace(
+        row, network=network, autoencoder=found.autoencoder, text_encoder=text, interpolant=found.noise,
+        prediction=found.prediction, defaults=defaults,
+    )  # fmt: skip
+
+
+def _cast(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Half precision stays as it is on a GPU, but for the autoencoder: SDXL's overflows in float16."""
+    found = tensors["network.conv_in.weight"].dtype
+    dtype = found if found in (torch.float16, torch.bfloat16) and device.type == "cuda" else torch.float32
+    return {name: t.to(torch.float32 if name.startswith("autoencoder.") else dtype) for name, t in tensors.items()}
 
 
 def find(source: str | Path) -> Path:
@@ -257,9 +387,10 @@ def find(source: str | Path) -> Path:
         row = CATALOG[str(source)]
         if row.weights == "needed":
             use = "-m RUN" if row.task != AutoencodingSystem.task else "-m RUN -i IMAGE, which gives the picture back"
+            train = f"train them with `limner train {row.name} --out RUN` and give {use}; or " if row.recipe else ""
             raise FileProblem(
-                f"the model {row.name!r} has no weights here: train them with `limner train {row.name} --out RUN` "
-                f"and give {use}; or give the path of a .safetensors file"
+                f"the model {row.name!r} has no weights here: {train}give the path of a .safetensors file"
+                f"{'' if row.recipe else ' or of a diffusers folder'}"
             )
         assert row.file is not None
         return row.file
@@ -267,6 +398,8 @@ def find(source: str | Path) -> Path:
     if not str(source):
         entry("")
     if os.path.isdir(path):  # noqa: PTH112 (Path's own question raises for a name too long)
+        if (theirs := folders.find(path)) is not None:
+            return theirs
         folder = path / "final" if (path / "final").is_dir() else path
         found = sorted(folder.glob("*.safetensors"))
         if not found and (path / "checkpoints").is_dir():

@@ -21,6 +21,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from limner import names
 from limner.errors import FileProblem
 
 if TYPE_CHECKING:
@@ -52,16 +53,6 @@ XMP = (
     '"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/></rdf:RDF></x:xmpmeta>'
     '<?xpacket end="w"?>'
 )
-
-# Our names beside those of the web UI, where they are not the same word with a capital.
-SAMPLER_TITLES = {
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "ddim": "DDIM",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-}
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -194,8 +185,8 @@ def to_infotext(settings: dict[str, Any]) -> str:
     size = f"{settings['width']}x{settings['height']}" if {"width", "height"} <= settings.keys() else None
     pairs = {
         "Steps": settings.get("steps"),
-        "Sampler": SAMPLER_TITLES.get(settings.get("sampler", ""), settings.get("sampler")),
-        "Schedule type": settings["schedule"].replace("_", " ").capitalize() if "schedule" in settings else None,
+        "Sampler": names.title(settings["sampler"], names.SAMPLERS) if "sampler" in settings else None,
+        "Schedule type": names.title(settings["schedule"], names.SCHEDULES) if "schedule" in settings else None,
         "CFG scale": f"{settings['guidance']:.12g}" if "guidance" in settings else None,
         "Seed": settings.get("seed"),
         "Size": size,
@@ -241,10 +232,9 @@ def from_infotext(text: str) -> dict[str, Any]:
         width, height = pairs["Size"].split("x")
         settings |= {"width": int(width), "height": int(height)}
     if "Sampler" in pairs:
-        ours = {title.lower(): name for name, title in SAMPLER_TITLES.items()}
-        settings["sampler"] = ours.get(pairs["Sampler"].lower(), pairs["Sampler"])
+        settings["sampler"] = names.find(pairs["Sampler"], names.SAMPLERS) or pairs["Sampler"]
     if "Schedule type" in pairs:
-        settings["schedule"] = pairs["Schedule type"].lower().replace(" ", "_")
+        settings["schedule"] = names.find(pairs["Schedule type"], names.SCHEDULES) or pairs["Schedule type"]
     return settings
 
 

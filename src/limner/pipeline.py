@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from limner import __version__, catalog
+from limner import __version__, catalog, names
 from limner.errors import Ignored, ImageProblem, LimnerError, UsageError
 from limner.sampling import samplers, schedules
 from limner.types import Defaults, GeneratedImage, OnStep, Request, System
@@ -88,7 +88,7 @@ def draw(system: System, prompts: list[str], seeds: list[int], request: Request,
         # 1. one noise source a picture, so that a picture does not depend on its neighbours
         noise = noise_source(some, device)
         # 2. the words
-        cond = system.condition(words, [request.negative] * len(words))
+        cond = system.condition(words, request)
         # 3. from noise, or from the latents of the picture given, to latents
         begun: dict[str, Any] = {}
         if request.image is not None:
@@ -115,10 +115,7 @@ def noise_source(seeds: list[int], device: torch.device | str) -> Callable[[tupl
 def prepare(system: System, **values: Any) -> Request:
     """A complete request from what was said and the model's defaults. Raises UsageError, UnknownName, ImageProblem."""
     request = check(system.defaults, system.grid, **values)
-    if system.task == "autoencoding" and (request.prompt + request.negative).strip():
-        raise UsageError(
-            f"{system.name} is an autoencoder: it reads no words, it gives a picture back: -i IMAGE without a prompt"
-        )
+    system.check(request)
     return request
 
 
@@ -159,10 +156,10 @@ def check(
         _size(name, default if value is None else value, defaults, grid)
         for name, value, default in (("width", width, defaults.width), ("height", height, defaults.height))
     ]
-    sampler = defaults.sampler if sampler is None else sampler
-    schedule = defaults.schedule if schedule is None else schedule
-    samplers.get(sampler)
-    schedules.get(schedule)
+    sampler, fused = names.split(defaults.sampler if sampler is None else sampler)
+    sampler = samplers.find(sampler)
+    schedule = next(said for said in (schedule, fused, defaults.schedule) if said is not None)
+    schedule = schedules.settle(schedule, sampler)
     return Request(
         prompt=prompt,
         negative=negative or "",
@@ -288,8 +285,10 @@ def to_tensor(image: Image.Image, width: int, height: int) -> Tensor:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(4, h, w) premultiplied in [-1, 1] -> straight RGBA; alpha under 3/255 becomes 0."""
+    """(3, h, w) in [-1, 1] -> RGB; (4, h, w) premultiplied -> straight RGBA, where alpha under 3/255 becomes 0."""
     pixels = ((image + 1) * 127.5).permute(1, 2, 0).numpy()
+    if len(image) == 3:
+        return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
     alpha = pixels[..., 3:]
     colour = np.where(alpha > 0, pixels[..., :3] * 255 / np.maximum(alpha, 1), 0)
     alpha = np.where(alpha < 2.5, 0, alpha)

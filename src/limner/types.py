@@ -152,8 +152,12 @@ class System(Protocol):
 
     def phase_parameters(self, phase: str) -> list[torch.nn.Parameter]: ...
 
-    def condition(self, prompts: list[str], negatives: list[str]) -> Any:
-        """What `sample` is told of the words; one row a picture."""
+    def check(self, request: Request) -> None:
+        """Raises UsageError for a request that this system cannot do."""
+        ...
+
+    def condition(self, prompts: list[str], request: Request) -> Any:
+        """What `sample` is told of prompts (one a picture), the negative one and the size; computed once a request."""
         ...
 
     def words_cut(self, text: str) -> str:

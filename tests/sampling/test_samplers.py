@@ -9,16 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from limner.errors import UnknownName
+from limner.errors import UnknownName, UsageError
 from limner.sampling import interpolants, samplers, schedules
 from limner.sampling.guidance import classifier_free, within
-from limner.sampling.interpolants import EDM, Flow, Interpolant
+from limner.sampling.interpolants import EDM, Flow, Interpolant, VPConfig, discrete
 from limner.sampling.predictions import PREDICTIONS
 
 MEANS = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
 SHARES = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
 SPREAD = 0.4
 BOTH = [EDM(), Flow()]
+VP = discrete(VPConfig())
+PAIRS = [
+    pytest.param(interpolant, name, id=f"{interpolant.name}-{name}")
+    for interpolant in (*BOTH, VP)
+    for name in schedules.SCHEDULES
+    if interpolant is VP or name not in schedules.TIMED
+]
 
 
 def mixture_denoiser(interpolant: Interpolant):
@@ -58,13 +65,18 @@ def order(name: str, interpolant: Interpolant) -> float:
 
 
 @pytest.mark.parametrize("interpolant", BOTH, ids=lambda i: i.name)
-@pytest.mark.parametrize(("name", "expected"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2)])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *(("euler", 1), ("ddim", 1), ("heun", 2), ("dpm2", 2), ("dpmpp_2m", 2), ("res_multistep", 2), ("deis", 2)),
+        ("unipc", 3),  # two, and the corrector's one
+    ],
+)
 def test_a_solver_shows_its_order_on_a_gaussian_mixture(name, expected, interpolant):
     assert order(name, interpolant) == pytest.approx(expected, abs=0.2)
 
 
-@pytest.mark.parametrize("interpolant", BOTH, ids=lambda i: i.name)
-@pytest.mark.parametrize("schedule", sorted(schedules.SCHEDULES))
+@pytest.mark.parametrize(("interpolant", "schedule"), PAIRS)
 def test_euler_is_ddim_without_noise(interpolant, schedule):
     sigmas = schedules.get(schedule)(12, interpolant)
     denoise, x = mixture_denoiser(interpolant), begin(interpolant, sigmas[0])
@@ -145,32 +157,46 @@ def test_a_stochastic_solver_keeps_the_variance_of_a_gaussian(name):
     assert end.var().item() == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize("interpolant", [Flow(), VP], ids=lambda i: i.name)
 @pytest.mark.parametrize("name", sorted(samplers.SAMPLERS))
-def test_every_solver_reports_each_step_and_ends_on_the_data(name):
-    flow, seen = Flow(), []
+def test_every_solver_reports_each_step_and_ends_on_the_data(name, interpolant):
+    if name == "tcd" and interpolant is not VP:
+        with pytest.raises(UsageError, match="'tcd' counts timesteps"):
+            samplers.tcd(lambda x, s: x, torch.ones(4), [1.0, 0.0], interpolant)
+        return
+    seen = []
     target = torch.full((4,), 0.25, dtype=torch.float64)
     noise = lambda: torch.ones(4, dtype=torch.float64)  # noqa: E731
     end = samplers.get(name)(
         lambda x, s: target,
         noise(),
-        schedules.uniform(6, flow),
-        flow,
+        schedules.plan("trailing" if interpolant is VP else "uniform", "", 6, interpolant),
+        interpolant,
         noise=noise,
         on_step=lambda d, n: seen.append((d, n)),
     )
-    assert (end - target).abs().max() < 1e-12
+    assert (end - target).abs().max() < (1e-6 if name == "lcm" else 1e-12)  # which keeps a trace of x
     assert seen == [(i, 6) for i in range(1, 7)]
 
 
-@pytest.mark.parametrize("interpolant", BOTH, ids=lambda i: i.name)
-@pytest.mark.parametrize("name", sorted(schedules.SCHEDULES))
-@pytest.mark.parametrize("steps", [1, 2, 16])
+@pytest.mark.parametrize(("interpolant", "name"), PAIRS)
+@pytest.mark.parametrize("steps", [1, 2, 16, 1000])
 def test_a_schedule_falls_from_its_top_to_zero(name, interpolant, steps):
+    steps = min(steps, 50) if name == "lcm" else steps
     sigmas = schedules.get(name)(steps, interpolant)
-    assert len(sigmas) == steps + 1
+    assert len(sigmas) == steps + 1 or (name, steps) == ("beta", 1000)
     assert sigmas[-1] == 0
     assert all(a > b for a, b in itertools.pairwise(sigmas))
-    assert sigmas[0] == pytest.approx(interpolant.sigma_max, rel=0.01)
+    if name not in ("leading", "ddim_uniform") and (name, steps) != ("linspace", 1):
+        assert sigmas[0] == pytest.approx(interpolant.sigma_max, rel=0.01)
+
+
+@pytest.mark.parametrize("name", schedules.TIMED)
+def test_a_schedule_of_timesteps_is_refused_where_there_are_none_or_too_few(name):
+    with pytest.raises(UsageError, match=f"'{name.removesuffix('_xl').replace('sgm_uniform', 'normal')}' counts time"):
+        schedules.plan(name, "euler", 10, Flow())
+    with pytest.raises(UsageError, match="has 1000 timesteps at most"):
+        schedules.plan(name, "euler", 1001, VP)
 
 
 def test_karras_has_the_published_values():

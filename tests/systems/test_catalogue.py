@@ -25,9 +25,9 @@ def noisy(name: str):
     return system
 
 
-def test_every_model_and_recipe_has_a_tiny_sibling():
-    for table in (catalog.names(), recipes.names()):
-        assert all(f"{name}-tiny" in table for name in table if not name.endswith("-tiny"))
+def test_every_recipe_has_a_model_and_a_tiny_sibling():
+    assert {entry.name for entry in catalog.entries() if entry.recipe} == set(recipes.names())
+    assert all(f"{name}-tiny" in recipes.names() for name in recipes.names() if not name.endswith("-tiny"))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -123,7 +123,7 @@ def test_steps_outside_the_guidance_interval_ask_for_one_row_a_picture(monkeypat
         system.defaults = replace(system.defaults, guidance_interval=interval)
         request = pipeline.prepare(system, prompt=prompt, seed=1, steps=4, guidance=guidance)
         with torch.inference_mode():
-            cond = system.condition([request.prompt], [""])
+            cond = system.condition([request.prompt], request)
             return system.sample(cond, request, pipeline.noise_source([1], "cpu"))
 
     nowhere, plain = latents(3.0, (0.5, 0.5)), latents(1.0, (0.0, 1.0))

@@ -18,7 +18,8 @@ from limner.text.clip import (
     CLIPText,
     CLIPTextConfig,
     CLIPTextEncoder,
-    side_by_side,
+    CLIPTowers,
+    CLIPTowersConfig,
 )
 
 EOT = 98
@@ -252,15 +253,24 @@ def test_the_last_layers_skipped_are_as_if_they_were_not_there():
     assert torch.equal(whole.encode(["a red fox"]).tokens, short.encode(["a red fox"]).tokens)
 
 
-def test_two_towers_stand_side_by_side():
-    first, second = encoder(skip=1, normed=False), encoder(width=48, num_heads=3, pad=0, projection=24)
-    prompts = ["a red fox", "word " * 100, ""]
-    one, two = first.encode(prompts), second.encode(prompts)
-    both = side_by_side(one, two)
+def test_towers_stand_side_by_side():
+    config = CLIPTowersConfig(towers=(CLIP_TINY, replace(CLIP_TINY, width=48, num_heads=3, pad=0)), skip=1)
+    towers, prompts = CLIPTowers(config, [bpe.shipped()] * 2), ["a red fox", "word " * 100, ""]
+    one, two = (tower.encode(prompts) for tower in towers)
+    both = towers.encode(prompts)
+    assert config.width == 80
     assert both.tokens.shape == (3, 77, 80)
     assert torch.equal(both.tokens, torch.cat([one.tokens, two.tokens], dim=-1))
+    assert torch.equal(one.tokens, towers[0].norm(towers[0](towers[0].tokenize(prompts)[0]).hidden[-2]))
     assert torch.equal(both.pooled, two.pooled)
     assert one.mask is both.mask is None  # the networks attend to what follows EOT
+
+
+def test_towers_may_give_zeros_for_an_empty_prompt():
+    config, prompts = CLIPTowersConfig(towers=(CLIP_TINY,), zero_empty=True), ["", "a red fox"]
+    cond = CLIPTowers(config, [bpe.shipped()]).encode(prompts)
+    assert cond.tokens.abs().amax((1, 2)).bool().tolist() == [False, True]
+    assert cond.pooled.abs().amax(1).bool().tolist() == [False, True]
 
 
 def test_eot_comes_from_the_tokenizer_where_the_model_does_not_know_it():

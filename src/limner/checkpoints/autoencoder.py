@@ -6,6 +6,9 @@ Stable Diffusion, and a training file has a `loss.` beside it. Cut that off firs
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
+
 from limner.checkpoints.layouts import Layout, Place, early_diffusers
 from limner.models.autoencoder import AutoencoderConfig, KLConfig, VQConfig
 
@@ -42,6 +45,24 @@ def ldm_layout(config: AutoencoderConfig) -> Layout:
     if isinstance(config, VQConfig):
         rows["quantize.embedding.weight"] = Place("quantize.embedding.weight")
     return rows
+
+
+def ldm_config(shapes: Mapping[str, Sequence[int]], scale: float) -> KLConfig:
+    """The configuration of a KL autoencoder whose tensors have these names and shapes, which do not tell its scale.
+
+    Raises KeyError for a name that every one has.
+    """
+    down = "encoder.down.{}.block.{}.conv1.weight".format
+    levels = next(i for i in itertools.count() if down(i, 0) not in shapes)
+    return KLConfig(
+        image_channels=shapes["encoder.conv_in.weight"][1],
+        latent_channels=shapes["decoder.conv_in.weight"][1],
+        widths=tuple(shapes[down(i, 0)][0] for i in range(levels)),
+        blocks=next(j for j in itertools.count() if down(0, j) not in shapes),
+        attention_levels=tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.norm.weight" in shapes),
+        quant_convs="quant_conv.weight" in shapes,
+        scale=scale,
+    )
 
 
 def early_diffusers_layout(config: AutoencoderConfig) -> Layout:

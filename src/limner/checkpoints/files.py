@@ -14,6 +14,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from limner.checkpoints.quantization import dequantize
 from limner.errors import CheckpointMismatch, FileProblem
 
 CONFIG_KEY = "limner"
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -51,18 +53,43 @@ def save(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
     write_atomically(path, serialise(whole, metadata))
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file of ours: (tensors with quantised ones restored to float32, configuration). Raises FileProblem."""
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of any safetensors file, or the tensors of a torch checkpoint. They are mapped: read
+    from the disk when first looked at. Raises FileProblem."""
     if not path.is_file():
         found = f"{path} is a folder" if path.is_dir() else f"no file {path}"
         raise FileProblem(f"{found}: give the path of a .safetensors file")
     try:
+        with path.open("rb") as opened:
+            head = opened.read(9)
+        if head[:4] == ZIP or (head[:1] == PICKLE and head[8:] != b"{"):
+            return _read_torch(path, mmap=head[:4] == ZIP), {}
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise FileProblem(f"{path} is not a whole safetensors file ({reason}): download or train it again") from error
+
+
+def _read_torch(path: Path, mmap: bool) -> dict[str, Tensor]:
+    """The tensors of a file of `torch.save`, through torch's reader that runs no code in it."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # the reader raises many kinds
+        reason = "more than tensors in it" if "weights_only" in str(error).lower() else "not whole"
+        raise FileProblem(
+            f"{path} is not opened ({reason}): it may run code; have a program you trust make a .safetensors of it"
+        ) from error
+    stored = stored.get("state_dict", stored) if isinstance(stored, dict) else stored
+    rows = stored.items() if isinstance(stored, dict) else ()
+    if not rows or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in rows):
+        raise FileProblem(f"{path} is not a table of tensors: what is it?")
+    return dict(rows)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file of ours: (tensors with quantised ones restored to float32, configuration). Raises FileProblem."""
+    tensors, metadata = read(path)
     if CONFIG_KEY not in metadata:
         raise FileProblem(f"{path} is a safetensors file of another program: it carries no limner configuration")
     try:
@@ -72,10 +99,15 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return dequantize(tensors, config.get("quantization", {}), path), config
 
 
-def digest(path: Path) -> str:
-    """The first ten digits of the file's SHA-256, which name weights wherever they lie."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
+def digest(*paths: Path) -> str:
+    """The first ten digits of the SHA-256 of a file, or of several one after the other, which name weights wherever
+    they lie."""
+    hashed = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                hashed.update(block)
+    return hashed.hexdigest()[:10]
 
 
 def account(expected: Set[str], found: Set[str], source: Path | str) -> None:

@@ -8,7 +8,7 @@ name; and since reading and writing use the same table, writing what was read gi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +52,31 @@ def early_diffusers(names: Iterable[str]) -> dict[str, Place]:
             theirs = theirs.replace(new, early)
         layout[ours] = Place(theirs)
     return layout
+
+
+def prefixed(layout: Layout, ours: str, theirs: str) -> dict[str, Place]:
+    """`layout` as a part of a larger model, whose names begin with `ours` here and with `theirs` in the file."""
+    return {ours + name: replace(place, name=theirs + place.name) for name, place in layout.items()}
+
+
+def fit(layout: Layout, ours: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Raises CheckpointMismatch, with names as the file has them, unless it holds all of `ours` (on any device) and
+    nothing else, in the shapes that they have there."""
+    expected = write(layout, ours)
+    account(expected.keys(), tensors.keys(), source)
+    for name, tensor in expected.items():
+        found, wanted = tuple(tensors[name].shape), tuple(tensor.shape)
+        if _plain(found) != _plain(wanted):
+            raise CheckpointMismatch(f"{source}: {name} is {found} in the file, {wanted} in the model")
+        if not tensors[name].is_floating_point():
+            raise CheckpointMismatch(f"{source}: {name} is of {tensors[name].dtype}, which are no fractions")
+
+
+def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the ones at the end, which matrices kept as convolutions have."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
 def read(layout: Layout, tensors: Mapping[str, Tensor], source: Path | str) -> dict[str, Tensor]:

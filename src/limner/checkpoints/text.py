@@ -7,7 +7,8 @@ buffers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ TRANSFORMERS: dict[
     "projection": (int, "projection_dim", 512),
     "eot": (int, "eos_token_id", 49407),
 }
-LARGEST = 1_000_000
+LARGEST, DEEPEST = 1_000_000, 200
 
 
 def openclip_layout(config: CLIPTextConfig) -> Layout:
@@ -72,6 +73,39 @@ def transformers_layout(config: CLIPTextConfig, *, flat: bool = False) -> Layout
     return {name: Place(name.removeprefix("text_model.") if flat else name) for name in openclip_layout(config)}
 
 
+def openclip_config(shapes: Mapping[str, Sequence[int]]) -> CLIPTextConfig:
+    """The configuration of an OpenCLIP tower with these names and shapes; heads are 64 wide, as in all that Stable
+    Diffusion reads with. Raises KeyError for a name that every one has."""
+    vocabulary, width = shapes["token_embedding.weight"]
+    block = "transformer.resblocks.{}.mlp.c_fc.weight".format
+    return CLIPTextConfig(
+        width=width,
+        depth=next(i for i in itertools.count() if block(i) not in shapes),
+        num_heads=width // 64,
+        hidden=shapes[block(0)][0],
+        activation="gelu",
+        projection=shapes["text_projection"][1] if "text_projection" in shapes else None,
+        vocabulary=vocabulary,
+        context=shapes["positional_embedding"][0],
+        pad=0,
+    )
+
+
+def clip_config(shapes: Mapping[str, Sequence[int]]) -> CLIPTextConfig:
+    """As `openclip_config` of a tower of OpenAI's CLIP in transformers' names."""
+    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+    layer = "text_model.encoder.layers.{}.mlp.fc1.weight".format
+    return CLIPTextConfig(
+        width=width,
+        depth=next(i for i in itertools.count() if layer(i) not in shapes),
+        num_heads=width // 64,
+        hidden=shapes[layer(0)][0],
+        projection=shapes["text_projection.weight"][0] if "text_projection.weight" in shapes else None,
+        vocabulary=vocabulary,
+        context=shapes["text_model.embeddings.position_embedding.weight"][0],
+    )
+
+
 def text_tower(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of a file of a whole CLIP the weights of the text tower: without the half for pictures, and without buffers."""
     return {k: v for k, v in tensors.items() if k not in BUFFERS and not k.startswith(BESIDE_TEXT)}
@@ -89,7 +123,8 @@ def transformers_config(settings: Mapping[str, Any], *, pad: int, source: Path |
     values: dict[str, Any] = {}
     for name, (kind, theirs, default) in TRANSFORMERS.items():
         value = settings.get(theirs, default)
-        if type(value) is not kind or (isinstance(value, int | float) and not 0 < value < LARGEST):
+        most = DEEPEST if name == "depth" else LARGEST
+        if type(value) is not kind or (isinstance(value, int | float) and not 0 < value < most):
             raise CheckpointMismatch(f"{source}: {theirs} is {value!r:.100}, which no text encoder has")
         values[name] = value
     if kinds == ["CLIPTextModel"]:

@@ -8,6 +8,9 @@ no text is read, attention is theirs.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
+
 from limner.checkpoints.layouts import Place, early_diffusers
 from limner.models.unet import UNetConfig
 
@@ -106,6 +109,51 @@ def ldm_layout(config: UNetConfig, *, by_head: bool = True) -> dict[str, Place]:
     put("conv_norm_out", "out.0")
     put("conv_out", "out.2")
     return layout
+
+
+def ldm_config(shapes: Mapping[str, Sequence[int]]) -> UNetConfig:
+    """The configuration of a U-Net that reads text, whose tensors have these names and shapes.
+
+    How many heads there are they do not tell: networks of Stable Diffusion 1 and the upscaler have 8, later ones heads
+    that are 64 wide. Raises KeyError for a name that every such network has.
+    """
+    levels: list[list[int]] = [[]]  # of each level the depths of its blocks
+    widths: list[int] = []
+    for n in itertools.count(1):
+        if f"input_blocks.{n}.0.op.weight" in shapes:
+            levels.append([])
+        elif f"input_blocks.{n}.0.in_layers.2.weight" in shapes:
+            widths[len(levels) - 1 :] = [shapes[f"input_blocks.{n}.0.in_layers.2.weight"][0]]
+            levels[-1].append(_depth(shapes, f"input_blocks.{n}.1"))
+        else:
+            break
+    first, out = shapes["input_blocks.0.0.weight"], shapes["out.2.weight"]
+    at = [f"input_blocks.{1 + i * (len(levels[0]) + 1)}.1" for i in range(len(levels))]  # the first of a level
+    attention = next((place for place, depths in zip(at, levels, strict=True) if any(depths)), "middle_block.1")
+    linear = len(shapes[f"{attention}.proj_in.weight"]) == 2
+    text_width = shapes[f"{attention}.transformer_blocks.0.attn2.to_k.weight"][1]
+    classes = shapes.get("label_emb.weight", (0,))[0]
+    sources = [shapes.get(f"{place}.transformer_blocks.0.attn1.to_k.weight", (0, 0))[1] for place in at]
+    only = tuple(source == text_width != width for source, width in zip(sources, widths, strict=True))
+    return UNetConfig(
+        in_channels=first[1],
+        out_channels=out[0],
+        widths=tuple(widths),
+        num_blocks=len(levels[0]),
+        depths=tuple(max(depths, default=0) for depths in levels),
+        mid_depth=_depth(shapes, "middle_block.1"),
+        num_heads=8 if classes or not linear else 0,
+        head_width=0 if classes or not linear else 64,
+        text_width=text_width,
+        text_only=only if any(only) else (),
+        linear_projection=linear,
+        vector_width=shapes.get("label_emb.0.0.weight", (0, 0))[1],
+        num_classes=classes,
+    )
+
+
+def _depth(shapes: Mapping[str, Sequence[int]], place: str) -> int:
+    return next(k for k in itertools.count() if f"{place}.transformer_blocks.{k}.norm1.weight" not in shapes)
 
 
 def old_diffusers_layout(config: UNetConfig) -> dict[str, Place]:

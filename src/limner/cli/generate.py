@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from limner import metadata
+from limner import metadata, names
 from limner.errors import Ignored, UsageError
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from limner.types import OnStep, Request
 
 DEFAULT_MODEL = "icons"
-SAMPLERS = "euler, euler_a, heun, ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, flow_euler"  # here, since help imports no torch
-SCHEDULES = "uniform, shifted, karras, exponential"
 STYLES = """
 Styles that icons knows, in a prompt each:
 
@@ -68,9 +66,14 @@ def generate_command(
     seed: Annotated[
         int | None, typer.Option("-s", "--seed", help="Same seed, same picture. [default: a random one, printed]")
     ] = None,
-    sampler: Annotated[str | None, typer.Option("--sampler", help=f"Solver: {SAMPLERS}. [default: dpmpp_2m]")] = None,
+    sampler: Annotated[
+        str | None, typer.Option("--sampler", help=f"Solver: {', '.join(names.SAMPLERS)}. [default: dpmpp_2m]")
+    ] = None,
     schedule: Annotated[
-        str | None, typer.Option("--schedule", "--scheduler", help=f"How noise falls: {SCHEDULES}. [default: uniform]")
+        str | None,
+        typer.Option(
+            "--schedule", "--scheduler", help=f"How noise falls: {', '.join(names.SCHEDULES)}. [default: uniform]"
+        ),
     ] = None,
     batch: Annotated[int, typer.Option("-b", "--batch", help="Pictures, with seeds SEED, SEED+1, ...")] = 1,
     image: Annotated[Path | None, typer.Option("-i", "--image", help="Paint over this picture.")] = None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from limner.errors import UnknownName
-from limner.recipes import icons
+from limner.recipes import icons, stable_diffusion
 from limner.training.config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
@@ -17,6 +17,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "icons-autoencoder-tiny": icons.autoencoder_tiny,
     "icons": icons.icons,
     "icons-tiny": icons.icons_tiny,
+    "sd1-tiny": stable_diffusion.sd1_tiny,
 }
 
 

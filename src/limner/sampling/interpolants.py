@@ -1,18 +1,53 @@
 """How data and noise mix: x = alpha * x0 + sigma * eps, written as alpha(sigma).
 
 Two cases carry every diffusion and flow model (design after k-diffusion's EDM coordinates and SiT, arXiv:2401.08740):
-`EDM` has alpha = 1 and sigma from 0 to infinity (DDPM, SD after an input scale), `Flow` has alpha = 1 - sigma and sigma
-from 0 to 1 (rectified flow, SD3, FLUX). Both are straight lines in sigma, so dx/dsigma = (x - x0) / sigma in either.
+`EDM` has alpha = 1 and sigma from 0 to infinity, `Flow` has alpha = 1 - sigma and sigma from 0 to 1 (rectified flow,
+SD3, FLUX). Both are straight lines in sigma, so dx/dsigma = (x - x0) / sigma in either. `Discrete` is EDM for networks
+that were trained at numbered timesteps and see x with its variance kept at one (DDPM, Stable Diffusion).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor
 
-from limner.errors import UnknownName
+from limner.errors import UnknownName, UsageError
+
+Level = TypeVar("Level", float, Tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VPConfig:
+    """The noise that a DDPM was trained with: `steps` timesteps whose betas run from `first` to `last`, evenly, or with
+    evenly spaced roots (`scaled_linear`, Stable Diffusion), or by a cosine (arXiv:2102.09672) that needs neither.
+
+    `zero_snr` rescales them so that the last timestep is pure noise (arXiv:2305.08891, algorithm 1).
+    `offset` is added to timesteps spaced from the clean end, as diffusers does; `to_zero` lets DDIM end there, and not
+    at the first timestep.
+    """
+
+    type: Literal["vp"] = "vp"
+    betas: Literal["scaled_linear", "linear", "cosine"] = "scaled_linear"
+    first: float = 0.00085
+    last: float = 0.012
+    steps: int = 1000
+    zero_snr: bool = False
+    offset: int = 1
+    to_zero: bool = False
+
+    def __post_init__(self) -> None:
+        if not (0 < self.first <= self.last < 1 and 2 <= self.steps <= 100_000 and 0 <= self.offset < self.steps):
+            raise UsageError(
+                f"no noise has betas {self.first:g} to {self.last:g} at {self.steps} timesteps, offset {self.offset}"
+            )
 
 
 @dataclass(frozen=True)
@@ -30,6 +65,23 @@ class Interpolant:
     def from_ratio(self, ratio: float) -> float:
         """The sigma at which sigma/alpha is `ratio`."""
         raise AssertionError("an interpolant defines from_ratio")
+
+    def input_scale(self, sigma: Level) -> Level:
+        """What x is multiplied by before the network sees it."""
+        return sigma * 0 + 1
+
+    def time(self, sigma: float) -> float:
+        """What the network is told of sigma."""
+        return sigma
+
+    def start(self, eps: Tensor, sigma: float) -> Tensor:
+        """Where sampling from nothing begins."""
+        return sigma * eps
+
+    def draw(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Times and sigmas (b,) to train at: logit-normal (arXiv:2403.03206, section 3.1)."""
+        sigma = torch.randn(count, generator=generator, device=device).sigmoid()
+        return sigma, sigma
 
     def half_log_snr(self, sigma: float) -> float:
         """lambda = log(alpha / sigma): minus infinity for pure noise, plus infinity for clean data."""
@@ -75,10 +127,68 @@ class Flow(Interpolant):
         return ratio / (1 + ratio)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Discrete(EDM):
+    """A variance-preserving model in EDM's coordinates: its own alpha * x0 + sigma * eps, divided by its alpha.
+
+    `sigmas` are those of its timesteps, rising from the clean end; between two, time is linear in log sigma.
+    """
+
+    sigmas: tuple[float, ...]
+    offset: int
+    end: float
+
+    def input_scale(self, sigma: Level) -> Level:
+        return (sigma * sigma + 1) ** -0.5
+
+    def time(self, sigma: float) -> float:
+        i = min(max(bisect_left(self.sigmas, sigma), 1), len(self.sigmas) - 1)
+        low, high = (math.log(s) for s in self.sigmas[i - 1 : i + 1])
+        return min(max(i - 1 + (math.log(sigma) - low) / (high - low), 0.0), len(self.sigmas) - 1.0)
+
+    def at(self, time: float) -> float:
+        """The sigma of a time, the inverse of `time`."""
+        i = min(int(time), len(self.sigmas) - 2)
+        low, high = (math.log(s) for s in self.sigmas[i : i + 2])
+        return self.sigmas[int(time)] if time == int(time) else math.exp(low + (time - i) * (high - low))
+
+    def start(self, eps: Tensor, sigma: float) -> Tensor:
+        """Noise alone, of the variance that a picture would have under it."""
+        return math.hypot(1, sigma) * eps
+
+    def draw(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Every timestep as often (arXiv:2006.11239, algorithm 1)."""
+        t = torch.randint(len(self.sigmas), (count,), generator=generator, device=device)
+        return t, torch.tensor(self.sigmas, device=device)[t]
+
+
+@lru_cache
+def discrete(config: VPConfig) -> Discrete:
+    steps = range(config.steps)
+    if config.betas == "cosine":
+        kept = [math.cos((i / config.steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(config.steps + 1)]
+        betas = [min(1 - kept[i + 1] / kept[i], 0.999) for i in steps]
+    else:
+        power = 2 if config.betas == "scaled_linear" else 1
+        first, last = config.first ** (1 / power), config.last ** (1 / power)
+        betas = [(first + i / (config.steps - 1) * (last - first)) ** power for i in steps]
+    alphas = [math.sqrt(bar) for bar in itertools.accumulate((1 - beta for beta in betas), operator.mul)]
+    if config.zero_snr:
+        alphas = [(alpha - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1]) for alpha in alphas]
+        alphas[-1] = 2**-12  # not 0, so that the last sigma is a number; as in diffusers
+    sigmas = tuple(math.sqrt(alpha**-2 - 1) for alpha in alphas)
+    return Discrete(
+        name="vp", sigma_max=sigmas[-1], ratio_min=sigmas[0], ratio_max=sigmas[-1], sigmas=sigmas,
+        offset=config.offset, end=0.0 if config.to_zero else sigmas[0],
+    )  # fmt: skip
+
+
 INTERPOLANTS: dict[str, Interpolant] = {"edm": EDM(), "flow": Flow()}
 
 
-def get(name: str) -> Interpolant:
+def get(name: str | VPConfig) -> Interpolant:
+    if isinstance(name, VPConfig):
+        return discrete(name)
     if name not in INTERPOLANTS:
         raise UnknownName("interpolant", name, INTERPOLANTS)
     return INTERPOLANTS[name]

@@ -12,101 +12,190 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TypedDict, Unpack
 
 from torch import Tensor
 
-from limner.errors import UnknownName
-from limner.sampling.interpolants import Interpolant
+from limner import names
+from limner.errors import UnknownName, UsageError
+from limner.sampling.interpolants import Discrete, Interpolant
 from limner.types import Denoise, Noise, OnStep
 
 Sampler = Callable[..., Tensor]
 
 
-def euler(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: list[float],
-    interpolant: Interpolant,
-    *,
-    noise: Noise | None = None,
-    on_step: OnStep | None = None,
-) -> Tensor:
+class Told(TypedDict, total=False):
+    noise: Noise | None
+    on_step: OnStep | None
+
+
+# ------------------------------------------------------------------------------------------------- in sigma
+
+
+def euler(denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, **told: Unpack[Told]) -> Tensor:
     """Euler's method on dx/dsigma = (x - x0) / sigma (EDM, arXiv:2206.00364, algorithm 1 without correction)."""
-    for i, (sigma, following) in enumerate(_steps(sigmas)):
+    for sigma, following in _steps(sigmas, told):
         x = x + (following - sigma) * (x - denoise(x, sigma)) / sigma
-        _report(on_step, i, sigmas)
     return x
 
 
-def heun(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: list[float],
-    interpolant: Interpolant,
-    *,
-    noise: Noise | None = None,
-    on_step: OnStep | None = None,
-) -> Tensor:
+def heun(denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, **told: Unpack[Told]) -> Tensor:
     """Heun's method, second order in sigma; the step to 0 is Euler's (EDM, arXiv:2206.00364, algorithm 1)."""
-    for i, (sigma, following) in enumerate(_steps(sigmas)):
+    for sigma, following in _steps(sigmas, told):
         slope = (x - denoise(x, sigma)) / sigma
         end = x + (following - sigma) * slope
         if following > 0:
             slope = (slope + (end - denoise(end, following)) / following) / 2
             end = x + (following - sigma) * slope
         x = end
-        _report(on_step, i, sigmas)
     return x
 
 
+def dpm2(
+    denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, eta: float = 0.0, **told: Unpack[Told]
+) -> Tensor:
+    """Two calls a step, the second half way in lambda, whose slope is taken over the whole (k-diffusion's `dpm_2`,
+    after DPM-Solver-2, arXiv:2206.00927). With `eta` 1 it goes further down and adds noise (`dpm_2_ancestral`)."""
+    for sigma, following in _steps(sigmas, told):
+        level, scale, fresh = _down(sigma, following, interpolant, eta)
+        slope = (x - denoise(x, sigma)) / sigma
+        middle = _middle(sigma, level, interpolant)
+        if middle is not None:
+            inner = x + (middle - sigma) * slope
+            slope = (inner - denoise(inner, middle)) / middle
+        x = scale * (x + (level - sigma) * slope)
+        x = _noised(x, fresh, told)
+    return x
+
+
+ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def plms(denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, **told: Unpack[Told]) -> Tensor:
+    """Pseudo linear multistep (PNDM, arXiv:2202.09778, equation 12): Adams and Bashforth's weights for even steps, over
+    the last four slopes. The first step averages the slopes at its ends, so it asks twice."""
+    slopes: list[Tensor] = []
+    for sigma, following in _steps(sigmas, told):
+        slopes = [(x - denoise(x, sigma)) / sigma, *slopes[:3]]
+        slope = sum(weight * d for weight, d in zip(ADAMS[len(slopes) - 1], slopes, strict=True))
+        if len(slopes) == 1 and len(sigmas) > 2:
+            end = x + (following - sigma) * slope
+            slope = (slope + (end - denoise(end, following)) / following) / 2
+        x = x + (following - sigma) * slope
+    return x
+
+
+def lms(denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, **told: Unpack[Told]) -> Tensor:
+    """Linear multistep: Adams and Bashforth's weights for the steps as they are, over the last four slopes."""
+    past: list[tuple[float, Tensor]] = []
+    for sigma, following in _steps(sigmas, told):
+        past = [(sigma, (x - denoise(x, sigma)) / sigma), *past[:3]]
+        levels = [level for level, _ in past]
+        x = x + sum(_lagrange(levels, j, sigma, following) * slope for j, (_, slope) in enumerate(past))
+    return x
+
+
+def _lagrange(nodes: list[float], j: int, start: float, end: float) -> float:
+    """Integral from `start` to `end` of the polynomial that is 1 at node j and 0 at the others, by Gauss's rule of two
+    points, which is exact up to degree 3."""
+    total = 0.0
+    for point in (-(3**-0.5), 3**-0.5):
+        tau = (start + end) / 2 + point * (end - start) / 2
+        others = [node for k, node in enumerate(nodes) if k != j]
+        total += math.prod((tau - node) / (nodes[j] - node) for node in others)
+    return total * (end - start) / 2
+
+
+# ---------------------------------------------------------------------------------------- of any coordinate
+
+
 def ddim(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: list[float],
-    interpolant: Interpolant,
-    *,
-    noise: Noise | None = None,
-    on_step: OnStep | None = None,
-    eta: float = 0.0,
+    denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, eta: float = 0.0, **told: Unpack[Told]
 ) -> Tensor:
     """DDIM (arXiv:2010.02502, equations 12 and 16): `eta` 0 is deterministic, 1 is DDPM's smaller variance."""
-    for i, (sigma, following) in enumerate(_steps(sigmas)):
-        x0 = denoise(x, sigma)
-        eps = (x - interpolant.alpha(sigma) * x0) / sigma
-        fresh = eta * following * math.sqrt(max(0.0, 1 - _decay(sigma, following, interpolant) ** 2))
-        x = interpolant.alpha(following) * x0 + math.sqrt(max(0.0, following**2 - fresh**2)) * eps
-        if fresh > 0:
-            x = x + fresh * _drawn(noise)
-        _report(on_step, i, sigmas)
+    for sigma, following in _steps(sigmas, told):
+        x = _ancestral(x, denoise(x, sigma), sigma, following, interpolant, eta, told)
     return x
 
 
 euler_ancestral = partial(ddim, eta=1.0)
 
 
+def lcm(denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, **told: Unpack[Told]) -> Tensor:
+    """Latent consistency models (arXiv:2310.04378, algorithm 3): x0, then noise again. Where there are timesteps, x0 is
+    mixed with a trace of x, as in training (equation 9, with times ten times as long)."""
+    for sigma, following in _steps(sigmas, told):
+        x0 = denoise(x, sigma)
+        if isinstance(interpolant, Discrete):
+            t = 10 * interpolant.time(sigma)
+            x0 = (0.25 * interpolant.input_scale(sigma) * x + t * math.hypot(t, 0.5) * x0) / (t * t + 0.25)
+        x = _noised(interpolant.alpha(following) * x0, following, told)
+    return x
+
+
+def tcd(
+    denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, eta: float = 0.3, **told: Unpack[Told]
+) -> Tensor:
+    """Trajectory consistency distillation (arXiv:2402.19159, algorithm 4): DDIM to 1 - `eta` of the time of the next
+    level, then noise up to it; nothing is added in the last step."""
+    if not isinstance(interpolant, Discrete):
+        raise UsageError("the sampler 'tcd' counts timesteps, which this model does not have: take 'lcm'")
+    for sigma, following in _steps(sigmas, told):
+        time = interpolant.time(following) if following > 0 else 0.0
+        level = min(interpolant.sigmas[math.floor((1 - eta) * time)], following)
+        x = _moved(x, denoise(x, sigma), sigma, level, interpolant)
+        x = _noised(x, math.sqrt(following**2 - level**2), told)
+    return x
+
+
+# ------------------------------------------------------------------------------------------------ in lambda
+
+
+def dpmpp_2s_ancestral(
+    denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, eta: float = 1.0, **told: Unpack[Told]
+) -> Tensor:
+    """DPM-Solver++(2S), arXiv:2211.01095, algorithm 1, with the middle half way in lambda; it goes further down and
+    adds noise, as k-diffusion does."""
+    for sigma, following in _steps(sigmas, told):
+        level, scale, fresh = _down(sigma, following, interpolant, eta)
+        x0 = denoise(x, sigma)
+        middle = _middle(sigma, level, interpolant)
+        if middle is not None:
+            x0 = denoise(_moved(x, x0, sigma, middle, interpolant), middle)
+        x = _noised(scale * _moved(x, x0, sigma, level, interpolant), fresh, told)
+    return x
+
+
+def dpmpp_sde(
+    denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, eta: float = 1.0, **told: Unpack[Told]
+) -> Tensor:
+    """Two ancestral steps from the same x, the first half way in lambda to learn the x0 of the second (k-diffusion's
+    `dpmpp_sde`)."""
+    for sigma, following in _steps(sigmas, told):
+        x0 = denoise(x, sigma)
+        middle = _middle(sigma, following, interpolant)
+        if middle is not None:
+            x0 = denoise(_ancestral(x, x0, sigma, middle, interpolant, eta, told), middle)
+        x = _ancestral(x, x0, sigma, following, interpolant, eta, told)
+    return x
+
+
 def dpmpp_2m(
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: list[float],
-    interpolant: Interpolant,
-    *,
-    noise: Noise | None = None,
-    on_step: OnStep | None = None,
+    denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, **told: Unpack[Told]
 ) -> Tensor:
     """DPM-Solver++(2M), arXiv:2211.01095, algorithm 2: second order in lambda with one call a step."""
     previous: Tensor | None = None
     last_h = math.inf
-    for i, (sigma, following) in enumerate(_steps(sigmas)):
+    for sigma, following in _steps(sigmas, told):
         x0 = denoise(x, sigma)
-        h = interpolant.half_log_snr(following) - interpolant.half_log_snr(sigma)
+        h = _h(sigma, following, interpolant)
         estimate = x0
         if previous is not None and math.isfinite(h) and math.isfinite(last_h):
             estimate = x0 + (x0 - previous) * (h / (2 * last_h))
         x = interpolant.alpha(following) * estimate + following * (x - interpolant.alpha(sigma) * estimate) / sigma
         previous, last_h = x0, h
-        _report(on_step, i, sigmas)
     return x
 
 
@@ -115,27 +204,106 @@ def dpmpp_2m_sde(
     x: Tensor,
     sigmas: list[float],
     interpolant: Interpolant,
-    *,
-    noise: Noise | None = None,
-    on_step: OnStep | None = None,
     eta: float = 1.0,
+    heun: bool = False,
+    **told: Unpack[Told],
 ) -> Tensor:
-    """SDE-DPM-Solver++(2M), midpoint form (arXiv:2211.01095, section 6; k-diffusion's `sample_dpmpp_2m_sde`)."""
+    """SDE-DPM-Solver++(2M), arXiv:2211.01095, section 6. The change of x0 counts as if it were all there in the middle
+    of the step, or with `heun` as a line through both (k-diffusion's `sample_dpmpp_2m_sde`)."""
     previous: Tensor | None = None
     last_h = math.inf
-    for i, (sigma, following) in enumerate(_steps(sigmas)):
+    for sigma, following in _steps(sigmas, told):
         x0 = denoise(x, sigma)
-        h = interpolant.half_log_snr(following) - interpolant.half_log_snr(sigma)
+        h = _h(sigma, following, interpolant)
         q = _decay(sigma, following, interpolant)  # e^-h, 0 at either infinite end
         gain = interpolant.alpha(following) * (1 - q ** (1 + eta))
         x = following / sigma * q**eta * x + gain * x0
         if previous is not None and math.isfinite(h) and math.isfinite(last_h):
-            x = x + gain * (x0 - previous) * (h / (2 * last_h))
-        fresh = following * math.sqrt(max(0.0, 1 - q ** (2 * eta)))
-        if fresh > 0:
-            x = x + fresh * _drawn(noise)
+            whole = (1 + eta) * h
+            share = interpolant.alpha(following) * (1 + math.expm1(-whole) / whole) if heun else gain / 2
+            x = x + share * (x0 - previous) * (h / last_h)
+        x = _noised(x, following * math.sqrt(max(0.0, 1 - q ** (2 * eta))), told)
         previous, last_h = x0, h
-        _report(on_step, i, sigmas)
+    return x
+
+
+def dpmpp_3m_sde(
+    denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, eta: float = 1.0, **told: Unpack[Told]
+) -> Tensor:
+    """As `dpmpp_2m_sde` with a parabola through the last three x0 (k-diffusion's `sample_dpmpp_3m_sde`)."""
+    past: list[tuple[Tensor, float]] = []  # x0 of the steps before, and their h, newest first
+    for sigma, following in _steps(sigmas, told):
+        x0 = denoise(x, sigma)
+        h = _h(sigma, following, interpolant)
+        q = _decay(sigma, following, interpolant)
+        alpha = interpolant.alpha(following)
+        x = following / sigma * q**eta * x + alpha * (1 - q ** (1 + eta)) * x0
+        known = [(old, last) for old, last in past if math.isfinite(last)]
+        if known and math.isfinite(h):
+            whole = (1 + eta) * h
+            phi2 = math.expm1(-whole) / whole + 1
+            slope = (x0 - known[0][0]) * (h / known[0][1])
+            if len(known) > 1:
+                r0, r1 = known[0][1] / h, known[1][1] / h
+                bend = (slope - (known[0][0] - known[1][0]) / r1) / (r0 + r1)
+                slope = slope + bend * r0
+                x = x - alpha * (phi2 / whole - 0.5) * bend
+            x = x + alpha * phi2 * slope
+        x = _noised(x, following * math.sqrt(max(0.0, 1 - q ** (2 * eta))), told)
+        past = [(x0, h), *past[:1]]
+    return x
+
+
+def unipc(denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, **told: Unpack[Told]) -> Tensor:
+    """UniPC of order 2 with B(h) = e^h - 1 (arXiv:2302.04867, algorithms 1 and 2): every x0 also corrects the step that
+    led to it, which costs no call. The last step is first order."""
+    start, origin, last_h, ratio = x, math.inf, math.inf, 0.0  # of the step before; `ratio` 0 if it was first order
+    past: list[Tensor] = []  # x0, newest first
+    for i, (sigma, following) in enumerate(_steps(sigmas, told)):
+        x0 = denoise(x, sigma)
+        if past:
+            change = (x0 - past[0]) / 2
+            if ratio:
+                new, old = _corrector(last_h, ratio)
+                change = new * (x0 - past[0]) + old / ratio * (past[1] - past[0])
+            gain = interpolant.alpha(sigma) * (1 - _decay(origin, sigma, interpolant))
+            x = _moved(start, past[0], origin, sigma, interpolant) + gain * change
+        h = _h(sigma, following, interpolant)
+        second = past and i + 2 < len(sigmas) and math.isfinite(h) and math.isfinite(last_h)
+        start, origin, last_h, ratio = x, sigma, h, -last_h / h if second else 0.0
+        x = _moved(start, x0, sigma, following, interpolant)
+        if second:
+            gain = interpolant.alpha(following) * (1 - _decay(sigma, following, interpolant))
+            x = x + gain / (2 * ratio) * (past[0] - x0)
+        past = [x0, *past[:1]]
+    return x
+
+
+def _corrector(h: float, ratio: float) -> tuple[float, float]:
+    """Weights of the new x0 and of the one two steps back, which lies `ratio` (below 0) of the step away (arXiv:
+    2302.04867, equation 11 for p = 2)."""
+    b = math.expm1(-h)
+    phi = -b / h - 1
+    first, second = phi / b, 2 * (-phi / h - 0.5) / b
+    old = (first - second) / (1 - ratio)
+    return first - old, old
+
+
+def deis(denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, **told: Unpack[Told]) -> Tensor:
+    """DEIS of order 2 (arXiv:2204.13902, section 3.3): eps is a line in lambda, integrated over sigma / alpha. A last
+    step is first order if there are few, as in diffusers."""
+    previous: Tensor | None = None
+    last_h = math.inf
+    for i, (sigma, following) in enumerate(_steps(sigmas, told)):
+        x0 = denoise(x, sigma)
+        eps = (x - interpolant.alpha(sigma) * x0) / sigma
+        h = _h(sigma, following, interpolant)
+        x = _moved(x, x0, sigma, following, interpolant)
+        last = i + 2 == len(sigmas) and len(sigmas) <= 15
+        if previous is not None and not last and math.isfinite(h) and math.isfinite(last_h):
+            here, there = sigma / interpolant.alpha(sigma), following / interpolant.alpha(following)
+            x = x + interpolant.alpha(following) * (here - there - there * h) / last_h * (previous - eps)
+        previous, last_h = eps, h
     return x
 
 
@@ -143,35 +311,103 @@ SAMPLERS: dict[str, Sampler] = {
     "euler": euler,
     "euler_a": euler_ancestral,
     "heun": heun,
+    "lms": lms,
+    "dpm2": dpm2,
+    "dpm2_a": partial(dpm2, eta=1.0),
     "ddim": ddim,
     "ddpm": euler_ancestral,
+    "plms": plms,
+    "dpmpp_2s_a": dpmpp_2s_ancestral,
+    "dpmpp_sde": dpmpp_sde,
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_2m_sde_heun": partial(dpmpp_2m_sde, heun=True),
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "unipc": unipc,
+    "deis": deis,
+    "res_multistep": partial(dpmpp_2m_sde, eta=0.0, heun=True),
+    "lcm": lcm,
+    "tcd": tcd,
     "flow_euler": euler,
 }
-"""`flow_euler` is `euler`: in flow coordinates (x - x0) / sigma is the velocity."""
+"""`flow_euler` is `euler`: in flow coordinates (x - x0) / sigma is the velocity. `res_multistep` (arXiv:2308.02157) is
+DPM++ 2M with a line through two x0."""
+
+
+def find(name: str) -> str:
+    """Our name of a sampler, by any spelling. Raises UnknownName."""
+    ours = names.find(name, names.SAMPLERS)
+    if ours is None:
+        raise UnknownName("sampler", name, SAMPLERS)
+    return ours
 
 
 def get(name: str) -> Sampler:
-    if name not in SAMPLERS:
-        raise UnknownName("sampler", name, SAMPLERS)
-    return SAMPLERS[name]
+    return SAMPLERS[find(name)]
 
 
-def _steps(sigmas: list[float]) -> list[tuple[float, float]]:
-    return list(itertools.pairwise(sigmas))
+# -------------------------------------------------------------------------------------------------- a step
+
+
+def _steps(sigmas: list[float], told: Told) -> Iterator[tuple[float, float]]:
+    """Both ends of each step, which is reported when it is done."""
+    for done, ends in enumerate(itertools.pairwise(sigmas), start=1):
+        yield ends
+        if (on_step := told.get("on_step")) is not None:
+            on_step(done, len(sigmas) - 1)
+
+
+def _noised(x: Tensor, fresh: float, told: Told) -> Tensor:
+    """x and `fresh` noise."""
+    if fresh <= 0:
+        return x
+    noise = told.get("noise")
+    assert noise is not None, "a stochastic sampler needs a noise source"
+    return x + fresh * noise()
+
+
+def _moved(x: Tensor, x0: Tensor, sigma: float, following: float, interpolant: Interpolant) -> Tensor:
+    """x at `following` if x0 and eps stay what they are."""
+    eps = (x - interpolant.alpha(sigma) * x0) / sigma
+    return interpolant.alpha(following) * x0 + following * eps
+
+
+def _ancestral(
+    x: Tensor, x0: Tensor, sigma: float, following: float, interpolant: Interpolant, eta: float, told: Told
+) -> Tensor:
+    """As `_moved`, with `eta` of DDPM's noise in place of as much eps."""
+    eps = (x - interpolant.alpha(sigma) * x0) / sigma
+    fresh = _fresh(sigma, following, interpolant, eta)
+    x = interpolant.alpha(following) * x0 + math.sqrt(max(0.0, following**2 - fresh**2)) * eps
+    return _noised(x, fresh, told)
+
+
+def _down(sigma: float, following: float, interpolant: Interpolant, eta: float) -> tuple[float, float, float]:
+    """A level below `following`, and the scale and the noise that bring x from there to it."""
+    fresh = _fresh(sigma, following, interpolant, eta)
+    if fresh == 0:
+        return following, 1.0, 0.0
+    alpha = interpolant.alpha(following)
+    level = interpolant.from_ratio(math.sqrt(max(0.0, following**2 - fresh**2)) / alpha)
+    return level, alpha / interpolant.alpha(level), fresh
+
+
+def _fresh(sigma: float, following: float, interpolant: Interpolant, eta: float) -> float:
+    """The noise that DDPM adds in a step, times `eta`."""
+    return eta * following * math.sqrt(max(0.0, 1 - _decay(sigma, following, interpolant) ** 2))
+
+
+def _middle(sigma: float, following: float, interpolant: Interpolant) -> float | None:
+    """The level half way in lambda, None where an end is infinite."""
+    middle = (interpolant.half_log_snr(sigma) + interpolant.half_log_snr(following)) / 2
+    return interpolant.from_ratio(math.exp(-middle)) if math.isfinite(middle) else None
+
+
+def _h(sigma: float, following: float, interpolant: Interpolant) -> float:
+    """The length of a step in lambda."""
+    return interpolant.half_log_snr(following) - interpolant.half_log_snr(sigma)
 
 
 def _decay(sigma: float, following: float, interpolant: Interpolant) -> float:
     """e^(lambda - lambda') = (sigma'/alpha') / (sigma/alpha), in [0, 1]: how much of the noise of `sigma` is left."""
     return following * interpolant.alpha(sigma) / (interpolant.alpha(following) * sigma)
-
-
-def _drawn(noise: Noise | None) -> Tensor:
-    assert noise is not None, "a stochastic sampler needs a noise source"
-    return noise()
-
-
-def _report(on_step: OnStep | None, i: int, sigmas: list[float]) -> None:
-    if on_step is not None:
-        on_step(i + 1, len(sigmas) - 1)

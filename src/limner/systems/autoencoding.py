@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from limner.errors import UsageError
 from limner.nn.convolution import ChannelToSpace, ResidualBlock, SpaceToChannel
 from limner.types import Defaults, Images, Latents, Request
 
@@ -77,7 +78,13 @@ class AutoencodingSystem(nn.Module):
         self.autoencoder.latent_mean.copy_(z.mean(1))
         self.autoencoder.latent_std.copy_(z.std(1).clamp_min(1e-3))
 
-    def condition(self, prompts: list[str], negatives: list[str]) -> None:
+    def check(self, request: Request) -> None:
+        if (request.prompt + request.negative).strip():
+            raise UsageError(
+                f"{self.name} is an autoencoder: it reads no words, it gives a picture back: -i IMAGE without a prompt"
+            )
+
+    def condition(self, prompts: list[str], request: Request) -> None:
         return None
 
     def words_cut(self, text: str) -> str:

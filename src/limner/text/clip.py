@@ -12,7 +12,7 @@ XL those of the layer before without it, from two towers side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -73,6 +73,36 @@ OPENCLIP_BIGG = CLIPTextConfig(
 CLIP_TINY = CLIPTextConfig(width=32, depth=3, num_heads=2, hidden=64, projection=16)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CLIPTowersConfig:
+    """What a system reads prompts with: one tower, or several side by side.
+
+    Tokens are the states after all layers but the last `skip`, through the final norm if `normed`; `skip` 1 is what
+    users call clip skip 2. `zero_empty` gives zeros for an empty prompt.
+    """
+
+    type: Literal["clip"] = "clip"
+    towers: tuple[CLIPTextConfig, ...] = (CLIP_L,)
+    skip: int = 0
+    normed: bool = True
+    zero_empty: bool = False
+
+    @property
+    def width(self) -> int:
+        return sum(tower.width for tower in self.towers)
+
+    @property
+    def pooled_width(self) -> int:
+        last = self.towers[-1]
+        return last.projection or last.width
+
+
+SD1_TEXT = CLIPTowersConfig()
+SD2_TEXT = CLIPTowersConfig(towers=(OPENCLIP_H,), skip=1)
+SDXL_TEXT = CLIPTowersConfig(towers=(CLIP_L, OPENCLIP_BIGG), skip=1, normed=False, zero_empty=True)
+SDXL_REFINER_TEXT = CLIPTowersConfig(towers=(OPENCLIP_BIGG,), skip=1, normed=False)
+
+
 @dataclass(frozen=True)
 class CLIPStates:
     """`hidden` are the states before the first layer and after each, none normed; `last` is the last of them after the
@@ -125,11 +155,8 @@ class CLIPText(nn.Module):
 
 
 class CLIPTextEncoder(CLIPText):
-    """A tower with its tokenizer: prompts -> Conditioning. Its weights have the names of `CLIPText`.
-
-    Tokens are the states after all layers but the last `skip`, through the final norm if `normed`; `skip` 1 is what
-    users call clip skip 2.
-    """
+    """A tower with its tokenizer: prompts -> Conditioning. Its weights have the names of `CLIPText`; `skip` and
+    `normed` are those of `CLIPTowersConfig`."""
 
     def __init__(self, config: CLIPTextConfig, tokenizer: CLIPTokenizer, *, skip: int = 0, normed: bool = True) -> None:
         super().__init__(config if config.eot is not None else replace(config, eot=tokenizer.eot))
@@ -161,15 +188,31 @@ class CLIPTextEncoder(CLIPText):
         """The end of `prompt` that does not fit, "" when all does."""
         return self.tokenizer.beyond(prompt, self.config.context - 2)
 
+
+class CLIPTowers(nn.ModuleList):
+    """One tower, or several side by side: states joined along the width, `pooled` from the last (SDXL)."""
+
+    def __init__(self, config: CLIPTowersConfig, tokenizers: Sequence[CLIPTokenizer]) -> None:
+        super().__init__(
+            CLIPTextEncoder(tower, tokenizer, skip=config.skip, normed=config.normed)
+            for tower, tokenizer in zip(config.towers, tokenizers, strict=True)
+        )
+        self.zero_empty = config.zero_empty
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        towers = [tower.encode(prompts) for tower in self]  # type: ignore[operator]
+        tokens, pooled = torch.cat([tower.tokens for tower in towers], dim=-1), towers[-1].pooled
+        if self.zero_empty:
+            said = torch.tensor([bool(prompt) for prompt in prompts], device=tokens.device)
+            tokens, pooled = tokens * said[:, None, None], pooled * said[:, None]
+        return Conditioning(tokens=tokens, pooled=pooled)
+
+    def words_cut(self, prompt: str) -> str:
+        """The end of `prompt` that does not fit into all towers, "" when all does."""
+        return max((tower.words_cut(prompt) for tower in self), key=len)  # type: ignore[operator]
+
     def words_unknown(self, prompt: str) -> str:
         return ""  # tokens are made of bytes, so every word has some
-
-
-def side_by_side(first: Conditioning, second: Conditioning) -> Conditioning:
-    """Two towers' states of the same prompts joined along the width, `pooled` from the second: Stable Diffusion XL."""
-    assert first.tokens is not None
-    assert second.tokens is not None
-    return Conditioning(tokens=torch.cat([first.tokens, second.tokens], dim=-1), pooled=second.pooled)
 
 
 class TextTransformer(nn.Module):

@@ -1,0 +1,129 @@
+"""One file with all of a Stable Diffusion, in the names of Latent Diffusion's code: what most people own.
+
+What it is follows from names and shapes. What those do not tell is assumed, and said: `prediction` of Stable Diffusion
+2, and scales of autoencoders, which follow from what else is in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from limner.checkpoints import autoencoder, layouts, text, unet
+from limner.checkpoints.foreign import Foreign
+from limner.checkpoints.layouts import Layout, Place, prefixed
+from limner.errors import CheckpointMismatch, UsageError
+from limner.models.autoencoder import KL_SD1, KL_SDXL, KLConfig
+from limner.models.unet import UNetConfig
+from limner.sampling.interpolants import VPConfig
+from limner.text import bpe
+from limner.text.clip import OPENCLIP_H, CLIPTextConfig, CLIPTowersConfig
+
+NETWORK, CODEC, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
+BESIDE = {  # noise, numbers of the loss and marks
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar",
+    "scale_factor", "denoiser.sigmas", "v_pred", "ztsnr",
+}  # fmt: skip
+Tower = tuple[Callable[[Mapping[str, tuple[int, ...]]], CLIPTextConfig], Callable[[CLIPTextConfig], Layout]]
+CLIP: Tower = (text.clip_config, text.transformers_layout)
+OPENCLIP: Tower = (text.openclip_config, text.openclip_layout)
+TOWERS = {
+    "cond_stage_model.transformer.": CLIP,  # Stable Diffusion 1
+    "cond_stage_model.model.": OPENCLIP,  # 2
+    "conditioner.embedders.0.transformer.": CLIP,  # XL
+    "conditioner.embedders.1.model.": OPENCLIP,
+    "conditioner.embedders.0.model.": OPENCLIP,  # its refiner
+}
+
+
+def layout(network: UNetConfig, codec: KLConfig, towers: Mapping[str, CLIPTextConfig]) -> dict[str, Place]:
+    """The places of a whole system, its towers under these prefixes."""
+    rows = prefixed(unet.ldm_layout(network), "network.", NETWORK)
+    rows |= prefixed(autoencoder.ldm_layout(codec), "autoencoder.", CODEC)
+    for i, (prefix, config) in enumerate(towers.items()):
+        rows |= prefixed(TOWERS[prefix][1](config), f"text_encoder.{i}.", prefix)
+    return rows
+
+
+def recognise(
+    path: Path, tensors: Mapping[str, Tensor], prediction: Literal["eps", "v", "x0"] | None = None
+) -> Foreign:
+    """What a file with these tensors is. Raises CheckpointMismatch."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def part(prefix: str) -> dict[str, tuple[int, ...]]:
+        return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+    named = [prefix for prefix in TOWERS if any(name.startswith(prefix) for name in shapes)]
+    for what, found in (("U-Net", part(NETWORK)), ("autoencoder", part(CODEC)), ("text encoder", named)):
+        if not found:
+            raise CheckpointMismatch(
+                f"{path} holds no {what} of Stable Diffusion (the first of its {len(shapes)} tensors is "
+                f"{min(shapes, default='none')!r:.80}): give a file with all of a model"
+            )
+    try:
+        network = unet.ldm_config(part(NETWORK))
+        xl = network.vector_width > 0
+        codec = autoencoder.ldm_config(part(CODEC), (KL_SDXL if xl else KL_SD1).scale)
+        towers = {prefix: TOWERS[prefix][0](part(prefix)) for prefix in named}
+    except KeyError as error:
+        raise CheckpointMismatch(f"{path} is like Stable Diffusion, but not whole: there is no {error}") from error
+    except (ValueError, IndexError, UsageError) as error:
+        raise CheckpointMismatch(f"{path} is like Stable Diffusion, but its shapes do not fit together") from error
+    last = list(towers.values())[-1]
+    two = named == ["cond_stage_model.model."]
+    # what diffusers converted lacks the layer that is skipped, and the projection with it
+    skipped = xl or (two and (last.projection is not None or last.depth == OPENCLIP_H.depth))
+    words = CLIPTowersConfig(
+        towers=tuple(towers.values()), skip=int(skipped), normed=not xl, zero_empty=xl and len(towers) > 1
+    )
+    rows = layout(network, codec, towers)
+    return Foreign(
+        source=path,
+        network=network,
+        autoencoder=codec,
+        text=words,
+        tokenizers=(bpe.shipped(),) * len(towers),
+        noise=VPConfig(zero_snr="ztsnr" in shapes),
+        prediction=prediction or ("v" if "v_pred" in shapes or (two and predicts_v(tensors)) else "eps"),
+        layout=rows,
+        tensors={name: tensor for name, tensor in tensors.items() if not superfluous(name)},
+        files=(path,),
+    )
+
+
+def prefixes(found: Foreign) -> tuple[str, ...]:
+    """Where a single file has the text towers of such a model."""
+    if found.network.vector_width:
+        both = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
+        return both if len(found.text.towers) > 1 else ("conditioner.embedders.0.model.",)
+    quick = found.text.towers[0].activation == "quick_gelu"
+    return ("cond_stage_model.transformer." if quick else "cond_stage_model.model.",)
+
+
+def export(found: Foreign) -> dict[str, Tensor]:
+    """The tensors of a single file of this model. Raises CheckpointMismatch."""
+    towers = dict(zip(prefixes(found), found.text.towers, strict=True))
+    ours = layouts.read(found.layout, found.tensors, found.source)
+    return layouts.write(layout(found.network, found.autoencoder, towers), ours)
+
+
+def superfluous(name: str) -> bool:
+    """Whether a tensor of this name says nothing that we need."""
+    tower = next((prefix for prefix in TOWERS if name.startswith(prefix)), None)
+    return (
+        name in BESIDE
+        or name.startswith((EMA, f"{CODEC}loss."))
+        or (tower is not None and name.removeprefix(tower) in text.BUFFERS)
+    )
+
+
+def predicts_v(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a Stable Diffusion 2 predicts v, which no name tells: this bias of published ones spreads more then."""
+    bias = tensors.get(f"{NETWORK}output_blocks.11.1.transformer_blocks.0.norm1.bias")
+    return bias is None or bias.float().std().item() > 0.09

@@ -1,0 +1,160 @@
+"""Small Stable Diffusions with every parameter filled with noise, as diffusers builds and saves them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from limner.text import bpe
+
+
+def noised(module: nn.Module, seed: int) -> nn.Module:
+    """Outputs of about unit variance, and no parameter left at zero or one."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        value = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            value *= parameter[0].numel() ** -0.5 if "embedding" not in name else 1
+        else:
+            value = value * 0.1 + (name.endswith("weight"))
+        parameter.data = value
+    return module.eval()
+
+
+def tokenizer(folder: Path, pad: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    folder.mkdir(parents=True)
+    ours = json.loads(bpe.shipped().tokenizer.to_str())["model"]
+    (folder / "vocab.json").write_text(json.dumps(ours["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in ours["merges"]))
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token=pad, model_max_length=77)
+
+
+def tower(cls: str, width: int, activation: str, depth: int = 2) -> nn.Module:
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth, num_attention_heads=width // 64,
+        hidden_act=activation, projection_dim=width, eos_token_id=49407, bos_token_id=49406, pad_token_id=1,
+    )  # fmt: skip
+    return noised(getattr(transformers, cls)(config), seed=width + depth)
+
+
+def network(**changes: Any) -> nn.Module:
+    import diffusers
+
+    values = {
+        "sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 64,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }  # fmt: skip
+    return noised(diffusers.UNet2DConditionModel(**values | changes), seed=1)
+
+
+def autoencoder(scale: float) -> nn.Module:
+    import diffusers
+
+    return noised(
+        diffusers.AutoencoderKL(
+            block_out_channels=(32, 64), down_block_types=["DownEncoderBlock2D"] * 2, layers_per_block=1,
+            up_block_types=["UpDecoderBlock2D"] * 2, scaling_factor=scale, sample_size=32,
+        ),
+        seed=2,
+    )  # fmt: skip
+
+
+def saved(pipe: Any, folder: Path, scheduler: dict[str, Any]) -> Path:
+    """The folder of a pipeline, whose scheduler says no more than the published one."""
+    pipe.save_pretrained(folder / "model")
+    (folder / "model" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    return folder / "model"
+
+
+SD1_SCHEDULER = {
+    "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
+    "steps_offset": 1, "trained_betas": None, "clip_sample": False,
+}  # fmt: skip
+
+
+def sd1(folder: Path) -> Path:
+    """A folder of Stable Diffusion 1, 32 px."""
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=autoencoder(0.18215),
+        text_encoder=tower("CLIPTextModel", 64, "quick_gelu"),
+        tokenizer=tokenizer(folder / "words", "<|endoftext|>"),
+        unet=network(),
+        scheduler=diffusers.PNDMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    return saved(pipe, folder, SD1_SCHEDULER)
+
+
+SD2_SCHEDULER = SD1_SCHEDULER | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+
+
+def sd2_v(folder: Path) -> Path:
+    """A folder of Stable Diffusion 2, which predicts v."""
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=autoencoder(0.18215),
+        text_encoder=tower("CLIPTextModel", 64, "gelu"),
+        tokenizer=tokenizer(folder / "words", "!"),
+        unet=network(block_out_channels=(64, 128), attention_head_dim=(1, 2), use_linear_projection=True),
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    return saved(pipe, folder, SD2_SCHEDULER)
+
+
+SDXL_SCHEDULER = SD1_SCHEDULER | {
+    "_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon", "interpolation_type": "linear",
+    "sample_max_value": 1.0, "timestep_spacing": "leading", "use_karras_sigmas": False,
+}  # fmt: skip
+SDXL_NETWORK = {
+    "block_out_channels": (64, 128), "attention_head_dim": (1, 2), "use_linear_projection": True,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2), "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+}  # fmt: skip
+
+
+def sdxl(folder: Path) -> Path:
+    """A folder of Stable Diffusion XL."""
+    import diffusers
+
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=autoencoder(0.13025),
+        text_encoder=tower("CLIPTextModel", 64, "quick_gelu"),
+        text_encoder_2=tower("CLIPTextModelWithProjection", 128, "gelu", depth=3),
+        tokenizer=tokenizer(folder / "words", "<|endoftext|>"),
+        tokenizer_2=tokenizer(folder / "words2", "!"),
+        unet=network(**SDXL_NETWORK, cross_attention_dim=64 + 128, projection_class_embeddings_input_dim=128 + 6 * 256),
+        scheduler=diffusers.EulerDiscreteScheduler(),
+    )
+    return saved(pipe, folder, SDXL_SCHEDULER)
+
+
+def sdxl_refiner(folder: Path) -> Path:
+    """A folder of Stable Diffusion XL's refiner."""
+    import diffusers
+
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline(
+        vae=autoencoder(0.13025),
+        text_encoder=None,
+        text_encoder_2=tower("CLIPTextModelWithProjection", 128, "gelu", depth=3),
+        tokenizer=None,
+        tokenizer_2=tokenizer(folder / "words2", "!"),
+        unet=network(**SDXL_NETWORK, cross_attention_dim=128, projection_class_embeddings_input_dim=128 + 5 * 256),
+        scheduler=diffusers.EulerDiscreteScheduler(),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+    )
+    return saved(pipe, folder, SDXL_SCHEDULER)
