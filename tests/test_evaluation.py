@@ -14,7 +14,7 @@ from PIL import Image
 
 from limner import evaluation
 from limner.data.icons import IconPack, IconRecord
-from limner.errors import FileProblem, UnknownName
+from limner.errors import FileProblem, UnknownName, UsageError
 from limner.metrics import retrieval
 from limner.metrics.features import FEATURES, FINAL, Features, colours
 from limner.metrics.scores import Figure
@@ -183,6 +183,8 @@ def test_errors_of_the_autoencoder_are_measured_in_the_right_units(pack, judge, 
     painter = Painter(real_pictures(pack), error=-0.2)
     painter.task = "autoencoding"  # measured without drawing
     report = evaluation.evaluate_system(painter, pack, tmp_path / "out", judge_folder=judge)
+    with pytest.raises(UsageError, match="is an autoencoder"):
+        evaluation.evaluate_system(painter, pack, tmp_path / "out", judge_folder=judge, steps=7)
     rows = measured(report)
     assert painter.seen == []
     held = evaluation.to_float(pack.image_set("val", SIZE).images)

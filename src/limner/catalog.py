@@ -38,6 +38,10 @@ WEIGHTS = Path(__file__).parent / "weights"
 _PLAIN, _ONCE = Defaults(steps=12, sampler="dpmpp_2m"), Defaults(steps=1, guidance=1.0)
 
 
+SystemName = Annotated[str, Field(min_length=1, max_length=200)]
+"""As pictures remember it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Weights of an autoencoder's loss terms; see `limner.systems.autoencoding`."""
@@ -50,7 +54,7 @@ class LossConfig:
 @dataclass(frozen=True, kw_only=True)
 class AutoencodingConfig:
     kind: Literal["autoencoding"] = "autoencoding"
-    name: str = "icons-autoencoder"
+    name: SystemName = "icons-autoencoder"
     family: str = "KL autoencoder"
     autoencoder: DCAEConfig = DCAE_ICONS
     loss: LossConfig = LossConfig()
@@ -62,7 +66,7 @@ class DiffusionConfig:
     """`autoencoder_from` is a file of an autoencoder (or of a whole system) whose weights are used when training."""
 
     kind: Literal["diffusion"] = "diffusion"
-    name: str = "icons"
+    name: SystemName = "icons"
     family: str = "latent flow transformer"
     network: Annotated[JointDiTConfig | UNetConfig, Field(discriminator="type")] = JOINT_DIT_ICONS
     autoencoder: Annotated[DCAEConfig | KLConfig, Field(discriminator="type")] = DCAE_ICONS
@@ -223,8 +227,10 @@ def build(
             DCAE(config.autoencoder), config.defaults, config.name, config.family, **asdict(config.loss)
         )
     network, text, latent = config.network, config.text_encoder, config.autoencoder.latent_channels
-    if not 1 <= config.max_tokens <= minilm_positions:
-        raise UsageError(f"max_tokens={config.max_tokens}: a prompt has 1 token to {minilm_positions}")
+    if not 3 <= config.max_tokens <= minilm_positions:
+        raise UsageError(
+            f"max_tokens={config.max_tokens}: a prompt has 3 tokens, with its two marks, to {minilm_positions}"
+        )
     channels = "channels" if isinstance(network, JointDiTConfig) else "in_channels"
     if (found := getattr(network, channels)) != latent:
         raise UsageError(f"network.{channels}={found}, but the autoencoder's latents have {latent}")
@@ -235,6 +241,8 @@ def build(
         pooled = minilm_width if text == "minilm" else text.pooled_width
         if network.vector_width - pooled not in (5 * 256, 6 * 256):
             raise UsageError(f"network.vector_width={network.vector_width} is not {pooled} and 5 or 6 numbers of 256")
+    if (config.prediction, config.interpolant) == ("eps", "flow"):
+        raise UsageError("prediction=eps says nothing at the noisy end of interpolant=flow: take velocity, v or x0")
     codec, known = config.autoencoder, tokenizers
     autoencoder = DCAE(codec) if isinstance(codec, DCAEConfig) else KLAutoencoder(codec)
     if config.autoencoder_from:

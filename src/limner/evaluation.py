@@ -37,7 +37,7 @@ from limner.data.batches import seeded
 from limner.data.icons import IconPack
 from limner.data.images import ImageSet, to_float
 from limner.data.transforms import mirrored
-from limner.errors import FileProblem
+from limner.errors import FileProblem, UsageError
 from limner.metrics import distances, retrieval
 from limner.metrics.distances import frechet, kid, nearest, precision_recall
 from limner.metrics.features import FEATURES, FINAL, EffLite0, full_precision
@@ -321,7 +321,7 @@ def evaluate(
     """
     report = {"model": model, **evaluate_system(pipeline.load(model, str(device)).system, pack, out, device, **choices)}
     write(report, out)
-    if speed:
+    if speed and report["settings"]:  # an autoencoder alone draws nothing
         try:
             seconds, megabytes = speed_of(model, {k: v for k, v in choices.items() if k in DRAWING})
             report["figures"] += [
@@ -358,6 +358,8 @@ def evaluate_system(
     if system.task != "autoencoding":  # what cannot be drawn is refused before an hour is spent
         request = pipeline.prepare(system, prompt="any", **settings)
         settings = {name: getattr(request, name) for name in DRAWING}
+    elif settings:
+        raise UsageError(f"{system.name} is an autoencoder: it draws nothing, so leave {' and '.join(settings)} out")
     every = held_out_prompts(pack.records)
     seeds = evenly(len(every), limit)
     prompts = [every[k] for k in seeds]

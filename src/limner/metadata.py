@@ -27,6 +27,7 @@ from limner.errors import FileProblem
 if TYPE_CHECKING:
     from PIL import Image
 
+MAX_PROMPT = 20_000
 MAX_TEXT = 100_000  # characters of one text chunk that we are willing to read
 
 # Every setting a picture can remember, with its type and its range (of a text: of its length).
@@ -34,8 +35,8 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "limner": (str, 1, 50),  # version that painted it
     "model": (str, 1, 200),  # a name; never a path
     "model_hash": (str, 1, 64),  # SHA-256 of the weights, or the first digits of it
-    "prompt": (str, 0, 20_000),
-    "negative": (str, 0, 20_000),
+    "prompt": (str, 0, MAX_PROMPT),
+    "negative": (str, 0, MAX_PROMPT),
     "seed": (int, 0, 2**64 - 1),
     "width": (int, 1, 65_536),
     "height": (int, 1, 65_536),

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from limner import __version__, catalog, names
-from limner.errors import Ignored, ImageProblem, LimnerError, UsageError
+from limner.errors import FileProblem, Ignored, ImageProblem, LimnerError, UsageError
 from limner.sampling import samplers, schedules
 from limner.types import Defaults, GeneratedImage, OnStep, Request, System
 
@@ -97,9 +97,16 @@ def draw(system: System, prompts: list[str], seeds: list[int], request: Request,
         told = replace(request, on_step=_overall(request.on_step, turn, len(turns)))
         latents = system.sample(cond, told, noise, **begun)
         # 4. latents to pixels
-        images.append(system.decode(latents).clamp(-1, 1).float().cpu())
+        images.append(whole(system.decode(latents).clamp(-1, 1).float().cpu(), system.name))
     # 5. settings are attached by `generate`
     return torch.cat(images)
+
+
+def whole(images: Tensor, name: str) -> Tensor:
+    """`images`, if every number in them is one. Raises FileProblem."""
+    if not images.isfinite().all():
+        raise FileProblem(f"{name} draws what is no picture (NaN): its weights are damaged, or its training diverged")
+    return images
 
 
 def noise_source(seeds: list[int], device: torch.device | str) -> Callable[[tuple[int, ...]], Tensor]:

@@ -77,6 +77,8 @@ class Defaults:
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"guidance_interval is {low:g} to {high:g}: give two rising numbers from 0 to 1")
+        if not 0 < self.max_prompt_chars <= metadata.MAX_PROMPT:
+            raise ValueError(f"max_prompt_chars is {self.max_prompt_chars}: give 1 to {metadata.MAX_PROMPT}")
 
 
 @dataclass(frozen=True, kw_only=True)

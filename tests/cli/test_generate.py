@@ -324,8 +324,9 @@ def test_ctrl_c_while_painting_leaves_nothing(here, tiny_model):
 
 
 def test_from_recipe_to_picture_by_commands_alone(limner, here):
-    trained = limner("train", "icons-tiny", "--out", "run", "--device", "cpu", "steps=2", "sample_prompts=[]")
+    trained = limner("train", "icons-tiny", "--out", "run", "--device", "cpu", "steps=2")
     assert trained.code == 0, trained.err
+    assert len(list((here / "run" / "samples").glob("*.png"))) == 1
     (path,) = painted(limner("red circle", "-m", "run", "-s", 1))
     settings = metadata.read_settings(here / path)
     assert (settings["model"], settings["steps"]) == ("icons-tiny", 12)

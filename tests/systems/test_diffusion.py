@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from limner import catalog, pipeline
+from limner.errors import FileProblem, UsageError
 from limner.sampling.interpolants import Discrete
 
 CAPTIONS = ["red circle", "blue square", "green triangle"]
@@ -60,6 +62,19 @@ def test_who_knows_the_pictures_draws_them(knowing):
         with torch.inference_mode():
             drawn = system.sample(system.condition(CAPTIONS, request), request, noise)
         assert torch.allclose(drawn, pictures, atol=1e-2), sampler
+
+
+def test_a_picture_is_painted_over_with_words(knowing):
+    system, _ = knowing
+    with pytest.raises(UsageError, match="prompt is empty"):
+        pipeline.prepare(system, prompt=" ", image=Image.new("RGBA", (32, 32)))
+
+
+def test_what_is_no_picture_is_refused(knowing):
+    system, pictures = knowing
+    pictures[0, 0, 0, 0] = torch.nan
+    with pytest.raises(FileProblem, match="no picture"):
+        pipeline.generate(system, CAPTIONS[0], steps=1)
 
 
 def test_guidance_goes_from_the_negative_prompt_through_the_prompt(knowing):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from limner.errors import UsageError
 from limner.models.unet import micro_conditioning
 from limner.sampling import samplers, schedules
 from limner.sampling.guidance import classifier_free, within
@@ -89,6 +90,8 @@ class DiffusionSystem(nn.Module):
     # ---------------------------------------------------------------- sampling
 
     def check(self, request: Request) -> None:
+        if not request.prompt.strip():
+            raise UsageError("the prompt is empty: say what to draw")
         self.sigmas(request)
 
     def sigmas(self, request: Request) -> list[float]:

@@ -15,7 +15,7 @@ from limner.catalog import SystemConfig
 from limner.data.batches import DataConfig
 from limner.errors import FileProblem, UnknownName, UsageError, complaint, wanted
 
-Name = Annotated[str, Field(min_length=1, pattern=r"^\w[\w.-]*$")]
+Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\w[\w.-]*$")]
 Count = Annotated[int, Field(gt=0, lt=10**12)]
 CountOrZero = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0)]
