@@ -71,5 +71,9 @@ class TrainingDiverged(LimnerError):
     exit_code = 5
 
 
+class Assumed(UserWarning):
+    """A file does not tell what must be known, and the usual was taken."""
+
+
 class WordsCut(UserWarning):
     """The end of a prompt did not fit into what the model reads."""
