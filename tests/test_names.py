@@ -45,7 +45,7 @@ SD1, ICONS = (catalog.entry(name).config.defaults for name in ("sd1", "icons"))
 @pytest.mark.parametrize(
     ("defaults", "said", "expected"),
     [
-        (ICONS, {}, ("euler", "uniform")),
+        (ICONS, {}, ("dpmpp_2m", "uniform")),
         (SD1, {}, ("euler", "linspace")),
         (SD1, {"sampler": "k_dpmpp_2m"}, ("dpmpp_2m", "linspace")),
         (SD1, {"sampler": "DDIM"}, ("ddim", "leading")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from limner.checkpoints import files, folders, layouts, single_files
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.quantization import quantize
-from limner.errors import CheckpointMismatch, FileProblem, UnknownName, UsageError, complaint
+from limner.errors import Assumed, CheckpointMismatch, FileProblem, UnknownName, UsageError, complaint
 from limner.models.autoencoder import KL_SD1, KL_SDXL, KLAutoencoder, KLConfig
 from limner.models.dcae import DCAE, DCAE_ICONS, DCAE_TINY, DCAEConfig
 from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, JointDiTConfig
@@ -125,7 +126,7 @@ _SD2 = {"family": "Stable Diffusion 2", "network": SD2, "text_encoder": SD2_TEXT
 _SDXL = {
     "family": "Stable Diffusion XL",
     "autoencoder": KL_SDXL,
-    "defaults": replace(_SD, width=1024, height=1024, guidance=5.0),
+    "defaults": replace(_SD, width=1024, height=1024, guidance=5.0, schedule="leading"),
 }
 
 CATALOG = {
@@ -233,7 +234,8 @@ def build(
         )
     channels = "channels" if isinstance(network, JointDiTConfig) else "in_channels"
     if (found := getattr(network, channels)) != latent:
-        raise UsageError(f"network.{channels}={found}, but the autoencoder's latents have {latent}")
+        more = "; models that see a mask, a picture or depth too are not drawn with yet" if found > latent else ""
+        raise UsageError(f"network.{channels}={found}, but the autoencoder's latents have {latent}{more}")
     text_width = minilm_width if text == "minilm" else text.width
     if network.text_width != text_width:
         raise UsageError(f"network.text_width={network.text_width}, but the text encoder's tokens have {text_width}")
@@ -321,17 +323,15 @@ def load(
     """
     path = find(source)
     found = recognise(path, prediction)
+    for sentence in () if found is None else found.assumed:
+        warnings.warn(f"{path}: {sentence}", Assumed, stacklevel=2)
     with ThreadPoolExecutor(1) as beside:
         model_hash = beside.submit(files.digest, *([path] if found is None else found.files))  # on another core
         if found is not None:
-            config: AutoencodingConfig | DiffusionConfig = config_of(found)
-            system = _bare(config, path, found.tokenizers)
-            told = f"{path}, read as {config.name}"
-            layouts.fit(found.layout, system.state_dict(), found.tensors, told)
-            tensors = _cast(layouts.read(found.layout, found.tensors, told), torch.device(device))
+            system = fitted(found)
+            tensors = _cast(layouts.read(found.layout, found.tensors, path), torch.device(device))
         else:
             tensors, stored = files.load(path)
-            stored.pop("quantization", None)
             config = parse(stored, path)
             system = _bare(config, path)
             if getattr(config, "text_encoder", "") == "minilm":
@@ -347,6 +347,18 @@ def recognise(path: Path, prediction: Literal["eps", "v"] | None = None) -> Fore
         return folders.recognise(path)
     tensors, metadata = files.read(path)
     return None if files.CONFIG_KEY in metadata else single_files.recognise(path, tensors, prediction)
+
+
+def fitted(found: Foreign) -> AutoencodingSystem | DiffusionSystem:
+    """The system of a model of another program, with nothing in its weights yet, into which all of its tensors fit.
+
+    Raises CheckpointMismatch.
+    """
+    config = config_of(found)
+    files.account({place.name for place in found.layout.values()}, found.tensors.keys(), found.source)
+    system = _bare(config, found.source, found.tokenizers)
+    layouts.fit(found.layout, system.state_dict(), found.tensors, f"{found.source}, read as {config.name}")
+    return system
 
 
 def _bare(
@@ -427,9 +439,9 @@ def find(source: str | Path) -> Path:
 
 
 def parse(stored: dict[str, Any], source: Path | str) -> AutoencodingConfig | DiffusionConfig:
-    """A configuration read from a file, checked field by field."""
+    """A configuration read from a file, checked field by field; how its weights are stored is another matter."""
     try:
-        return TypeAdapter(SystemConfig).validate_python(stored)
+        return TypeAdapter(SystemConfig).validate_python({k: v for k, v in stored.items() if k != "quantization"})
     except ValidationError as error:
         reason = complaint(error.errors()[0])
         raise CheckpointMismatch(f"{source}: its configuration is not one of ours ({reason})") from error

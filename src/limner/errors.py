@@ -80,6 +80,7 @@ WANTED = {
     "finite": "a finite number",
     "bool": "true or false",
     "string_too_short": "a name",
+    "string_too_long": "{max_length} signs or fewer",
     "string_pattern": "letters, digits, dots, - and _ alone",
     "string": "text",
     "greater_than_equal": "{ge:g} or more",
@@ -115,3 +116,7 @@ def complaint(problem: Mapping[str, Any]) -> str:
 
 class Ignored(UserWarning):
     """Something that was asked for will not show in the picture."""
+
+
+class Assumed(UserWarning):
+    """A file does not tell what must be known, and the usual was taken."""

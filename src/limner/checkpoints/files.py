@@ -90,13 +90,18 @@ def _read_torch(path: Path, mmap: bool) -> dict[str, Tensor]:
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file of ours: (tensors with quantised ones restored to float32, configuration). Raises FileProblem."""
     tensors, metadata = read(path)
+    config = config_in(metadata, path)
+    return dequantize(tensors, config.get("quantization", {}), path), config
+
+
+def config_in(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """The configuration in a file of ours. Raises FileProblem."""
     if CONFIG_KEY not in metadata:
         raise FileProblem(f"{path} is a safetensors file of another program: it carries no limner configuration")
     try:
-        config = json.loads(metadata[CONFIG_KEY])
+        return json.loads(metadata[CONFIG_KEY])
     except json.JSONDecodeError as error:
         raise FileProblem(f"{path}: its limner configuration is not JSON ({error.msg})") from error
-    return dequantize(tensors, config.get("quantization", {}), path), config
 
 
 def digest(*paths: Path) -> str:

@@ -6,7 +6,9 @@ must have the value that changes nothing, or the folder is refused: no picture i
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
-from limner.checkpoints import autoencoder, files, text, unet
+from limner import names
+from limner.checkpoints import autoencoder, files, layouts, text, unet
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.layouts import Layout, Place, early_diffusers, prefixed
 from limner.errors import CheckpointMismatch, FileProblem, UsageError
 from limner.models.autoencoder import KLConfig
 from limner.models.unet import UNetConfig
+from limner.sampling import schedules
 from limner.sampling.interpolants import VPConfig
 from limner.text.bpe import CLIPTokenizer
 from limner.text.clip import CLIPTowersConfig
@@ -86,13 +90,20 @@ class Settings:
         return CheckpointMismatch(f"{self.path}: {name} is {value!r:.100}, which Limner does not know")
 
 
+UNKNOWN_SAMPLER = "euler is taken unless another is named"
 OFF: tuple[Any, ...] = (None, False, [])
 
 
 def find(path: Path) -> Path | None:
-    """The folder of `path` that holds the index: itself, or the only one inside, or in a cache of the Hub."""
-    found = [p for pattern in (INDEX, f"*/{INDEX}", f"snapshots/*/{INDEX}") for p in sorted(path.glob(pattern))]
-    return found[0].parent if found else None
+    """The folder of `path` that holds the index: itself, or the only one inside, or in a cache of the Hub. Raises
+    FileProblem where there are several."""
+    for pattern in (INDEX, f"*/{INDEX}", f"snapshots/*/{INDEX}"):
+        found = sorted(path.glob(pattern))
+        if len(found) > 1:
+            raise FileProblem(f"{path} holds {len(found)} models, such as {found[0].parent.name}: give the path of one")
+        if found:
+            return found[0].parent
+    return None
 
 
 def recognise(folder: Path) -> Foreign:
@@ -114,6 +125,7 @@ def recognise(folder: Path) -> Foreign:
         network, side = network_config(Settings(folder / "unet" / "config.json"))
         codec = autoencoder_config(Settings(folder / "vae" / "config.json"))
         noise, prediction, sampler, schedule = noise_config(Settings(folder / "scheduler" / "scheduler_config.json"))
+        noise = noise if xl else replace(noise, offset=1)  # as diffusers' pipelines insist
         told = [Settings(folder / name / "config.json") for name in towers]
         configs = [text.transformers_config(settings.values, pad=0, source=settings.path) for settings in told]
         tokenizers = tuple(CLIPTokenizer.from_folder(folder / n.replace("text_encoder", "tokenizer")) for n in towers)
@@ -129,20 +141,23 @@ def recognise(folder: Path) -> Foreign:
     found = {name: _tensors(paths[name]) for name in paths}
     early = any(name.endswith(".query.weight") for name in found["vae"])
     codec_names = autoencoder.ldm_layout(codec)
-    layouts: dict[tuple[str, str], Layout] = {
+    beside: Counter[str] = Counter()
+    rows: dict[tuple[str, str], Layout] = {
         ("network.", "unet"): {name: Place(name) for name in unet.ldm_layout(network)},
         ("autoencoder.", "vae"): early_diffusers(codec_names) if early else {name: Place(name) for name in codec_names},
     }
     for i, (name, config) in enumerate(zip(towers, configs, strict=True)):
+        beside.update(found[name].keys() - text.text_tower(found[name]).keys())
         found[name] = text.text_tower(found[name])
         flat = "embeddings.token_embedding.weight" in found[name]
-        layouts[f"text_encoder.{i}.", name] = text.transformers_layout(config, flat=flat)
+        rows[f"text_encoder.{i}.", name] = text.transformers_layout(config, flat=flat)
     return Foreign(
         source=folder, network=network, autoencoder=codec, text=words, tokenizers=tokenizers, noise=noise,
         prediction=prediction, sampler=sampler, schedule=schedule, size=side * codec.factor,
-        layout={k: v for (ours, part), rows in layouts.items() for k, v in prefixed(rows, ours, f"{part}/").items()},
+        layout={k: v for (ours, part), row in rows.items() for k, v in prefixed(row, ours, f"{part}/").items()},
         tensors={f"{part}/{name}": tensor for part, tensors in found.items() for name, tensor in tensors.items()},
-        files=tuple(path for part in paths.values() for path in part),
+        files=tuple(path for part in paths.values() for path in part), beside=beside,
+        assumed=() if sampler else (f"the folder's sampler is not one of ours: {UNKNOWN_SAMPLER}",),
     )  # fmt: skip
 
 
@@ -150,14 +165,14 @@ def recognise(folder: Path) -> Foreign:
 
 
 def weights(folder: Path) -> list[Path]:
-    """The files of a part, one or several, in full precision where there is a choice."""
-    for variant in ("", ".fp16"):
-        for stem in ("diffusion_pytorch_model", "model"):
-            file, index = folder / f"{stem}{variant}.safetensors", folder / f"{stem}.safetensors.index{variant}.json"
-            if file.is_file():
-                return [file]
-            if index.is_file():
-                return _shards(index)
+    """The files of a part, one or several, safetensors and in full precision where there is a choice."""
+    stems = ("diffusion_pytorch_model", "model", "pytorch_model")
+    for ending, variant, stem in itertools.product(("safetensors", "bin"), ("", ".fp16"), stems):
+        file, index = folder / f"{stem}{variant}.{ending}", folder / f"{stem}.{ending}.index{variant}.json"
+        if file.is_file():
+            return [file]
+        if index.is_file():
+            return _shards(index)
     raise FileProblem(f"{folder} holds no weights: a file such as diffusion_pytorch_model.safetensors is missing")
 
 
@@ -266,11 +281,22 @@ def autoencoder_config(settings: Settings) -> KLConfig:
 
 BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+ALGORITHMS = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde", "deis": ""}
 
 
 def noise_config(settings: Settings) -> tuple[VPConfig, Any, str, str]:
-    """The noise, what the network predicts, and the sampler and schedule that the folder asks for."""
+    """The noise, what the network predicts, and the folder's sampler ("" for one that we do not have) and schedule."""
     take = settings.take
+    cls, order, algorithm = take("_class_name", ""), take("solver_order", 2), take("algorithm_type", "dpmsolver++")
+    sampler = names.find(cls, names.SAMPLERS) or ""
+    if order != 2 or not take("skip_prk_steps", cls != "PNDMScheduler") or algorithm not in ALGORITHMS:
+        sampler = ""
+    elif sampler == "dpmpp_2m":
+        sampler = ALGORITHMS[algorithm]
+    spaced = [name for name in ("karras", "exponential", "beta") if take(f"use_{name}_sigmas", False)]
+    schedule = schedules.find(f"use_{spaced[0]}_sigmas") if spaced else take("timestep_spacing", "auto")
+    if schedule not in ("auto", *schedules.SCHEDULES):
+        raise settings.wrong("timestep_spacing", schedule)
     betas, prediction = take("beta_schedule", "linear"), take("prediction_type", "epsilon")
     if betas not in BETAS or prediction not in PREDICTIONS or settings.values.get("trained_betas"):
         raise CheckpointMismatch(f"{settings.path}: noise of the kind {betas!r} with {prediction!r} is not known")
@@ -281,6 +307,128 @@ def noise_config(settings: Settings) -> tuple[VPConfig, Any, str, str]:
         steps=take("num_train_timesteps", 1000),
         zero_snr=take("rescale_betas_zero_snr", False),
         offset=take("steps_offset", 0),
-        to_zero=take("set_alpha_to_one", True),
+        to_zero=take("set_alpha_to_one", cls != "PNDMScheduler"),
     )
-    return config, PREDICTIONS[prediction], take("_class_name", "euler"), take("timestep_spacing", "auto")
+    return config, PREDICTIONS[prediction], sampler, schedule
+
+
+# -------------------------------------------------------------------- writing
+
+
+def export(found: Foreign) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """What a folder of this model holds: the contents of its JSON and text files by name, and the tensors of its parts.
+
+    The layers that a text encoder of Stable Diffusion 2 skips are left out, as diffusers does.
+    """
+    network, codec, words = found.network, found.autoencoder, found.text
+    xl = not words.normed
+    towers = [replace(t, depth=t.depth - (0 if xl else words.skip)) for t in words.towers]
+    if words.skip and not xl:
+        towers = [replace(tower, projection=None) for tower in towers]
+    names_of = ["text_encoder", "text_encoder_2"][2 - len(towers) if xl else 0 :][: len(towers)]
+    contents: dict[str, Any] = {
+        INDEX: _index(found, names_of, xl),
+        "unet/config.json": _network_settings(network, found.size // codec.factor),
+        "vae/config.json": _autoencoder_settings(codec),
+        "scheduler/scheduler_config.json": _noise_settings(found),
+    }
+    ours = layouts.read(found.layout, found.tensors, found.source)
+    parts = {
+        "unet/diffusion_pytorch_model": {n: ours[f"network.{n}"] for n in unet.ldm_layout(network)},
+        "vae/diffusion_pytorch_model": {n: ours[f"autoencoder.{n}"] for n in autoencoder.ldm_layout(codec)},
+    }
+    for i, (name, tower, tokenizer) in enumerate(zip(names_of, towers, found.tokenizers, strict=True)):
+        contents[f"{name}/config.json"] = text.transformers_settings(tower)
+        for file, content in tokenizer.files(tower.pad, tower.context).items():
+            contents[f"{name.replace('text_encoder', 'tokenizer')}/{file}"] = content
+        parts[f"{name}/model"] = {n: ours[f"text_encoder.{i}.{n}"] for n in text.transformers_layout(tower)}
+    return contents, parts
+
+
+def _index(found: Foreign, towers: list[str], xl: bool) -> dict[str, Any]:
+    kind = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+    refiner = xl and len(towers) == 1
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionXLImg2ImgPipeline" if refiner else kind,
+        "unet": ["diffusers", KNOWN_PARTS["unet"]],
+        "vae": ["diffusers", KNOWN_PARTS["vae"]],
+        "scheduler": ["diffusers", _noise_settings(found)["_class_name"]],
+    }
+    for name in ("text_encoder", "text_encoder_2") if xl else towers:
+        there = name in towers
+        index[name] = ["transformers", KNOWN_PARTS[name]] if there else [None, None]
+        index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"] if there else [None, None]
+    if xl:
+        index |= {"force_zeros_for_empty_prompt": found.text.zero_empty}
+        return index | ({"requires_aesthetics_score": True} if refiner else {})
+    return index | {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+
+
+def _network_settings(config: UNetConfig, side: int) -> dict[str, Any]:
+    attends = ["CrossAttn" * (depth > 0) for depth in config.depths]
+    settings = {
+        "_class_name": KNOWN_PARTS["unet"],
+        "sample_size": side,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": config.widths,
+        "down_block_types": [f"{kind}DownBlock2D" for kind in attends],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(attends)],
+        "layers_per_block": config.num_blocks,
+        "transformer_layers_per_block": [*(max(depth, 1) for depth in config.depths[:-1]), config.mid_depth],
+        "attention_head_dim": [config.heads(width) for width in config.widths],
+        "cross_attention_dim": config.text_width,
+        "only_cross_attention": config.text_only or False,
+        "use_linear_projection": config.linear_projection,
+        "norm_num_groups": config.groups,
+        "norm_eps": config.eps,
+        "num_class_embeds": config.num_classes or None,
+    }
+    if config.vector_width:
+        settings |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": config.vector_width,
+        }
+    return settings
+
+
+def _autoencoder_settings(config: KLConfig) -> dict[str, Any]:
+    levels = len(config.widths)
+    return {
+        "_class_name": KNOWN_PARTS["vae"],
+        "in_channels": config.image_channels,
+        "out_channels": config.image_channels,
+        "latent_channels": config.latent_channels,
+        "block_out_channels": config.widths,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": config.blocks,
+        "norm_num_groups": config.groups,
+        "scaling_factor": config.scale,
+        "shift_factor": config.shift or None,
+        "use_quant_conv": config.quant_convs,
+        "use_post_quant_conv": config.quant_convs,
+    }
+
+
+def _noise_settings(found: Foreign) -> dict[str, Any]:
+    noise, names_of = found.noise, names.SAMPLERS[found.sampler or "euler"]
+    settings: dict[str, Any] = {
+        "_class_name": next((name for name in names_of if name.endswith("Scheduler")), "EulerDiscreteScheduler"),
+        "beta_schedule": {ours: theirs for theirs, ours in BETAS.items()}[noise.betas],
+        "beta_start": noise.first,
+        "beta_end": noise.last,
+        "num_train_timesteps": noise.steps,
+        "rescale_betas_zero_snr": noise.zero_snr,
+        "steps_offset": noise.offset,
+        "set_alpha_to_one": noise.to_zero,
+        "prediction_type": {ours: theirs for theirs, ours in PREDICTIONS.items()}[found.prediction],
+        "clip_sample": False,
+        "skip_prk_steps": True,
+    }
+    if found.schedule in schedules.SPACINGS:
+        settings["timestep_spacing"] = found.schedule
+    elif found.schedule in ("karras", "exponential", "beta_sigmas"):
+        settings[f"use_{found.schedule.removesuffix('_sigmas')}_sigmas"] = True
+    return settings

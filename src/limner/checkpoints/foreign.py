@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,8 @@ from limner.text.clip import CLIPTowersConfig
 @dataclass(frozen=True, kw_only=True)
 class Foreign:
     """`layout` has a row for every tensor of a `systems.diffusion.DiffusionSystem`, `tensors` is what the files hold,
-    mapped, in `files`; `sampler`, `schedule` and `size` (pixels a side) are what the files say to draw with."""
+    mapped, in `files`, but for what nobody needs: `beside` says how much that is. `assumed` are sentences on what files
+    do not tell; `sampler`, `schedule` and `size` (pixels a side) are what they say to draw with."""
 
     source: Path
     network: UNetConfig
@@ -32,6 +33,8 @@ class Foreign:
     layout: Layout
     tensors: Mapping[str, Tensor]
     files: tuple[Path, ...]
+    beside: Mapping[str, int] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
     sampler: str = ""
     schedule: str = ""
     size: int = 0

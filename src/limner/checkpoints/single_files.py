@@ -6,6 +6,7 @@ What it is follows from names and shapes. What those do not tell is assumed, and
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,9 @@ BESIDE = {  # noise, numbers of the loss and marks
     "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar",
     "scale_factor", "denoiser.sigmas", "v_pred", "ztsnr",
 }  # fmt: skip
+ASSUMED = (
+    "names do not tell what a Stable Diffusion 2 predicts; one of its biases says {}; prediction=... says otherwise"
+)
 Tower = tuple[Callable[[Mapping[str, tuple[int, ...]]], CLIPTextConfig], Callable[[CLIPTextConfig], Layout]]
 CLIP: Tower = (text.clip_config, text.transformers_layout)
 OPENCLIP: Tower = (text.openclip_config, text.openclip_layout)
@@ -82,7 +86,7 @@ def recognise(
     words = CLIPTowersConfig(
         towers=tuple(towers.values()), skip=int(skipped), normed=not xl, zero_empty=xl and len(towers) > 1
     )
-    rows = layout(network, codec, towers)
+    predicted = prediction or ("v" if "v_pred" in shapes or (two and predicts_v(tensors)) else "eps")
     return Foreign(
         source=path,
         network=network,
@@ -90,10 +94,12 @@ def recognise(
         text=words,
         tokenizers=(bpe.shipped(),) * len(towers),
         noise=VPConfig(zero_snr="ztsnr" in shapes),
-        prediction=prediction or ("v" if "v_pred" in shapes or (two and predicts_v(tensors)) else "eps"),
-        layout=rows,
+        prediction=predicted,
+        layout=layout(network, codec, towers),
         tensors={name: tensor for name, tensor in tensors.items() if not superfluous(name)},
         files=(path,),
+        beside=Counter(name.split(".")[0] for name in tensors if superfluous(name)),
+        assumed=() if prediction or not two else (ASSUMED.format(predicted),),
     )
 
 

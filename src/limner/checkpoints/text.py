@@ -111,6 +111,14 @@ def text_tower(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in tensors.items() if k not in BUFFERS and not k.startswith(BESIDE_TEXT)}
 
 
+def transformers_settings(config: CLIPTextConfig) -> dict[str, Any]:
+    """The inverse of `transformers_config`."""
+    kind = "CLIPTextModel" if config.projection is None else "CLIPTextModelWithProjection"
+    values = {theirs: getattr(config, ours) for ours, (_, theirs, _) in TRANSFORMERS.items()}
+    values |= {"projection_dim": config.projection or config.width, "eos_token_id": config.eot or 2}
+    return {"architectures": [kind], "model_type": "clip_text_model", "pad_token_id": config.pad, **values}
+
+
 def transformers_config(settings: Mapping[str, Any], *, pad: int, source: Path | str) -> CLIPTextConfig:
     """The config of a `config.json` of transformers, of a text tower with or without its projection. `pad` is the
     tokenizer's: what such a file says of it is often wrong.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from limner import metadata, names
-from limner.errors import Ignored, UsageError
+from limner.errors import Assumed, Ignored, UsageError
 
 if TYPE_CHECKING:
     from limner.pipeline import Pipeline
@@ -184,13 +184,18 @@ def slug(prompt: str) -> str:
 
 
 def _load(name: str, device: str) -> Pipeline:
-    """The pipeline, imported and loaded without looking for garbage: all of it stays, and looking takes 0.2 s."""
+    """The pipeline, imported and loaded without looking for garbage: all of it stays, and looking takes 0.2 s. What had
+    to be assumed of its file is told on stderr."""
     looking = gc.isenabled()
     gc.disable()
     try:
         from limner import pipeline
 
-        return pipeline.load(name, device)
+        with warnings.catch_warnings(record=True, action="always", category=Assumed) as assumed:
+            pipe = pipeline.load(name, device)
+        for warning in assumed:
+            print(f"limner: {warning.message}", file=sys.stderr)
+        return pipe
     finally:
         if looking:
             gc.enable()

@@ -20,9 +20,11 @@ import typer
 from typer.exceptions import TyperException
 
 import limner
+from limner.cli.convert import convert_command
 from limner.cli.data import data_command
 from limner.cli.evaluate import evaluate_command
 from limner.cli.generate import STYLES, generate_command
+from limner.cli.inspect import inspect_command
 from limner.cli.models import models_command, recipes_command
 from limner.cli.train import train_command
 from limner.errors import INTERRUPTED, FileProblem, LimnerError, OutOfMemory, UsageError, wanted
@@ -31,6 +33,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate_command,
     "models": models_command,
     "recipes": recipes_command,
+    "inspect": inspect_command,
+    "convert": convert_command,
     "train": train_command,
     "data": data_command,
     "evaluate": evaluate_command,

@@ -90,6 +90,20 @@ class CLIPTokenizer:
         encoded = self.tokenizer.encode(text, add_special_tokens=False)
         return text[encoded.offsets[tokens][0] :] if len(encoded.ids) > tokens else ""
 
+    def files(self, pad: int, context: int) -> dict[str, Any]:
+        """The files of a folder with this tokenizer, as `from_folder` and transformers read it; text or JSON."""
+        stored = json.loads(self.tokenizer.to_str())
+        words = {place: word for word, place in self.tokenizer.get_vocab().items()}
+        marks = {"bos_token": words[self.bot], "eos_token": words[self.eot], "unk_token": words[self.eot]}
+        marks["pad_token"] = words[pad]
+        added = {row["content"]: row["id"] for row in stored["added_tokens"] if not row["special"]}
+        return {
+            "vocab.json": stored["model"]["vocab"],
+            "merges.txt": "\n".join(["#version: 0.2", *(" ".join(pair) for pair in stored["model"]["merges"])]) + "\n",
+            "special_tokens_map.json": marks,
+            "tokenizer_config.json": marks | {"tokenizer_class": "CLIPTokenizer", "model_max_length": context},
+        } | ({"added_tokens.json": added} if added else {})
+
     @classmethod
     def from_folder(cls, folder: Path) -> CLIPTokenizer:
         """The tokenizer of a model folder: `tokenizer.json`, else `vocab.json` and `merges.txt`, with the words of

@@ -1,0 +1,75 @@
+"""What else people own: parts of models and additions to them, told from the names of their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Component:
+    """`needs` is what it is of no use without."""
+
+    what: str
+    needs: str = ""
+
+
+def recognise(shapes: Shapes) -> Component | None:
+    """What a file with these tensors is, if it is no whole model; None for what nobody here knows."""
+    names = shapes.keys()
+    return next((component for component, test in MARKS if test(names)), None) or _part(shapes)
+
+
+def _ending(*endings: str) -> Callable[[Collection[str]], bool]:
+    return lambda names: any(name.endswith(endings) for name in names)
+
+
+def _with(*wanted: str) -> Callable[[Collection[str]], bool]:
+    return lambda names: any(name in names for name in wanted)
+
+
+MODEL = "a whole model"
+MARKS: list[tuple[Component, Callable[[Collection[str]], bool]]] = [  # the first that fits
+    (Component("control-LoRA", MODEL), _with("lora_controlnet")),
+    (Component("LoRA as kohya's programs write it", MODEL), _ending(".lora_down.weight")),
+    (Component("LoRA as PEFT and diffusers write it", MODEL), _ending(".lora_A.weight", ".lora_A.default.weight")),
+    (Component("LoRA as early diffusers wrote it", MODEL), _ending("_lora.down.weight", ".lora.down.weight")),
+    (Component("LoHa", MODEL), _ending(".hada_w1_a")),
+    (Component("LoKr", MODEL), _ending(".lokr_w1", ".lokr_w1_a")),
+    (Component("OFT", MODEL), _ending(".oft_blocks", ".oft_diag")),
+    (Component("IA3", MODEL), _ending(".on_input")),
+    (Component("ControlNet as diffusers writes it", MODEL), _with("controlnet_cond_embedding.conv_in.weight")),
+    (
+        Component("ControlNet as its authors write it", MODEL),
+        _with("control_model.input_hint_block.0.weight", "input_hint_block.0.weight"),
+    ),
+    (Component("textual inversion", MODEL), _with("emb_params", "clip_l", "clip_g", "<concept>")),
+    (Component("Stable Diffusion 3"), _ending("joint_blocks.0.context_block.attn.qkv.weight")),
+    (Component("FLUX"), _ending("double_blocks.0.img_attn.qkv.weight")),
+    (Component("DiT or SiT"), _with("blocks.0.adaLN_modulation.1.weight")),
+    (Component("VAR"), _with("pos_1LC")),
+]
+UNETS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL", 1280: "XL's refiner"}
+USES = {4: "", 5: ", told of depth", 7: ", for enlarging", 8: ", for editing", 9: ", for inpainting"}
+
+
+def _part(shapes: Shapes) -> Component | None:
+    """A part of a Stable Diffusion, which may lie under the prefix that it has in a whole one."""
+
+    def find(ending: str) -> tuple[int, ...] | None:
+        return next((shape for name, shape in shapes.items() if name.endswith(ending)), None)
+
+    text = find("attn2.to_k.weight")
+    first = find("input_blocks.0.0.weight") or shapes.get("conv_in.weight")
+    if text and first:
+        kind = UNETS.get(text[-1], "a model of another size")
+        return Component(f"U-Net of {kind}{USES.get(first[1], '')}", "an autoencoder and a text encoder")
+    latent = find("decoder.conv_in.weight")
+    if latent and len(latent) == 4:
+        family = {4: "Stable Diffusion 1, 2 or XL", 16: "Stable Diffusion 3 or FLUX"}.get(latent[1], "another model")
+        return Component(f"autoencoder of {family}, whose scale no name tells", MODEL)
+    if find("text_model.embeddings.token_embedding.weight") or find("transformer.resblocks.0.ln_1.weight"):
+        return Component("text encoder of CLIP's kind", MODEL)
+    return None

@@ -1,0 +1,141 @@
+"""Models of other programs: what a file is, and one kind of file made of another."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from limner import catalog
+from limner.checkpoints import components, files, folders, single_files
+from limner.checkpoints.foreign import Foreign
+from limner.errors import CheckpointMismatch, FileProblem, UsageError
+
+PARTS = ("network", "autoencoder", "text_encoder")
+
+
+def inspect(source: str | Path) -> dict[str, Any]:
+    """What a file or folder is, from its header alone: what it can be drawn with, or what it is a part of.
+
+    Raises FileProblem for what is no container of tensors at all.
+    """
+    path = catalog.find(source)
+    told: dict[str, Any] = {"path": str(path), "kind": "folder of diffusers"}
+    if path.is_dir():
+        return told | _model(folders.recognise(path))
+    tensors, metadata = files.read(path)
+    told |= {"bytes": path.stat().st_size, "tensors": len(tensors), "precision": _precision(tensors)}
+    if files.CONFIG_KEY in metadata:
+        config = catalog.parse(files.config_in(metadata, path), path)
+        return told | {"kind": "file of limner", "model": config.name, "family": config.family}
+    told["kind"] = "single file"
+    try:
+        return told | _model(single_files.recognise(path, tensors))
+    except CheckpointMismatch as error:
+        part = components.recognise({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        if part is None:
+            return told | {"kind": "unknown", "first": sorted(tensors)[:3], "problem": str(error)}
+        return told | {"kind": part.what, "needs": part.needs or "a program that draws with it", "problem": str(error)}
+
+
+def convert(source: str | Path, target: str | Path) -> tuple[Path, Mapping[str, int]]:
+    """Make a single file (`target` ends in .safetensors) or a folder of diffusers of a Stable Diffusion, whole or not
+    at all. Returns its path, and how many tensors of each kind were left out because no program needs them.
+
+    Raises UsageError, FileProblem.
+    """
+    path, target = catalog.find(source), Path(target)
+    found = catalog.recognise(path)
+    if found is None:
+        raise UsageError(f"{path} is a file of Limner's own: give a model of another program")
+    if target.exists():
+        raise FileProblem(f"{target} is there already: give another name")
+    catalog.fitted(found)
+    if target.suffix == ".safetensors":
+        tensors = single_files.export(found)
+        _placed(target, lambda temporary: _save(tensors, temporary))
+    elif target.suffix:
+        raise UsageError(f"cannot write {target}: let the name end in .safetensors, or in no such way for a folder")
+    else:
+        defaults = catalog.config_of(found).defaults
+        whole = replace(found, size=defaults.width, sampler=defaults.sampler, schedule=defaults.schedule)
+        _placed(target, lambda temporary: _save_folder(whole, temporary))
+    return target, found.beside
+
+
+def _model(found: Foreign) -> dict[str, Any]:
+    """Of a whole model: what it is like, how large it is and what it draws with."""
+    config = catalog.config_of(found)
+    try:
+        catalog.fitted(found)
+        problem = {}
+    except CheckpointMismatch as error:
+        problem = {"problem": str(error)}
+    sizes: Counter[str] = Counter()
+    for name, place in found.layout.items():
+        tensor = found.tensors.get(place.name)
+        sizes[name.split(".")[0]] += tensor.numel() // place.parts if tensor is not None else 0
+    defaults = config.defaults
+    return {
+        "model": config.name,
+        "family": config.family,
+        "parameters": {part: sizes[part] for part in PARTS},
+        "precision": _precision(found.tensors),
+        "predicts": found.prediction,
+        "timesteps": found.noise.steps,
+        "zero_snr": found.noise.zero_snr,
+        "size": defaults.width,
+        "sampler": defaults.sampler,
+        "schedule": defaults.schedule,
+        "assumed": list(found.assumed),
+        "beside": found.beside,
+        **problem,
+    }
+
+
+def _precision(tensors: Mapping[str, Tensor]) -> str:
+    """The types of the numbers, that of the most first."""
+    count: Counter[str] = Counter()
+    for tensor in tensors.values():
+        count[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return ", ".join(name for name, _ in count.most_common())
+
+
+# -------------------------------------------------------------------- writing
+
+
+def _placed(target: Path, write: Callable[[Path], None]) -> None:
+    """What `write` makes at a temporary place is moved to `target` when it is whole. Raises FileProblem."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.", suffix=".tmp") as folder:
+            temporary = Path(folder) / target.name
+            write(temporary)
+            temporary.rename(target)
+    except OSError as error:
+        raise FileProblem(f"cannot write {target}: {error.strerror or error}; nothing was left behind") from error
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _save_folder(found: Foreign, folder: Path) -> None:
+    contents, parts = folders.export(found)
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content, indent=2), encoding="utf-8")
+    for name, tensors in parts.items():
+        _save(tensors, folder / f"{name}.safetensors")
