@@ -59,6 +59,9 @@ def generate_command(
     settings: Annotated[
         Path | None, typer.Option("-C", "--settings", help="Redo what this picture's metadata says; flags override it.")
     ] = None,
+    prediction: Annotated[
+        str | None, typer.Option("--prediction", help="eps or v, for a model file that does not say it.")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of paths.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do not paint.")] = False,
@@ -94,7 +97,7 @@ def generate_command(
     asked.setdefault("seed", secrets.randbelow(2**32))  # drawn here, so that it can be told before painting
     name = asked.pop("model", DEFAULT_MODEL)
 
-    pipe = _load(name, device)
+    pipe = _load(name, device, prediction)
     from limner import pipeline
 
     request = pipeline.prepare(pipe.system, **asked, batch=batch, image=image)
@@ -154,7 +157,7 @@ def slug(prompt: str) -> str:
     return short.strip("-") or "picture"
 
 
-def _load(name: str, device: str) -> Pipeline:
+def _load(name: str, device: str, prediction: str | None) -> Pipeline:
     """The pipeline, imported and loaded without looking for garbage: all of it stays, and looking takes 0.2 s. What had
     to be assumed of its file is told on stderr."""
     looking = gc.isenabled()
@@ -163,7 +166,7 @@ def _load(name: str, device: str) -> Pipeline:
         from limner import pipeline
 
         with warnings.catch_warnings(record=True, action="always", category=Assumed) as assumed:
-            pipe = pipeline.load(name, device)
+            pipe = pipeline.load(name, device, prediction)  # type: ignore[arg-type]
         for warning in assumed:
             print(f"limner: {warning.message}", file=sys.stderr)
         return pipe
