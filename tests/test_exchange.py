@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints.test_single_files import tensors
-from limner import catalog, exchange
+from limner import catalog, exchange, pipeline
 from limner.checkpoints import folders, single_files
 from limner.checkpoints.files import read
-from limner.errors import FileProblem, UsageError
+from limner.errors import FileProblem, UnknownName, UsageError
 from systems import stable_diffusion
 
 
@@ -34,6 +34,7 @@ def test_there_and_back_is_the_same_model(folder, tmp_path):
     file_again, _ = exchange.convert(again, tmp_path / "again.safetensors")
     before, after = folders.recognise(folder), folders.recognise(again)
     assert same(before.tensors, after.tensors)
+    assert exchange.inspect(folder)["parameters"] == exchange.inspect(file)["parameters"]
     assert same(read(file)[0], read(file_again)[0])
     for name in ("network", "text", "prediction"):
         assert getattr(before, name) == getattr(after, name)
@@ -174,3 +175,16 @@ def test_what_was_assumed_is_said_when_it_is_drawn_with(here, limner, tmp_path):
     done = limner("generate", "a red fox", "-m", "sd2.safetensors", *told)
     assert done.err.splitlines()[0].startswith("limner: sd2.safetensors: names do not tell what a Stable Diffusion 2")
     assert limner("generate", "a red fox", "-m", folder, *told).err == "seed 0\n"
+
+
+def test_what_a_model_predicts_can_be_said(tmp_path, tiny_model):
+    folder = stable_diffusion.sd2_v(tmp_path / "sd2")
+    file, _ = exchange.convert(folder, tmp_path / "sd2.safetensors")
+    for model in (folder, file):
+        systems = [pipeline.load(model, "cpu", prediction).system for prediction in ("v", "eps")]
+        assert [system.prediction.name for system in systems] == ["v", "eps"]
+        assert [system.name for system in systems] == ["sd2-v", "sd2"]
+    with pytest.raises(UsageError, match="says what it predicts"):
+        pipeline.load(tiny_model, "cpu", "v")
+    with pytest.raises(UnknownName, match="no prediction 'x0'"):
+        pipeline.load(file, "cpu", "x0")

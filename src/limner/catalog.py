@@ -317,7 +317,7 @@ def load(
     source: str | Path, device: torch.device | str = "cpu", prediction: Literal["eps", "v"] | None = None
 ) -> AutoencodingSystem | DiffusionSystem:
     """A system by name ("icons"), weight file of ours or of Stable Diffusion, folder of a training run or of diffusers,
-    ready to draw. `prediction` is for files that do not say what they predict.
+    ready to draw. `prediction` is for models of other programs whose files do not say, or not truly, what they predict.
 
     Raises UnknownName, FileProblem, CheckpointMismatch.
     """
@@ -342,11 +342,17 @@ def load(
 
 
 def recognise(path: Path, prediction: Literal["eps", "v"] | None = None) -> Foreign | None:
-    """The model of another program at `path`, None for a file of ours. Raises FileProblem, CheckpointMismatch."""
+    """The model of another program at `path`, None for a file of ours. `prediction` says what it predicts, whatever the
+    file does. Raises FileProblem, CheckpointMismatch, UsageError."""
     if path.is_dir():
-        return folders.recognise(path)
+        found = folders.recognise(path)
+        return replace(found, prediction=prediction or found.prediction)
     tensors, metadata = files.read(path)
-    return None if files.CONFIG_KEY in metadata else single_files.recognise(path, tensors, prediction)
+    if files.CONFIG_KEY not in metadata:
+        return single_files.recognise(path, tensors, prediction)
+    if prediction is not None:
+        raise UsageError(f"{path} is a file of Limner's own, which says what it predicts: leave prediction out")
+    return None
 
 
 def fitted(found: Foreign) -> AutoencodingSystem | DiffusionSystem:

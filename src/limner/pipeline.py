@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from limner import __version__, catalog, names
-from limner.errors import FileProblem, Ignored, ImageProblem, LimnerError, UsageError
+from limner.errors import FileProblem, Ignored, ImageProblem, LimnerError, UnknownName, UsageError
 from limner.sampling import samplers, schedules
 from limner.types import Defaults, GeneratedImage, OnStep, Request, System
 
@@ -37,12 +37,16 @@ class Pipeline:
         return generate(self.system, prompt, **values)
 
 
-def load(source: str | Path = "icons", device: str = "auto") -> Pipeline:
-    """A pipeline by model name, weight file or run folder. `device` "auto" takes a CUDA device when there is one.
+def load(source: str | Path = "icons", device: str = "auto", prediction: Literal["eps", "v"] | None = None) -> Pipeline:
+    """A pipeline by model name, weight file of ours or of Stable Diffusion, folder of a run or of diffusers. `device`
+    "auto" takes a CUDA device when there is one; `prediction` is for files that do not say what they predict.
 
-    Raises UsageError for a device that is not here, UnknownName, FileProblem, CheckpointMismatch.
+    Raises UsageError for a device that is not here, UnknownName, FileProblem, CheckpointMismatch; warns (Assumed) of
+    what a file did not tell.
     """
-    return Pipeline(catalog.load(source, find_device(device)), str(source))  # type: ignore[arg-type]
+    if prediction not in (None, "eps", "v"):
+        raise UnknownName("prediction", str(prediction), ("eps", "v"))
+    return Pipeline(catalog.load(source, find_device(device), prediction), str(source))  # type: ignore[arg-type]
 
 
 def find_device(name: str | torch.device = "auto") -> torch.device:

@@ -92,7 +92,7 @@ def test_what_will_not_show_is_a_warning_each():
         "ask for a width and height of its shape",
     ]
     with warnings.catch_warnings(action="error"):
-        pipe.generate("", guidance=1, image=square, steps=1)
+        pipe.generate("red", guidance=1, image=square, steps=1)
         pipe.generate("red", negative="blue", guidance=1.5, image=wide, width=64, height=48, steps=1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 
 from limner import catalog, pipeline
 from limner.checkpoints import folders, single_files
+from limner.checkpoints.files import assign
+from limner.checkpoints.layouts import read
 
 from . import stable_diffusion
 
@@ -135,6 +137,28 @@ def test_the_refiner_paints_over_what_diffusers_paints_over(models):
             cond = system.condition([request.prompt], request)
             latents = system.sample(cond, request, pipeline.noise_source([3], "cpu"), start=grey)
         assert (latents - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision_stays_on_a_gpu_but_for_the_autoencoder(models, name):
+    """With bfloat16 on the CPU: what is asked is only that the device would be a GPU."""
+    model, gpu = models(name), torch.device("cuda")
+    found = folders.recognise(model.folder)
+    halves = {key: tensor.bfloat16() for key, tensor in found.tensors.items()}
+    system = catalog.fitted(replace(found, tensors=halves))
+    assign(system, catalog._cast(read(found.layout, halves, "model"), gpu), model.folder)
+    system.requires_grad_(False).eval()
+    types = {part: {p.dtype for p in getattr(system, part).parameters()} for part in ("network", "autoencoder")}
+    assert types == {"network": {torch.bfloat16}, "autoencoder": {torch.float32}}
+    request = pipeline.prepare(system, prompt="a red fox", seed=3, steps=2, guidance=1.0)
+    with torch.inference_mode():
+        half, whole = (
+            s.sample(s.condition(["a red fox"], request), request, pipeline.noise_source([3], "cpu"))
+            for s in (system, model.ours)
+        )
+    assert half.dtype == torch.float32
+    assert 1e-4 < (half - whole).std() / whole.std() < 0.3
+    assert system.decode(half).isfinite().all()
 
 
 def test_generate_takes_a_folder_and_remembers_what_it_is(sd1, here, limner):

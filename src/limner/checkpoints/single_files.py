@@ -31,7 +31,8 @@ BESIDE = {  # noise, numbers of the loss and marks
     "scale_factor", "denoiser.sigmas", "v_pred", "ztsnr",
 }  # fmt: skip
 ASSUMED = (
-    "names do not tell what a Stable Diffusion 2 predicts; one of its biases says {}; prediction=... says otherwise"
+    "names do not tell what a Stable Diffusion 2 predicts; one of its biases says {}: if pictures are noise, give the "
+    "other of eps and v as prediction"
 )
 Tower = tuple[Callable[[Mapping[str, tuple[int, ...]]], CLIPTextConfig], Callable[[CLIPTextConfig], Layout]]
 CLIP: Tower = (text.clip_config, text.transformers_layout)

@@ -29,17 +29,17 @@ STYLES = """
 Styles that icons knows, in a prompt each:
 
 \b
-3d emoji of a red fox                   glossy gradient emoji of a penguin
-bold flat emoji: birthday cake          flat emoji: bouquet of flowers
-soft shaded emoji: hamburger            blob emoji of a green dragon
-rounded flat emoji: strawberry          firefox os emoji of a whale
-outlined cartoon emoji of a ghost       pink glyph emoji: butterfly
-a brown monochrome emoji of a bear face blue outline icon: shopping cart
-hand drawn doodle icon: umbrella        pastel outline icon: laptop
-flat color icon: padlock                gradient app icon: folder
-weather icon: partly cloudy night       round flag of brazil
-red silhouette icon: crossed swords     teal duotone icon: airplane
-a yellow pixel art icon of a key        clip art of a sailing boat
+3d emoji of a red fox                     glossy gradient emoji of a penguin
+bold flat emoji: birthday cake            flat emoji: bouquet of flowers
+soft shaded emoji: hamburger              blob emoji of a green dragon
+rounded flat emoji: strawberry            firefox os emoji of a whale
+outlined cartoon emoji of a ghost         pink glyph emoji: butterfly
+a brown monochrome emoji of a bear face   blue outline icon: shopping cart
+hand drawn doodle icon: umbrella          pastel outline icon: laptop
+flat color icon: padlock                  gradient app icon: folder
+weather icon: partly cloudy night         round flag of brazil
+red silhouette icon: crossed swords       teal duotone icon: airplane
+a yellow pixel art icon of a key          clip art of a sailing boat
 """
 BASE_BYTES, BYTES_PER_PIXEL = 370e6, 350  # of the process and of drawing; measured with `icons` on a CPU, within 10 %
 
@@ -84,6 +84,9 @@ def generate_command(
     settings: Annotated[
         Path | None, typer.Option("-C", "--settings", help="Redo what this picture's metadata says; flags override it.")
     ] = None,
+    prediction: Annotated[
+        str | None, typer.Option("--prediction", help="eps or v, for a model file that does not say it.")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of paths.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do not paint.")] = False,
@@ -123,7 +126,7 @@ def generate_command(
     asked.setdefault("seed", secrets.randbelow(2**32))  # drawn here, so that it can be told before painting
     name = asked.pop("model", DEFAULT_MODEL)
 
-    pipe = _load(name, device)
+    pipe = _load(name, device, prediction)
     from limner import pipeline
 
     request = pipeline.prepare(pipe.system, **asked, batch=batch, image=image)
@@ -183,7 +186,7 @@ def slug(prompt: str) -> str:
     return short.strip("-") or "picture"
 
 
-def _load(name: str, device: str) -> Pipeline:
+def _load(name: str, device: str, prediction: str | None) -> Pipeline:
     """The pipeline, imported and loaded without looking for garbage: all of it stays, and looking takes 0.2 s. What had
     to be assumed of its file is told on stderr."""
     looking = gc.isenabled()
@@ -192,7 +195,7 @@ def _load(name: str, device: str) -> Pipeline:
         from limner import pipeline
 
         with warnings.catch_warnings(record=True, action="always", category=Assumed) as assumed:
-            pipe = pipeline.load(name, device)
+            pipe = pipeline.load(name, device, prediction)  # type: ignore[arg-type]
         for warning in assumed:
             print(f"limner: {warning.message}", file=sys.stderr)
         return pipe

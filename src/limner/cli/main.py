@@ -74,7 +74,8 @@ def main(args: list[str] | None = None) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait spinning starve where cores are shared
     try:
         code = app(_with_command(sys.argv[1:] if args is None else args), "limner", standalone_mode=False) or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by `>&-`
+            sys.stdout.flush()
     except TyperException as error:
         for problem in getattr(error.__cause__, "errors", list)():  # pydantic's
             error.message = f"{problem['input']!r:.50}: {wanted(problem)}"

@@ -197,7 +197,11 @@ def fit(
                 if hasattr(system, "finish"):
                     system.finish(batches)
                 write_final(final_file(run, config), lambda path: export(system, config, path))
-        report.say(str(final_file(run, config)) if finished else f"{STOPS[stopping]}: saved at step {state.step}")
+        report.say(
+            str(final_file(run, config))
+            if finished
+            else f"{STOPS[stopping]}: saved at step {state.step}; to go on: limner train --resume {run}"
+        )
     return 0 if finished else stopping
 
 
