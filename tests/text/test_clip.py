@@ -261,7 +261,7 @@ def test_towers_stand_side_by_side():
     assert config.width == 80
     assert both.tokens.shape == (3, 77, 80)
     assert torch.equal(both.tokens, torch.cat([one.tokens, two.tokens], dim=-1))
-    assert torch.equal(one.tokens, towers[0].norm(towers[0](towers[0].tokenize(prompts)[0]).hidden[-2]))
+    assert torch.equal(one.tokens, towers[0].norm(towers[0](towers[0].tokenize(prompts)).hidden[-2]))
     assert torch.equal(both.pooled, two.pooled)
     assert one.mask is both.mask is None  # the networks attend to what follows EOT
 
