@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from limner.checkpoints import autoencoder, layouts, text, unet
+from limner.checkpoints import autoencoder, components, layouts, text, unet
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.layouts import Layout, Place, prefixed
 from limner.errors import CheckpointMismatch, UsageError
@@ -70,6 +70,9 @@ def recognise(
 
     named = [prefix for prefix in TOWERS if any(name.startswith(prefix) for name in shapes)]
     for what, found in (("U-Net", part(NETWORK)), ("autoencoder", part(CODEC)), ("text encoder", named)):
+        if not found and (component := components.recognise(shapes)) is not None and what == "U-Net":
+            needs = f", and needs {component.needs}" if component.needs else ""
+            raise CheckpointMismatch(f"{path} is no whole model that can be drawn with: it is {component.what}{needs}")
         if not found:
             raise CheckpointMismatch(
                 f"{path} holds no {what} of Stable Diffusion (the first of its {len(shapes)} tensors is "
