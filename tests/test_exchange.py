@@ -15,7 +15,7 @@ from checkpoints.test_single_files import tensors
 from limner import catalog, exchange, pipeline
 from limner.checkpoints import folders, single_files
 from limner.checkpoints.files import read
-from limner.errors import FileProblem, UnknownName, UsageError
+from limner.errors import CheckpointMismatch, FileProblem, UnknownName, UsageError
 from systems import stable_diffusion
 
 
@@ -118,6 +118,10 @@ def test_a_part_is_named_and_what_it_needs(kind, tmp_path):
     assert told["kind"].startswith(kind)
     assert told["precision"] == "float16"
     assert "first" in told if kind == "unknown" else told["needs"]
+    with pytest.raises(CheckpointMismatch, match=r"x\.safetensors") as refused:
+        catalog.load(tmp_path / "x.safetensors")
+    if not kind.startswith(("unknown", "U-Net of Stable Diffusion XL")):  # which lies where a whole model has it
+        assert f"it is {kind}" in str(refused.value)
 
 
 def test_our_own_files_are_known(tiny_model):

@@ -29,9 +29,9 @@ def tensors(name: str) -> dict[str, torch.Tensor]:
         tokenizers=(bpe.shipped(),) * len(towers), noise=config.interpolant, prediction=config.prediction, layout={},
         tensors={}, files=(),
     )  # fmt: skip
-    rows = single_files.layout(
-        config.network, config.autoencoder, dict(zip(single_files.prefixes(model), towers, strict=True))
-    )
+    places = zip(single_files.prefixes(model), towers, strict=True)
+    named = {prefix: single_files.TOWERS[prefix][1](tower) for prefix, tower in places}
+    rows = single_files.layout(config.network, config.autoencoder, named)
     return layouts.write(rows, system.state_dict())
 
 
@@ -59,6 +59,16 @@ def test_a_published_file_is_the_row_of_the_catalogue(name):
 def test_a_published_file_has_so_many_tensors(name, count):
     """Of v1-5-pruned-emaonly and sd_xl_base_1.0, without the buffers of their text encoders."""
     assert len(tensors(name)) == count
+
+
+def test_early_merges_leave_out_a_level_of_the_text_encoder():
+    long, short = "cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."
+    flat = {key.replace(long, short): tensor for key, tensor in tensors("sd1").items()}
+    more = {"cond_stage_model.transformer.embeddings.position_ids": torch.zeros(1)}
+    found = single_files.recognise(Path("file"), flat | more)
+    assert catalog.config_of(found) == catalog.entry("sd1").config
+    assert found.tensors.keys() == {place.name for place in found.layout.values()} == flat.keys()
+    assert catalog.fitted(found).name == "sd1"
 
 
 def test_marks_tell_what_is_predicted_and_that_the_last_timestep_is_noise():

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from limner.checkpoints import autoencoder, layouts, text, unet
+from limner.checkpoints import autoencoder, components, layouts, text, unet
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.layouts import Layout, Place, prefixed
 from limner.errors import CheckpointMismatch, UsageError
@@ -37,6 +37,10 @@ ASSUMED = (
 Tower = tuple[Callable[[Mapping[str, tuple[int, ...]]], CLIPTextConfig], Callable[[CLIPTextConfig], Layout]]
 CLIP: Tower = (text.clip_config, text.transformers_layout)
 OPENCLIP: Tower = (text.openclip_config, text.openclip_layout)
+FLAT: Tower = (  # as early merges have it
+    lambda shapes: text.clip_config({f"text_model.{name}": shape for name, shape in shapes.items()}),
+    lambda config: text.transformers_layout(config, flat=True),
+)
 TOWERS = {
     "cond_stage_model.transformer.": CLIP,  # Stable Diffusion 1
     "cond_stage_model.model.": OPENCLIP,  # 2
@@ -46,12 +50,12 @@ TOWERS = {
 }
 
 
-def layout(network: UNetConfig, codec: KLConfig, towers: Mapping[str, CLIPTextConfig]) -> dict[str, Place]:
+def layout(network: UNetConfig, codec: KLConfig, towers: Mapping[str, Layout]) -> dict[str, Place]:
     """The places of a whole system, its towers under these prefixes."""
     rows = prefixed(unet.ldm_layout(network), "network.", NETWORK)
     rows |= prefixed(autoencoder.ldm_layout(codec), "autoencoder.", CODEC)
-    for i, (prefix, config) in enumerate(towers.items()):
-        rows |= prefixed(TOWERS[prefix][1](config), f"text_encoder.{i}.", prefix)
+    for i, (prefix, tower) in enumerate(towers.items()):
+        rows |= prefixed(tower, f"text_encoder.{i}.", prefix)
     return rows
 
 
@@ -66,6 +70,9 @@ def recognise(
 
     named = [prefix for prefix in TOWERS if any(name.startswith(prefix) for name in shapes)]
     for what, found in (("U-Net", part(NETWORK)), ("autoencoder", part(CODEC)), ("text encoder", named)):
+        if not found and (component := components.recognise(shapes)) is not None and what == "U-Net":
+            needs = f", and needs {component.needs}" if component.needs else ""
+            raise CheckpointMismatch(f"{path} is no whole model that can be drawn with: it is {component.what}{needs}")
         if not found:
             raise CheckpointMismatch(
                 f"{path} holds no {what} of Stable Diffusion (the first of its {len(shapes)} tensors is "
@@ -75,18 +82,17 @@ def recognise(
         network = unet.ldm_config(part(NETWORK))
         xl = network.vector_width > 0
         codec = autoencoder.ldm_config(part(CODEC), (KL_SDXL if xl else KL_SD1).scale)
-        towers = {prefix: TOWERS[prefix][0](part(prefix)) for prefix in named}
+        kinds = [FLAT if f"{p}embeddings.token_embedding.weight" in shapes else TOWERS[p] for p in named]
+        towers = [config(part(prefix)) for prefix, (config, _) in zip(named, kinds, strict=True)]
     except KeyError as error:
         raise CheckpointMismatch(f"{path} is like Stable Diffusion, but not whole: there is no {error}") from error
     except (ValueError, IndexError, UsageError) as error:
         raise CheckpointMismatch(f"{path} is like Stable Diffusion, but its shapes do not fit together") from error
-    last = list(towers.values())[-1]
+    last = towers[-1]
     two = named == ["cond_stage_model.model."]
     # what diffusers converted lacks the layer that is skipped, and the projection with it
     skipped = xl or (two and (last.projection is not None or last.depth == OPENCLIP_H.depth))
-    words = CLIPTowersConfig(
-        towers=tuple(towers.values()), skip=int(skipped), normed=not xl, zero_empty=xl and len(towers) > 1
-    )
+    words = CLIPTowersConfig(towers=tuple(towers), skip=int(skipped), normed=not xl, zero_empty=xl and len(towers) > 1)
     predicted = prediction or ("v" if "v_pred" in shapes or (two and predicts_v(tensors)) else "eps")
     return Foreign(
         source=path,
@@ -96,7 +102,7 @@ def recognise(
         tokenizers=(bpe.shipped(),) * len(towers),
         noise=VPConfig(zero_snr="ztsnr" in shapes),
         prediction=predicted,
-        layout=layout(network, codec, towers),
+        layout=layout(network, codec, {p: rows(t) for p, (_, rows), t in zip(named, kinds, towers, strict=True)}),
         tensors={name: tensor for name, tensor in tensors.items() if not superfluous(name)},
         files=(path,),
         beside=Counter(name.split(".")[0] for name in tensors if superfluous(name)),
@@ -115,18 +121,18 @@ def prefixes(found: Foreign) -> tuple[str, ...]:
 
 def export(found: Foreign) -> dict[str, Tensor]:
     """The tensors of a single file of this model. Raises CheckpointMismatch."""
-    towers = dict(zip(prefixes(found), found.text.towers, strict=True))
+    towers = {p: TOWERS[p][1](tower) for p, tower in zip(prefixes(found), found.text.towers, strict=True)}
     ours = layouts.read(found.layout, found.tensors, found.source)
     return layouts.write(layout(found.network, found.autoencoder, towers), ours)
 
 
 def superfluous(name: str) -> bool:
     """Whether a tensor of this name says nothing that we need."""
-    tower = next((prefix for prefix in TOWERS if name.startswith(prefix)), None)
+    reads = name.startswith(("cond_stage_model.", "conditioner.embedders."))
     return (
         name in BESIDE
         or name.startswith((EMA, f"{CODEC}loss."))
-        or (tower is not None and name.removeprefix(tower) in text.BUFFERS)
+        or (reads and name.rpartition(".")[2] in ("position_ids", "logit_scale", "attn_mask"))
     )
 
 
