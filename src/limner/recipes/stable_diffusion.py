@@ -12,7 +12,7 @@ def sd1_tiny() -> TrainConfig:
         name="sd1-tiny",
         system=catalog.entry("sd1-tiny").config,
         data=DataConfig(source="shapes", size=32, latent_views=1),
-        steps=600,
+        steps=500,
         batch_size=32,
         lr=2e-3,
         warmup=20,
