@@ -52,7 +52,7 @@ JUDGE = Path(__file__).parent / "weights" / "judge"
 SIZE = 256
 MAX_TOKENS = 40
 """No caption of the icon pack has more than 33."""
-CLEAN, WEAR = 2, 1
+CLEAN, WEAR = 2, 2
 """The first CLEAN views of a training picture show it whole, those after them worn; WEAR counts changes of how."""
 KINDS = {
     "val": ("prompt accuracy, new pictures (val)", 0.85),
@@ -214,19 +214,19 @@ def jittered(images: Tensor, mirror: Tensor, generator: torch.Generator) -> Tens
 
 
 def worn(images: Tensor, generator: torch.Generator) -> Tensor:
-    """(b, 4, h, w) in [-1, 1] with what files and resampling leave in a picture and no eye minds, a little of each:
-    softened as by a Gaussian of 1 px or sharpened half as much, and fine and coarse noise of standard deviations up to
-    4/255 each where it is opaque. Colours stay premultiplied."""
+    """(b, 4, h, w) in [-1, 1] with a little of what files, screens and resampling leave in a picture without changing
+    its style to the eye: softened as by a Gaussian of 1.5 px or sharpened half as much, and fine and coarse noise of
+    standard deviations up to 8/255 each where it is opaque. Colours stay premultiplied."""
     b, _, h, w = images.shape
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=generator.device).to(images.device)
 
     soft, fine, coarse = torch.rand(3, b, 1, 1, 1, generator=generator, device=generator.device).to(images.device)
-    images = (images + (1.5 * soft - 0.5) * (blurred(images, 1.0) - images)).clamp(-1, 1)
+    images = (images + (1.5 * soft - 0.5) * (blurred(images, 1.5) - images)).clamp(-1, 1)
     blocks = F.interpolate(drawn(b, 3, -(-h // 4), -(-w // 4)), size=(h, w), mode="bilinear")
     alpha = images[:, 3:]
-    noise = (fine * drawn(b, 3, h, w) + coarse * blocks) * (alpha + 1) * 4 / 255
+    noise = (fine * drawn(b, 3, h, w) + coarse * blocks) * (alpha + 1) * 8 / 255
     return torch.cat([torch.minimum(images[:, :3] + noise, alpha).clamp(min=-1), alpha], 1)
 
 
@@ -382,7 +382,7 @@ def evaluate_system(
     rows = report["figures"]
 
     # 1. the autoencoder
-    most_kid, again_final = None, None
+    most_kid, again, again_final = None, None, None
     autoencoder = getattr(system, "autoencoder", None)
     if autoencoder is not None:
         again = reconstructed(autoencoder, held.images, batch, device)
@@ -408,6 +408,14 @@ def evaluate_system(
             judge = retrieval.load(judge_folder / "judge.safetensors", device)
             ours, real = (judged_features(images, features) for images in (drawn, held.images))
             rows += judged_figures(judge, frozen["floors"], prompts, ours, real, device)
+            if again is not None:
+                wanted = [p.style for p in prompts]
+                kept, whole = (
+                    retrieval.styled(judge, seen, wanted) for seen in (judged_features(again, features), real)
+                )
+                rows.append(
+                    compared("style accuracy, real pictures reconstructed", kept, whole, frozen["floors"]["style"])
+                )
         except FileProblem as error:
             report["not_measured"].append(f"prompt and style accuracy: {error}")
 

@@ -3,7 +3,7 @@
 # DATA is the icon pack, WORK a folder for what comes out, START weights to go on from (else a stage at 128 px comes
 # first, and AUTOENCODER names the weights of the autoencoder). All GPUs of the machine share the training; the judge is
 # trained beside it on the last of them. Pictures that WORK/cache does not hold are drawn first, by each of them. What is
-# left in WORK: icons.safetensors, judge/, evaluation-uniform/ and -shifted/, settings-0.jsonl and -1, logs.
+# left in WORK: icons.safetensors, judge/, evaluation-4/ and -5/ (of guidance), settings-0.jsonl and -1, logs.
 set -eu
 data=$1 work=$2 end=$(($(date +%s) + $3)) start=${4:-}
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
@@ -49,10 +49,10 @@ mkdir -p src/limner/weights/judge
 cp "$work"/judge/judge.* src/limner/weights/judge/
 evaluate() {
     CUDA_VISIBLE_DEVICES=$1 python3 -m limner evaluate "$work/icons.safetensors" --data "$data" --cache "$work/cache" \
-        --device cuda --batch 128 --no-speed --schedule "$2" --out "$work/evaluation-$2" >"$work/evaluation-$2.log" 2>&1
+        --device cuda --batch 128 --no-speed --guidance "$2" --out "$work/evaluation-$2" >"$work/evaluation-$2.log" 2>&1
     CUDA_VISIBLE_DEVICES=$1 python3 docs/runs/icons/settings.py "$work/icons.safetensors" "$data" "$work/cache" \
         "$3" $(($(left) - 5)) >"$work/settings-$3.jsonl" 2>"$work/settings-$3.log"
 }
-evaluate "$last" shifted 1 &
-evaluate 0 uniform 0
+evaluate "$last" 5 1 &
+evaluate 0 4 0
 wait

@@ -1,5 +1,5 @@
 """Figures of several ways to draw, a JSON line each, until the time is up:
-python docs/runs/icons/settings.py FILE DATA CACHE PART SECONDS. Part 0 varies guidance, part 1 solver and schedule."""
+python docs/runs/icons/settings.py FILE DATA CACHE PART SECONDS. PART 0 or 1 of them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ PROMPTS = 464
 EVERYWHERE = (0.0, 1.0)
 PARTS = [
     [
-        (12, 4.0, EVERYWHERE, "dpmpp_2m", "uniform"),
-        (12, 3.0, EVERYWHERE, "dpmpp_2m", "uniform"),
-        (12, 5.0, EVERYWHERE, "dpmpp_2m", "uniform"),
-        (12, 2.0, EVERYWHERE, "dpmpp_2m", "uniform"),
+        (12, 4.5, EVERYWHERE, "dpmpp_2m", "uniform"),
         (12, 6.0, EVERYWHERE, "dpmpp_2m", "uniform"),
+        (16, 5.0, EVERYWHERE, "dpmpp_2m", "uniform"),
+        (12, 3.0, EVERYWHERE, "dpmpp_2m", "uniform"),
     ],
     [
-        (12, 4.0, EVERYWHERE, "dpmpp_2m", "shifted"),
-        (50, 4.0, EVERYWHERE, "euler", "uniform"),
-        (10, 4.0, EVERYWHERE, "dpmpp_2m", "shifted"),
+        (12, 7.0, EVERYWHERE, "dpmpp_2m", "uniform"),
+        (12, 5.0, (0.1, 1.0), "dpmpp_2m", "uniform"),
+        (50, 5.0, EVERYWHERE, "euler", "uniform"),
         (12, 5.0, EVERYWHERE, "dpmpp_2m", "shifted"),
-        (12, 3.0, EVERYWHERE, "dpmpp_2m", "shifted"),
     ],
 ]
 
