@@ -7,7 +7,7 @@
 set -eu
 data=$1 work=$2 end=$(($(date +%s) + $3)) start=${4:-}
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
-last=$((gpus - 1)) step=${STEP:-0.135}  # seconds of a step at 256 px on two H100
+last=$((gpus - 1)) run='' step=${STEP:-0.135}  # seconds of a step at 256 px on two H100
 mkdir -p "$work"
 left() { echo $((end - $(date +%s))); }
 train() {
@@ -26,24 +26,25 @@ if [ -z "$start" ]; then
         steps=100000 save_every=100000 --stop-after $(($(left) / 4)) || true  # it ends by time
     start=$(ls -d "$work"/small/checkpoints/step-* | tail -1)/ema.safetensors
 fi
-# what follows the training takes 180 s, what goes before it (starting, encoding, compiling) 150 s; a run that breaks off
+# what follows the training takes 180 s, what goes before it (starting, encoding, compiling) 230 s beside the judge; a run that breaks off
 # is begun again from its newest weights
 for attempt in 1 2 3; do
     [ "$(left)" -gt 400 ] || break
-    steps=$(python3 -c "print(int(($(left) - ${AFTER:-180} - ${BEFORE:-150}) / $step) // 100 * 100)")
+    steps=$(python3 -c "print(int(($(left) - ${AFTER:-180} - ${BEFORE:-230}) / $step) // 100 * 100)")
     run=$work/run-$attempt
     train "$run" system.autoencoder_from="$autoencoder" init_from="$start" steps="$steps" lr="${LR:-1e-3}" \
         warmup="${WARMUP:-100}" save_every=1000 --stop-after $(($(left) - ${AFTER:-180} + 20)) && break
     newest=$(ls -d "$run"/checkpoints/step-* 2>/dev/null | tail -1)
     [ -z "$newest" ] || start=$newest/ema.safetensors
 done
-final=$run/final/icons.safetensors
-if [ -f "$final" ]; then
-    python3 tools/pack.py "$final" "$work/icons.safetensors"
-else
-    echo "no final weights: $run.log says why, $run/checkpoints may hold the newest state" >&2
+# a run that its time cut short has no final weights, but its averages of then are as good: the rate was near its end
+weights=${run:+$run/final/icons.safetensors}
+[ -f "$weights" ] || weights=$(ls -d "$work"/run-*/checkpoints/step-* 2>/dev/null | tail -1)/ema.safetensors
+if [ ! -f "$weights" ]; then
+    echo "no weights: $work/run-*.log says why" >&2
     exit 1
 fi
+python3 tools/pack.py "$weights" "$work/icons.safetensors"
 wait $judge
 mkdir -p src/limner/weights/judge
 cp "$work"/judge/judge.* src/limner/weights/judge/
