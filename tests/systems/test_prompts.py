@@ -176,6 +176,7 @@ def test_a_model_that_reads_plainly_says_so():
     [
         ({"prompt": "a (fox:nan)"}, "the weight nan in '\\(fox:nan\\)' is absurd"),
         ({"prompt": "fox", "negative": "(a:1e9)"}, "the weight 1e9"),
+        ({"prompt": "{fox|}", "batch": 64}, "the prompt is empty"),
         ({"prompt": "a <lora:ink:0.8>"}, "the lora 'ink' with weight 0.8"),
         ({"prompt": "an embedding:bad"}, "the embedding 'bad'"),
         ({"prompt": "fox", "clip_skip": 3}, "clip skip is 3: this model's text encoder can stop 1 to 2 from its end"),
@@ -187,7 +188,7 @@ def test_a_model_that_reads_plainly_says_so():
         ({"prompt": "{a|}{|b}" * 600 + "{a|b}" * 40}, "more than 1000 picks"),
         (
             {"prompt": "[a|b|c|d|e|f|g] [a|b|c|d|e] [a|b|c|d|e|f|g|h|i|j|k]", "steps": 999},
-            "becomes 385 different texts",
+            "becomes 385 texts",
         ),
         ({"prompt": "x" * 10_001}, "10001 characters; at most 10000"),
     ],

@@ -433,3 +433,14 @@ def test_clip_skip_counts_layers_from_the_last():
         )
     assert whole.clip_skip == short.clip_skip == 2  # the file of the latter lacks the last layer
     assert (whole.clip_skips, short.clip_skips) == (range(1, 25), range(2, 25))
+
+
+def test_clip_skip_means_the_same_where_a_file_lacks_the_last_layer():
+    tower, text = replace(CLIP_TINY, projection=None), parse("a red fox").parts[0].at(0)
+    whole = noisy(CLIPTowersConfig(towers=(tower,), skip=1))
+    short = CLIPTowers(CLIPTowersConfig(towers=(replace(tower, depth=2),)), [bpe.shipped()]).eval()
+    short.load_state_dict({k: v for k, v in whole.state_dict().items() if ".layers.2." not in k})
+    short.left_out, short.clip_skip, short.clip_skips = 1, 2, range(2, 4)  # as those of Stable Diffusion 2 have it
+    for skip in (None, 2, 3):
+        one, other = (towers.read([[text]], "a1111", skip).tokens for towers in (whole, short))
+        assert torch.equal(one, other), skip

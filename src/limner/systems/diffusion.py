@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -107,31 +108,29 @@ class DiffusionSystem(nn.Module):
     # ---------------------------------------------------------------- sampling
 
     def check(self, request: Request) -> None:
-        if not request.prompt.strip():
+        if not all(prompt.strip() for prompt in request.prompts):
             raise UsageError("the prompt is empty: say what to draw")
         self.sigmas(request)
         if self.clip_skip is not None:
             self.text_encoder.checked(request.clip_skip)
-        for prompt in dict.fromkeys(request.prompts):
-            self.parsed(prompt, request)
-        for negative in dict.fromkeys(request.negatives):
-            self.parsed(negative, request, composed=False)
+        self.parsed(request.prompts, request)
+        self.parsed(request.negatives, request, composed=False)
 
     def sigmas(self, request: Request) -> list[float]:
-        """What the sampler walks, of a picture that is given the end. Raises UsageError for a schedule that the
-        interpolant cannot have."""
+        """What the sampler walks; over a picture, the end of it. Raises UsageError for a schedule that the interpolant
+        cannot have."""
         sigmas = schedules.plan(request.schedule, request.sampler, request.steps, self.interpolant)
-        return sigmas if request.image is None else schedules.from_strength(sigmas, request.strength or 1.0)
+        return sigmas if request.strength is None else schedules.from_strength(sigmas, request.strength)
 
-    def parsed(self, text: str, request: Request, composed: bool = True) -> tuple[Part, ...]:
-        """The parts of a prompt. Raises UsageError for what cannot be meant or done."""
-        prompt = parse(text, self.dialect(request), len(self.sigmas(request)) - 1, composed)
-        refuse(prompt.adapters)
-        if (count := len({words for part in prompt.parts for _, words in part.turns})) > MOST_TEXTS:
-            raise UsageError(
-                f"the prompt becomes {count} different texts over its steps: {MOST_TEXTS} at most are read"
-            )
-        return prompt.parts
+    def parsed(self, texts: Sequence[str], request: Request, composed: bool = True) -> list[tuple[Part, ...]]:
+        """The parts of every text. Raises UsageError for what cannot be meant or done."""
+        steps = len(self.sigmas(request)) - 1
+        read = {text: parse(text, self.dialect(request), steps, composed) for text in dict.fromkeys(texts)}
+        for prompt in read.values():
+            refuse(prompt.adapters)
+            if (count := len({words for part in prompt.parts for _, words in part.turns})) > MOST_TEXTS:
+                raise UsageError(f"the prompt becomes {count} texts over its steps: {MOST_TEXTS} at most are read")
+        return [read[text].parts for text in texts]
 
     def dialect(self, request: Request) -> Dialect:
         """What the request says, if it can be read, else the model's own."""
@@ -139,19 +138,14 @@ class DiffusionSystem(nn.Module):
 
     def condition(self, prompts: list[str], request: Request, negatives: list[str] | None = None) -> Turns:
         """`negatives` are the negative prompts of the pictures, where they are not that of the request."""
-        said = [self.parsed(prompt, request) for prompt in prompts]
-        against = [
-            self.parsed(text, request, composed=False)[0] for text in negatives or [request.negative] * len(prompts)
-        ]
+        said = self.parsed(prompts, request)
+        negatives = negatives or [request.negative] * len(prompts)
+        against = [part for (part,) in self.parsed(negatives, request, composed=False)]
         most = max(map(len, said))
-        ends = sorted({end for parts in [*said, against] for part in parts for end, _ in part.turns})
-        groups = {  # of each turn, for each picture: its parts, as many as its neighbours', and its negative prompt
-            end: tuple(
-                tuple(part.at(end - 1) for part in (*parts, *[negative] * (most + 1 - len(parts))))
-                for parts, negative in zip(said, against, strict=True)
-            )
-            for end in ends
-        }
+        # for each picture: its parts, as many as its neighbours have, and its negative prompt
+        rows = [[*parts, *[negative] * (most + 1 - len(parts))] for parts, negative in zip(said, against, strict=True)]
+        ends = sorted({end for row in rows for part in row for end, _ in part.turns})
+        turns = {end: tuple(tuple(part.at(end - 1) for part in row) for row in rows) for end in ends}
         weights = tuple(tuple(p[k].weight if k < len(p) else 0.0 for p in said) for k in range(most))
 
         def told(turn: tuple[tuple[Text, ...], ...]) -> Prompts:
@@ -162,8 +156,8 @@ class DiffusionSystem(nn.Module):
                 tuple(self.sized(part, *size) for part in parts), weights, self.sized(uncond, *size, score=2.5)
             )
 
-        known = {turn: told(turn) for turn in dict.fromkeys(groups.values())}
-        return [(end, known[turn]) for end, turn in groups.items()]
+        known = {turn: told(turn) for turn in dict.fromkeys(turns.values())}
+        return [(end, known[turn]) for end, turn in turns.items()]
 
     def sized(self, cond: Conditioning, width: int, height: int, score: float = 6.0) -> Conditioning:
         """`cond` with what SDXL is told of sizes in pixels, or its refiner of sizes and of how good pictures look."""
@@ -225,7 +219,7 @@ class DiffusionSystem(nn.Module):
         else:
             x = self.interpolant.mix(start, eps, sigmas[0])
         sampler = samplers.get(request.sampler)
-        denoisers = {id(told): self.denoiser(told, request.guidance) for _, told in cond}
+        denoiser = lru_cache(maxsize=1)(lambda turn: self.denoiser(cond[turn][1], request.guidance))
         steps = 0
 
         def on_step(done: int, total: int) -> None:
@@ -235,8 +229,8 @@ class DiffusionSystem(nn.Module):
                 request.on_step(done, total)
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
-            told = next(told for until, told in cond if steps < until)
-            return denoisers[id(told)](x, sigma)
+            turn = next(k for k, (until, _) in enumerate(cond) if steps < until)
+            return denoiser(turn)(x, sigma)
 
         x = sampler(denoise, x, sigmas, self.interpolant, noise=lambda: noise(shape), on_step=on_step)
         return self.interpolant.input_scale(sigmas[-1]) * x

@@ -179,6 +179,7 @@ class CLIPTextEncoder(CLIPText):
         return self.marked(self.tokenizer.encode(prompts, marked=False))
 
     def marked(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "b l"]:
+        """Ids between their marks, filled up or cut to `context`."""
         context, bot, eot = self.config.context, self.tokenizer.bot, self.tokenizer.eot
         marked = [[bot, *ids[: context - 2], eot] for ids in rows]
         return torch.tensor([row + [self.config.pad] * (context - len(row)) for row in marked])
@@ -187,12 +188,14 @@ class CLIPTextEncoder(CLIPText):
     def encode(self, prompts: list[str]) -> Conditioning:
         """Token states and the pooled vectors, without a mask: published networks were trained to attend to all tokens,
         those after EOT too."""
-        return self.states(self.tokenize(prompts), self.skip)
+        tokens, pooled = self.states(self.tokenize(prompts), self.skip)
+        return Conditioning(tokens=tokens, pooled=pooled)
 
-    def states(self, ids: Tensor, skip: int) -> Conditioning:
+    def states(self, ids: Int[Tensor, "b l"], skip: int) -> tuple[Tokens, Float[Tensor, "b p"]]:
+        """The states after all layers but the last `skip`, and the pooled vectors."""
         states = self(sent(ids, self.text_model.final_layer_norm.weight.device))
         tokens = states.hidden[-1 - skip]
-        return Conditioning(tokens=self.norm(tokens) if self.normed else tokens, pooled=states.pooled)
+        return self.norm(tokens) if self.normed else tokens, states.pooled
 
     def chunks(self, text: Text, dialect: Dialect) -> list[Chunk]:
         """The tokens of a text in chunks that fit between the marks, at least one; every BREAK ends a chunk."""
@@ -216,18 +219,17 @@ class CLIPTextEncoder(CLIPText):
             every[()] = None
         place = {chunk: k for k, chunk in enumerate(every)}
         ids = self.marked([[token for token, _ in chunk] for chunk in every])
-        cond = Conditioning.cat([self.states(some, skip) for some in ids.split(AT_ONCE)])
-        assert cond.tokens is not None and cond.pooled is not None  # noqa: PT018
-        states = list(cond.tokens)
+        parts = [self.states(some, skip) for some in ids.split(AT_ONCE)]
+        plain, pooled = (torch.cat(some) for some in zip(*parts, strict=True))
+        states = dict(zip(every, plain, strict=True))  # l d each
         for chunk in filter(_weighs, every):
-            weights = states[0].new_ones(self.config.context, 1)
+            weights = plain.new_ones(self.config.context, 1)
             weights[1 : 1 + len(chunk), 0] = weights.new_tensor([weight for _, weight in chunk])
-            plain = cond.tokens[place[chunk]]
             if dialect == "a1111":
-                states[place[chunk]] = emphasised(plain, weights)
+                states[chunk] = emphasised(states[chunk], weights)
             else:
-                states[place[chunk]] = torch.lerp(cond.tokens[place[()]], plain, weights)
-        return [torch.cat([states[place[c]] for c in row]) for row in rows], cond.pooled[[place[r[0]] for r in rows]]
+                states[chunk] = torch.lerp(states[()], states[chunk], weights)
+        return [torch.cat([states[chunk] for chunk in row]) for row in rows], pooled[[place[row[0]] for row in rows]]
 
 
 class CLIPTowers(nn.ModuleList):
@@ -240,10 +242,10 @@ class CLIPTowers(nn.ModuleList):
             CLIPTextEncoder(tower, tokenizer, skip=config.skip, normed=config.normed)
             for tower, tokenizer in zip(config.towers, tokenizers, strict=True)
         )
-        self.zero_empty, self.skip = config.zero_empty, config.skip
+        self.zero_empty = config.zero_empty
         first = config.towers[0]
         self.left_out = int((first.width, first.depth) == (OPENCLIP_H_SD2.width, OPENCLIP_H_SD2.depth))
-        self.clip_skip = 1 + self.skip + self.left_out
+        self.clip_skip = 1 + config.skip + self.left_out
         """The layer whose states are taken, counted from the last as A1111 and ComfyUI do; SD2's files may lack it."""
         self.clip_skips = range(1 + self.left_out, min(tower.depth for tower in config.towers) + self.left_out + 1)
 
@@ -275,10 +277,8 @@ class CLIPTowers(nn.ModuleList):
         tokens = [torch.cat(row, dim=-1) for row in zip(*sides, strict=True)]  # l d
         if self.zero_empty:
             said = [any(piece.text for section in text for piece in section) for text in texts]
-            tokens, pooled = (
-                [t * s for t, s in zip(tokens, said, strict=True)],
-                pooled * pooled.new_tensor(said)[:, None],
-            )
+            tokens = [states * known for states, known in zip(tokens, said, strict=True)]
+            pooled = pooled * pooled.new_tensor(said)[:, None]
         lengths = torch.tensor([len(row) for row in tokens])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         return Conditioning(
@@ -288,7 +288,7 @@ class CLIPTowers(nn.ModuleList):
         )
 
     def checked(self, clip_skip: int | None) -> int:
-        """Raises UsageError."""
+        """This clip skip, or the model's own for None. Raises UsageError for one that its layers do not allow."""
         if clip_skip is not None and clip_skip not in self.clip_skips:
             low, high = self.clip_skips[0], self.clip_skips[-1]
             raise UsageError(

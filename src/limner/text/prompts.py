@@ -138,7 +138,7 @@ class Switch:
         """How many steps are done with the first option."""
         if self.when is None:
             return 1
-        return min(steps, int(float(self.when) * steps) if "." in self.when else int(self.when[:9]))
+        return int(min(steps, float(self.when) * (steps if "." in self.when else 1)))
 
 
 Node = str | Switch
