@@ -21,9 +21,6 @@ from limner.sampling.predictions import Prediction
 from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, unreached
 from limner.types import Conditioning, Defaults, Denoise, Images, Latents, Request
 
-MOST_TEXTS = 256
-"""Different texts that a prompt may have over the steps, all of which are read before the first."""
-
 
 @dataclass(frozen=True)
 class Prompts:
@@ -128,8 +125,6 @@ class DiffusionSystem(nn.Module):
         read = {text: parse(text, self.dialect(request), steps, composed) for text in dict.fromkeys(texts)}
         for prompt in read.values():
             refuse(prompt.adapters)
-            if (count := len({words for part in prompt.parts for _, words in part.turns})) > MOST_TEXTS:
-                raise UsageError(f"the prompt becomes {count} texts over its steps: {MOST_TEXTS} at most are read")
         return [read[text].parts for text in texts]
 
     def dialect(self, request: Request) -> Dialect:

@@ -30,6 +30,7 @@ DIALECTS: tuple[Dialect, ...] = ("a1111", "comfyui", "plain")
 HEAVIEST = 100.0
 DEEPEST = 100
 MOST_PARTS = 16
+MOST_TEXTS = 256  # over the steps; all are read before the first
 MOST_PICKS = 1000
 LARGEST_FILE, LONGEST_LINE = 10_000_000, 20_000
 
@@ -79,7 +80,7 @@ class Prompt:
 def parse(text: str, dialect: Dialect = "a1111", steps: int = 1, composed: bool = True) -> Prompt:
     """What an expanded prompt means over `steps` steps. `composed` False reads AND as a word, as in negative prompts.
 
-    Raises UsageError for weights beyond ±100, more than 16 parts, and brackets 100 deep.
+    Raises UsageError for weights beyond ±100, more than 16 parts or 256 texts, brackets 100 deep, and what is no adapter's name.
     """
     text, adapters = _without_adapters(text, dialect)
     if dialect != "a1111":
@@ -88,13 +89,17 @@ def parse(text: str, dialect: Dialect = "a1111", steps: int = 1, composed: bool 
     said = AND.split(text) if composed else [text]
     if len(said) > MOST_PARTS:
         raise UsageError(f"the prompt has {len(said)} parts joined by AND: give {MOST_PARTS} at most")
-    parts = []
+    parts: list[Part] = []
+    read: dict[str, Text] = {}
     for part in said:
         words, _, number = part.rpartition(":")
         weighed = len(said) > 1 and _is_number(number)
-        turns = _turns(words if weighed else part, steps)
+        turns = list(_turns(words if weighed else part, steps))
+        if (count := len({*read, *(text for _, text in turns)})) > MOST_TEXTS:
+            raise UsageError(f"the prompt becomes {count} texts over its steps: {MOST_TEXTS} at most are read")
+        read |= {text: _sections(text) for text in {text for _, text in turns} - read.keys()}
         weight = _weight(number, part) if weighed else 1.0
-        parts.append(Part(tuple((until, _sections(words)) for until, words in turns), weight))
+        parts.append(Part(tuple((until, read[text]) for until, text in turns), weight))
     return Prompt(tuple(parts), adapters)
 
 
