@@ -22,6 +22,7 @@ from limner.cli.main import main
 from limner.data.rebuild.sets import SETS, SHARE_ALIKE
 from limner.metrics.prompts import GRID_PROMPTS
 from limner.sampling import samplers, schedules
+from limner.text.prompts import DIALECTS
 
 
 def painted(result) -> list[str]:
@@ -231,6 +232,7 @@ def test_the_help_names_what_there_is_and_the_defaults(limner):
     text = " ".join(limner("generate", "--help").out.split())
     assert set(re.search(r"Solver: (.*?)\.", text)[1].split(", ")) == set(samplers.SAMPLERS)
     assert set(re.search(r"How noise falls: (.*?)\.", text)[1].split(", ")) == {"auto", *schedules.SCHEDULES}
+    assert re.search(r"What brackets mean: (.*?)\.", text)[1].replace(" or ", ", ").split(", ") == list(DIALECTS)
     icons = catalog.entry("icons").config
     low, high, grid = re.search(r"(\d+) to (\d+) pixels in steps of (\d+)", text).groups()
     assert [int(low), int(high)] == [icons.defaults.min_size, icons.defaults.max_size]

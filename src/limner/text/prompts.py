@@ -80,7 +80,8 @@ class Prompt:
 def parse(text: str, dialect: Dialect = "a1111", steps: int = 1, composed: bool = True) -> Prompt:
     """What an expanded prompt means over `steps` steps. `composed` False reads AND as a word, as in negative prompts.
 
-    Raises UsageError for weights beyond ±100, more than 16 parts or 256 texts, brackets 100 deep, and what is no adapter's name.
+    Raises UsageError for weights beyond ±100 or that are none, more than 16 parts or 256 texts, and brackets more than
+    100 deep.
     """
     text, adapters = _without_adapters(text, dialect)
     if dialect != "a1111":
