@@ -46,6 +46,12 @@ def refused(limner, here):
         ("the prompt is empty", [" \n\t"]),
         ("the prompt has 10000 characters; at most 2000", ["x" * 10_000]),
         ("the negative prompt has 10000 characters", ["fox", "-n", "x" * 10_000]),
+        ("asks for the wildcard 'animals'", ["a __animals__"]),
+        ("no wildcard '../x'", ["a __../x__", "--wildcards", "."]),
+        ("the lora 'ink' with weight 0.8", ["a <lora:ink:0.8>"]),
+        ("no prompt dialect 'a111'. Did you mean 'a1111'", ["fox", "--prompt-dialect", "a111"]),
+        ("clip_skip is 0: give a whole number from 1", ["fox", "--clip-skip", "0"]),
+        ("more than 100 deep", ["{" * 200]),
         ("not valid UTF-8", ["fox \udcff"]),
         ("not valid UTF-8", ["fox", "-n", "\udcff"]),
         ("guidance is nan: give a number from 0", ["fox", "--guidance", "nan"]),
@@ -113,6 +119,10 @@ def test_a_device_that_is_not_here_is_named_in_python_too(tiny_model, name):
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_wildcards_that_is_none(refused, tiny_model):
+    refused(FILE, "no folder of wildcards 'nothing'", "fox", "-m", tiny_model, "--wildcards", "nothing")
 
 
 def test_weight_files_that_are_none(refused, here, tiny_model):
@@ -200,7 +210,7 @@ def test_settings_that_no_model_can_draw(refused, here, tiny_model):
 
 
 def test_places_that_cannot_be_written_are_seen_before_painting(refused, here, tiny_model, monkeypatch):
-    monkeypatch.setattr(pipeline, "draw", lambda *_: pytest.fail("painted"))
+    monkeypatch.setattr(pipeline, "draw", lambda *_, **__: pytest.fail("painted"))
     (here / "file").write_text("no folder")
     (here / "folder.png").mkdir()
     refused(FILE, "file/fox.png': not a directory", "fox", "-m", tiny_model, "-o", "file/fox.png")
@@ -224,7 +234,7 @@ def test_a_disk_that_fills_while_painting(refused, here, tiny_model, monkeypatch
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(handle)
 
-    monkeypatch.setattr(pipeline, "draw", lambda *args: painted.append(1) or draw(*args))
+    monkeypatch.setattr(pipeline, "draw", lambda *args, **told: painted.append(1) or draw(*args, **told))
     monkeypatch.setattr(os, "fsync", fail_after_painting)
     refused(FILE, "no space left on device", "fox", "-m", tiny_model, "-o", "fox.png")
     assert painted
@@ -258,7 +268,7 @@ def test_too_little_memory(refused, tiny_model, monkeypatch, error):
 
 
 def test_the_error_torch_really_raises_without_memory(refused, tiny_model, monkeypatch):
-    monkeypatch.setattr(pipeline, "draw", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr(pipeline, "draw", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
     refused(MEMORY, "out of memory: ask for less", "fox", "-m", tiny_model)
 
 

@@ -79,7 +79,7 @@ class Painter(torch.nn.Module):
     def check(self, request):
         pass
 
-    def condition(self, prompts, request):
+    def condition(self, prompts, request, negatives):
         return prompts
 
     def sample(self, cond, request, noise):

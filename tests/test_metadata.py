@@ -270,7 +270,7 @@ def test_every_setting_is_checked_for_type_and_range(tmp_path):
         '{"guidance": Infinity}',
         "[" * 90_000,
         '{"seed": ' + "9" * 5000 + "}",
-        '{"seed": 1' + " " * 100_000 + "}",
+        '{"seed": 1' + " " * metadata.MAX_TEXT + "}",
         '{"prompt": "a\nb"}',
     ],
 )

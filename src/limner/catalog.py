@@ -109,7 +109,14 @@ class Entry:
 
 _TINY = Defaults(width=32, height=32, steps=12, guidance=2.0, min_size=16, max_size=64)
 _SD = Defaults(
-    width=512, height=512, steps=30, guidance=7.5, schedule="auto", min_size=32, max_size=2048
+    width=512,
+    height=512,
+    steps=30,
+    guidance=7.5,
+    schedule="auto",
+    min_size=32,
+    max_size=2048,
+    max_prompt_chars=10_000,
 )  # multiples of 64 are best
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PROMPT = 20_000
-MAX_TEXT = 100_000  # characters of one text chunk that we are willing to read
+MAX_TEXT = 300_000  # characters of one text chunk that we are willing to read
 
 # Every setting a picture can remember, with its type and its range (of a text: of its length).
 SETTINGS: dict[str, tuple[type, float, float]] = {
@@ -45,6 +45,8 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "sampler": (str, 1, 100),
     "schedule": (str, 1, 100),
     "strength": (float, 0, 1),
+    "prompt_dialect": (str, 1, 50),
+    "clip_skip": (int, 1, 1000),
 }
 
 XMP = (
@@ -193,6 +195,8 @@ def to_infotext(settings: dict[str, Any]) -> str:
         "Size": size,
         "Model hash": settings["model_hash"][:10] if "model_hash" in settings else None,
         "Model": settings.get("model"),
+        "Clip skip": skip if (skip := settings.get("clip_skip", 1)) > 1 else None,
+        "Prompt dialect": settings.get("prompt_dialect"),
         "Denoising strength": f"{settings['strength']:.12g}" if "strength" in settings else None,
         "Version": f"limner {settings['limner']}" if "limner" in settings else None,
     }
@@ -225,13 +229,15 @@ def from_infotext(text: str) -> dict[str, Any]:
         "negative": "\n".join(lines[start:]).removeprefix("Negative prompt:").strip(),
     }
     numbers = {"Steps": ("steps", int), "Seed": ("seed", int), "CFG scale": ("guidance", float)}
-    numbers["Denoising strength"] = ("strength", float)
+    numbers |= {"Denoising strength": ("strength", float), "Clip skip": ("clip_skip", int)}
     for key, (name, kind) in numbers.items():
         if key in pairs:
             settings[name] = kind(pairs[key])
     if "Size" in pairs:
         width, height = pairs["Size"].split("x")
         settings |= {"width": int(width), "height": int(height)}
+    if "Prompt dialect" in pairs:
+        settings["prompt_dialect"] = pairs["Prompt dialect"]
     if "Sampler" in pairs:
         settings["sampler"] = names.find(pairs["Sampler"], names.SAMPLERS) or pairs["Sampler"]
     if "Schedule type" in pairs:

@@ -18,6 +18,7 @@ from torch import Tensor
 from limner import __version__, catalog, names
 from limner.errors import FileProblem, Ignored, ImageProblem, LimnerError, UnknownName, UsageError
 from limner.sampling import samplers, schedules
+from limner.text.prompts import AND, DIALECTS, Wildcards, expand
 from limner.types import Defaults, GeneratedImage, OnStep, Request, System
 
 MAX_SEED = 2**63 - 1
@@ -69,21 +70,33 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     """Pictures of `prompt`, one for each seed from `seed` on.
 
     Keywords, all optional: negative (str), seed (int; random without), batch, width and height in pixels, steps,
-    guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], on_step(done, total). What is left
-    out is the model's default. Raises UsageError, UnknownName, ImageProblem; warns (Ignored) of what will not show.
+    guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], prompt_dialect ("a1111", "comfyui",
+    "plain"), clip_skip from 1, wildcards (folder of .txt files), on_step(done, total). What is left out is the model's
+    default. Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
     """
     request = prepare(system, prompt=prompt, **values)
     for sentence in ignored(system, request):
         warnings.warn(sentence, Ignored, stacklevel=3)
     seeds = [request.seed + i for i in range(request.batch)]
-    images = draw(system, [request.prompt] * request.batch, seeds, request)
-    settings = describe(system, request)
-    return [GeneratedImage(to_pil(x), s, {**settings, "seed": s}) for x, s in zip(images, seeds, strict=True)]
+    images = draw(system, list(request.prompts), seeds, request, negatives=list(request.negatives))
+    return [
+        GeneratedImage(to_pil(x), seed, {**describe(system, request, place), "seed": seed})
+        for place, (x, seed) in enumerate(zip(images, seeds, strict=True))
+    ]
 
 
 @torch.inference_mode()
-def draw(system: System, prompts: list[str], seeds: list[int], request: Request, chunk: int = CHUNK) -> Tensor:
-    """Images (n, c, h, w) in [-1, 1] on the CPU for n prompts and seeds; `request` says everything else."""
+def draw(
+    system: System,
+    prompts: list[str],
+    seeds: list[int],
+    request: Request,
+    chunk: int = CHUNK,
+    negatives: list[str] | None = None,
+) -> Tensor:
+    """Images (n, c, h, w) in [-1, 1] on the CPU for n expanded prompts and seeds, and as many negative prompts, if they
+    are not that of `request`, which says everything else."""
+    negatives = negatives or [request.negative] * len(prompts)
     device = next(system.parameters()).device  # type: ignore[attr-defined]
     turns = range(0, len(prompts), chunk)
     images = []
@@ -92,7 +105,7 @@ def draw(system: System, prompts: list[str], seeds: list[int], request: Request,
         # 1. one noise source a picture, so that a picture does not depend on its neighbours
         noise = noise_source(some, device)
         # 2. the words
-        cond = system.condition(words, request)
+        cond = system.condition(words, request, negatives[begin : begin + chunk])
         # 3. from noise, or from the latents of the picture given, to latents
         begun: dict[str, Any] = {}
         if request.image is not None:
@@ -146,6 +159,9 @@ def check(
     schedule: str | None = None,
     image: str | Path | Image.Image | None = None,
     strength: float | None = None,
+    prompt_dialect: str | None = None,
+    clip_skip: int | None = None,
+    wildcards: str | Path | None = None,
     on_step: OnStep | None = None,
 ) -> Request:
     """As `prepare`, knowing only the model's defaults and grid, so that nothing need be loaded to check a request."""
@@ -171,11 +187,31 @@ def check(
     sampler = samplers.find(sampler)
     schedule = next(said for said in (schedule, fused, defaults.schedule) if said is not None)
     schedule = schedules.settle(schedule, sampler)
+    seed = _whole("seed", secrets.randbelow(2**32) if seed is None else seed, 0, MAX_SEED - 100_000)
+    batch = _whole("batch", 1 if batch is None else batch, 1, 1024)
+    if prompt_dialect is not None and prompt_dialect not in DIALECTS:
+        raise UnknownName("prompt dialect", str(prompt_dialect), DIALECTS)
+    if not isinstance(wildcards, str | Path | None):
+        raise UsageError(f"wildcards is {type(wildcards).__name__}, not the path of a folder")
+    known = None if wildcards is None else Wildcards(wildcards)
+    words = {
+        name: tuple(expand(text or "", seed + i, known, name) for i in range(batch))
+        for name, text in (("prompt", prompt), ("negative prompt", negative))
+    }
+    for name, texts in words.items():
+        if (longest := max(map(len, texts))) > defaults.max_prompt_chars:
+            raise UsageError(
+                f"the {name} has {longest} characters once expanded; at most {defaults.max_prompt_chars} are read"
+            )
     return Request(
         prompt=prompt,
         negative=negative or "",
-        seed=_whole("seed", secrets.randbelow(2**32) if seed is None else seed, 0, MAX_SEED - 100_000),
-        batch=_whole("batch", 1 if batch is None else batch, 1, 1024),
+        prompts=words["prompt"],
+        negatives=words["negative prompt"],
+        prompt_dialect=prompt_dialect,
+        clip_skip=None if clip_skip is None else _whole("clip_skip", clip_skip, 1, 1000),
+        seed=seed,
+        batch=batch,
         width=sizes[0],
         height=sizes[1],
         steps=_whole("steps", defaults.steps if steps is None else steps, 1, 1000),
@@ -191,7 +227,9 @@ def check(
 def ignored(system: System, request: Request) -> list[str]:
     """A sentence for each thing asked for that will not show in the picture."""
     told = []
-    for name, text in (("prompt", request.prompt), ("negative prompt", request.negative)):
+    said = [("prompt", text) for text in dict.fromkeys(request.prompts)]
+    against = [("negative prompt", text) for text in dict.fromkeys(request.negatives)]
+    for name, text in said + against:
         if (end := system.words_cut(text)).strip():
             told.append(
                 f"the {name} is longer than the model reads: {_brief(end)} is left out; "
@@ -199,6 +237,17 @@ def ignored(system: System, request: Request) -> list[str]:
             )
         if words := system.words_unknown(text):
             told.append(f"the model does not know {_brief(words)} of the {name}: say it in English words")
+        told += [
+            f"{_brief(words)} of the {name} is kept for steps that do not come: ask for it sooner, or for more steps"
+            for words in system.words_unreached(text, request)
+        ]
+    dialect = request.prompt_dialect or system.dialects[0]
+    if dialect not in system.dialects:
+        told.append(f"{system.name} reads prompts plainly, whatever the dialect: brackets and AND are words to it")
+    elif dialect == "a1111" and any(AND.search(text) for _, text in against):
+        told.append("AND composes prompts, not negative ones: it is a word of the negative prompt")
+    if request.clip_skip is not None and system.clip_skip is None:
+        told.append(f"clip skip has no effect: {system.name} does not read prompts with CLIP")
     if request.negative.strip() and request.guidance == 1:
         told.append("the negative prompt has no effect at guidance 1: ask for more guidance")
     if request.image is not None:
@@ -214,18 +263,23 @@ def ignored(system: System, request: Request) -> list[str]:
         names = ("steps", "guidance", "sampler", "schedule", "strength")
         vain = [name for name in names if getattr(request, name) != getattr(system.defaults, name)]
         told += [f"an autoencoder only gives the picture back, whatever {' and '.join(vain)} may be"] if vain else []
-    return told
+    return list(dict.fromkeys(told))
 
 
 def _brief(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:56] + " ...")
 
 
-def describe(system: System, request: Request) -> dict[str, Any]:
-    """The settings a picture remembers: enough to draw it again, nothing about who, where or when."""
-    kept = ("prompt", "negative", "width", "height", "steps", "guidance", "sampler", "schedule")
+def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]:
+    """The settings that a picture of the batch remembers: enough to draw it again, nothing about who, where or when."""
+    kept = ("width", "height", "steps", "guidance", "sampler", "schedule")
     settings: dict[str, Any] = {"limner": __version__, "model": system.name}
+    settings |= {"prompt": request.prompts[place], "negative": request.negatives[place]}
     settings |= {name: getattr(request, name) for name in kept}
+    if len(system.dialects) > 1:
+        settings["prompt_dialect"] = request.prompt_dialect or system.dialects[0]
+    if system.clip_skip is not None:
+        settings["clip_skip"] = request.clip_skip or system.clip_skip
     if system.model_hash:
         settings["model_hash"] = system.model_hash
     if request.image is not None:

@@ -83,7 +83,10 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A picture asked for, complete: `pipeline.prepare` has filled in the model's defaults and checked every value."""
+    """A picture asked for, complete: `pipeline.prepare` has filled in the model's defaults and checked every value.
+
+    `prompts` and `negatives` are those of each picture of the batch, expanded by its seed. `prompt_dialect` and
+    `clip_skip` are None where the model's own will do."""
 
     prompt: str
     negative: str
@@ -97,6 +100,10 @@ class Request:
     schedule: str
     image: Image.Image | None = None
     strength: float | None = None
+    prompts: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
+    prompt_dialect: str | None = None
+    clip_skip: int | None = None
     on_step: OnStep | None = field(default=None, compare=False)
 
 
@@ -147,6 +154,10 @@ class System(Protocol):
     """The first digits of the weight file's SHA-256, "" for weights that come from no file."""
     grid: int
     """Width and height must be multiples of this many pixels."""
+    dialects: tuple[str, ...]
+    """The meanings of prompts that it can read, its own first (see `limner.text.prompts`)."""
+    clip_skip: int | None
+    """The layer of CLIP whose states it takes, counted from the last, 1; None without CLIP."""
 
     def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
         """{"loss": what is minimised in this phase, and named terms to report}, each a scalar."""
@@ -158,8 +169,9 @@ class System(Protocol):
         """Raises UsageError for a request that this system cannot do."""
         ...
 
-    def condition(self, prompts: list[str], request: Request) -> Any:
-        """What `sample` is told of prompts (one a picture), the negative one and the size; computed once a request."""
+    def condition(self, prompts: list[str], request: Request, negatives: list[str] | None = None) -> Any:
+        """What `sample` is told of expanded prompts and negative ones (one a picture, or that of the request) and the
+        size; computed once a request."""
         ...
 
     def words_cut(self, text: str) -> str:
@@ -168,6 +180,10 @@ class System(Protocol):
 
     def words_unknown(self, text: str) -> str:
         """The words of a prompt that say nothing to the system, "" when all do."""
+        ...
+
+    def words_unreached(self, text: str, request: Request) -> list[str]:
+        """What a prompt keeps for steps that do not come."""
         ...
 
     def sample(self, cond: Any, request: Request, noise: Callable[[tuple[int, ...]], Tensor]) -> Tensor:

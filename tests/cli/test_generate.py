@@ -22,6 +22,7 @@ from limner.cli.main import main
 from limner.data.rebuild.sets import SETS, SHARE_ALIKE
 from limner.metrics.prompts import GRID_PROMPTS
 from limner.sampling import samplers, schedules
+from limner.text.prompts import DIALECTS
 
 
 def painted(result) -> list[str]:
@@ -77,7 +78,7 @@ def test_the_drawing_is_that_of_the_pipeline(limner, here, tiny_model):
     assert metadata.read_settings(here / path) == image.settings
     assert {name: image.settings[name] for name in wanted} == wanted
     assert image.settings["limner"] == __version__
-    assert image.settings.keys() == metadata.SETTINGS.keys() - {"strength"}  # that of painting over a picture
+    assert metadata.SETTINGS.keys() - image.settings.keys() == {"strength", "prompt_dialect", "clip_skip"}  # of others
 
 
 def test_aliases_mean_the_same(limner, here, tiny_model):
@@ -231,6 +232,7 @@ def test_the_help_names_what_there_is_and_the_defaults(limner):
     text = " ".join(limner("generate", "--help").out.split())
     assert set(re.search(r"Solver: (.*?)\.", text)[1].split(", ")) == set(samplers.SAMPLERS)
     assert set(re.search(r"How noise falls: (.*?)\.", text)[1].split(", ")) == {"auto", *schedules.SCHEDULES}
+    assert re.search(r"What brackets mean: (.*?)\.", text)[1].replace(" or ", ", ").split(", ") == list(DIALECTS)
     icons = catalog.entry("icons").config
     low, high, grid = re.search(r"(\d+) to (\d+) pixels in steps of (\d+)", text).groups()
     assert [int(low), int(high)] == [icons.defaults.min_size, icons.defaults.max_size]
@@ -338,3 +340,50 @@ def test_garbage_is_collected_again_when_loading_failed(tmp_path):
     with pytest.raises(SystemExit):
         main(["generate", "a fox", "-m", str(tmp_path / "none.safetensors")])
     assert gc.isenabled()
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_seed_picks_from_choices_and_wildcards_and_the_picture_remembers(limner, here, tiny_model):
+    (here / "cards").mkdir()
+    (here / "cards" / "animals.txt").write_text("fox\nowl\ncat\n")
+    common = ("-m", tiny_model, "--steps", 1)
+    words = ("a {red|blue} __animals__", "--wildcards", "cards", "-n", "{red|blue}")
+    paths = painted(limner(*words, *common, "-s", 1, "-b", 8))
+    told = [metadata.read_settings(here / path) for path in paths]
+    assert {t["prompt"] for t in told} <= {f"a {c} {a}" for c in ("red", "blue") for a in ("fox", "owl", "cat")}
+    assert len({t["prompt"] for t in told}) > 2
+    assert {t["negative"] for t in told} == {"red", "blue"}
+    assert paths == [f"{t['prompt'].replace(' ', '-')}-{k + 1}.png" for k, t in enumerate(told)]
+    (alone,) = painted(limner(*words, *common, "-s", 4, "-o", "alone.png"))
+    assert metadata.read_settings(here / alone) == told[3]
+    (again,) = painted(limner("-C", alone, "-m", tiny_model, "-o", "again.png"))
+    assert (here / again).read_bytes() == (here / alone).read_bytes()
+    plan = json.loads(limner(*words, *common, "-s", 1, "-b", 8, "--dry-run", "--json").out)
+    assert plan["prompts"] == [t["prompt"] for t in told]
+
+
+def test_settings_of_a_prompt_with_a_structure_give_its_picture_again(limner, here, sd1_folder):
+    common = ("-m", sd1_folder, "-W", 32, "-H", 32, "--steps", 2)
+    words = r"a (red:1.3) {fox|owl} [cat:dog:1] \(x\) \{a\|b\} BREAK night AND day :0.5"
+    flags = ("--clip-skip", 2, "--prompt-dialect", "a1111", "-n", "(dull:1.2)")
+    (path,) = painted(limner(words, *common, *flags, "-s", 3, "-o", "a.png"))
+    text = Image.open(path).info["parameters"]
+    assert ", Clip skip: 2, Prompt dialect: a1111, " in text
+    (again,) = painted(limner("-C", path, "-m", sd1_folder, "-o", "b.png"))
+    assert (here / path).read_bytes() == (here / again).read_bytes()
+    told = metadata.read_settings(here / path)
+    read = metadata.from_infotext(text)
+    assert {key: read[key] for key in ("prompt", "negative", "clip_skip", "prompt_dialect")} == {
+        key: told[key] for key in ("prompt", "negative", "clip_skip", "prompt_dialect")
+    }
+    (comfy,) = painted(limner("-C", path, "-m", sd1_folder, "--prompt-dialect", "comfyui", "-o", "c.png"))
+    assert pixels(comfy) != pixels(path)
+
+
+def test_brackets_are_plain_words_to_icons(limner, here, tiny_model):
+    """And their pictures carry no settings but those they had."""
+    (path,) = painted(limner("(a|b)", "-m", tiny_model, "-s", 1, "--steps", 1))
+    assert metadata.read_settings(here / path)["prompt"] == "(a|b)"
+    assert not {"clip_skip", "prompt_dialect"} & metadata.read_settings(here / path).keys()

@@ -161,6 +161,47 @@ def test_half_precision_stays_on_a_gpu_but_for_the_autoencoder(models, name):
     assert system.decode(half).isfinite().all()
 
 
+def drawn_by_diffusers(pipe: Any, guidance: float = 5.0, **told: Any) -> torch.Tensor:
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.published)
+    told |= {"generator": torch.Generator().manual_seed(3), "output_type": "latent", "num_inference_steps": 10}
+    return pipe(guidance_scale=guidance, **told).images
+
+
+def test_clip_skip_is_that_of_diffusers_which_counts_from_nought(sd1):
+    """Without guidance: diffusers does not skip layers for the negative prompt, other programs do."""
+    for skip in (1, 2):
+        wanted = drawn_by_diffusers(sd1.theirs, guidance=1.0, prompt="a red fox", clip_skip=skip - 1)
+        ours = latents(sd1.ours, "a red fox", clip_skip=skip, guidance=1.0)
+        assert (ours - wanted).abs().max() <= 1e-4 * wanted.abs().max(), skip
+
+
+@pytest.mark.parametrize("dialect", ["a1111", "comfyui"])
+def test_weights_and_chunks_draw_what_diffusers_draws_from_such_states(sd1, dialect):
+    """States made here with transformers, by what the programs say of their weights."""
+    pipe = sd1.theirs
+
+    def states(text: str, weights: list[float]) -> torch.Tensor:
+        ids = pipe.tokenizer(text, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        empty = pipe.tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids
+        with torch.no_grad():
+            z, nothing = pipe.text_encoder(ids)[0], pipe.text_encoder(empty)[0]
+        w = torch.tensor([1.0, *weights, *[1.0] * (76 - len(weights))])[:, None]
+        return z * w * (z.mean() / (z * w).mean()) if dialect == "a1111" else nothing + w * (z - nothing)
+
+    cond = torch.cat([states("red " * 75, [1.5] * 75), states("red " * 5 + "fox", [1.5] * 5 + [1.0])], dim=1)
+    uncond = torch.cat([states("dull", [0.5]), states("", [])], dim=1)
+    wanted = drawn_by_diffusers(pipe, prompt_embeds=cond, negative_prompt_embeds=uncond)
+    ours = latents(sd1.ours, f"({'red ' * 80}:1.5) fox", negative="(dull:0.5)", prompt_dialect=dialect)
+    assert (ours - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def latents(system: Any, prompt: str, **told: Any) -> torch.Tensor:
+    told = {"seed": 3, "steps": 10, "guidance": 5.0, "sampler": "euler"} | told
+    request = pipeline.prepare(system, prompt=prompt, **told)
+    with torch.inference_mode():
+        return system.sample(system.condition([prompt], request), request, pipeline.noise_source([3], "cpu"))
+
+
 def test_generate_takes_a_folder_and_remembers_what_it_is(sd1, here, limner):
     from limner.metadata import read_settings
 

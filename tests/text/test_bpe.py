@@ -126,16 +126,6 @@ def test_every_id_but_the_marks_can_come_out_of_a_text():
     assert sum(ids == [letters[f"{word}</w>"]] for word, ids in zip(words, found, strict=True)) > 0.999 * len(words)
 
 
-def test_the_end_beyond_so_many_tokens_is_told():
-    tokenizer = bpe.shipped()
-    assert tokenizer.beyond("A red\n fox", 3) == ""
-    assert tokenizer.beyond("A red\n fox  RUNS", 3) == "RUNS"
-    assert tokenizer.beyond("A red\n fox  RUNS", 0) == "A red\n fox  RUNS"
-    assert tokenizer.beyond("🦊 cafe\u0301 猫猫", 2) == "cafe\u0301 猫猫"  # a fox is two tokens
-    assert tokenizer.beyond("🦊 cafe\u0301 猫猫", 1) == "🦊 cafe\u0301 猫猫"
-    assert tokenizer.beyond("", 0) == ""
-
-
 # ---------------------------------------------------------------- folders
 
 SMALL = ["l o", "lo w</w>", "e r</w>", "lo w", "low er</w>"]

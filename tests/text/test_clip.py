@@ -21,6 +21,7 @@ from limner.text.clip import (
     CLIPTowers,
     CLIPTowersConfig,
 )
+from limner.text.prompts import parse
 
 EOT = 98
 ODD = {
@@ -216,15 +217,6 @@ def test_prompts_get_the_ids_and_the_cut_of_transformers(config, tmp_path):
     assert torch.equal(encoder(**config).tokenize(prompts), filled)
 
 
-def test_a_prompt_is_cut_at_its_end_and_the_cut_is_told():
-    clip = encoder()
-    (word,) = clip.tokenizer.encode(["word"], marked=False)[0]
-    assert clip.tokenize(["word " * 100]).tolist() == [[49406, *[word] * 75, 49407]]
-    assert clip.words_cut("word " * 100).split() == ["word"] * 25
-    assert clip.words_cut("word " * 75) == ""
-    assert clip.words_cut("Word " * 75 + "END") == "END"
-
-
 def test_layers_are_skipped_and_normed_as_asked():
     prompts = ["a red fox", ""]
     states = encoder()(encoder().tokenize(prompts))
@@ -302,3 +294,153 @@ def test_eot_comes_from_the_tokenizer_where_the_model_does_not_know_it():
 def test_what_no_tower_can_be_is_refused(changes, message):
     with pytest.raises(UsageError, match=message):
         encoder(**changes)
+
+
+# ---------------------------------------------------------------- weights and chunks, against a second implementation
+
+
+def noisy(config: CLIPTowersConfig) -> CLIPTowers:
+    towers = CLIPTowers(config, [bpe.shipped()] * len(config.towers)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in towers.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = noise * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.5) + 0.1
+    return towers
+
+
+def theirs(towers: CLIPTowers, chunks: list[list[tuple[str, float]]], dialect: str, back: int) -> torch.Tensor:
+    """By transformers, from what the wikis say: pieces' ids between marks, the states `back` from the last, A1111's
+    product with the mean restored or ComfyUI's way from the empty prompt, chunk after chunk."""
+    sides = []
+    for tower in towers:
+        model = oracle(tower.config)
+        model.load_state_dict(tower.state_dict())
+        model.config.pad_token_id = None
+
+        def states(ids: list[int], model=model, tower=tower) -> torch.Tensor:
+            filled = [49406, *ids, 49407]
+            filled += [tower.config.pad] * (77 - len(filled))
+            with torch.no_grad():
+                hidden = model(input_ids=torch.tensor([filled]), output_hidden_states=True).hidden_states[-back]
+                return model.text_model.final_layer_norm(hidden)[0] if tower.normed else hidden[0]
+
+        side = []
+        for pieces in chunks:
+            ids = [bpe.shipped().encode([text], marked=False)[0] for text, _ in pieces]
+            weights = torch.ones(77)
+            weights[1 : 1 + sum(map(len, ids))] = torch.tensor(
+                [w for row, (_, w) in zip(ids, pieces, strict=True) for _ in row]
+            )
+            z = states([i for row in ids for i in row])
+            if dialect == "a1111" and (weights != 1).any():
+                y = z * weights[:, None]
+                z = y * (z.mean() / y.mean())
+            elif dialect == "comfyui":
+                empty = states([])
+                z = empty + (z - empty) * weights[:, None]
+            side.append(z)
+        sides.append(torch.cat(side))
+    return torch.cat(sides, dim=-1)
+
+
+TWO = CLIPTowersConfig(towers=(CLIP_TINY, replace(CLIP_TINY, width=48, num_heads=3, pad=0)), skip=1, normed=False)
+ONE = CLIPTowersConfig(towers=(replace(CLIP_TINY, projection=None),))
+CAT, LONG = [("a ", 1.0), ("red", 1.3), (" cat, ", 1.0), ("night", 0.5)], "fox, " * 30
+
+
+@pytest.mark.parametrize("config", [ONE, TWO], ids=["one tower", "two towers"])
+@pytest.mark.parametrize("dialect", ["a1111", "comfyui"])
+def test_weights_are_those_of_their_program(config, dialect):
+    towers = noisy(config)
+    text = parse("a (red:1.3) cat, (night:0.5)", dialect).parts[0].at(0)
+    cond = towers.read([[text]], dialect, None)
+    assert close(cond.tokens[0], theirs(towers, [CAT], dialect, 1 + config.skip), 1e-5)
+    plain = towers.encode(["a red cat, night"])
+    assert not close(cond.tokens, plain.tokens, 1e-2)
+    assert close(cond.pooled, plain.pooled, 1e-6)  # has no weights
+
+
+@pytest.mark.parametrize("dialect", ["a1111", "comfyui", "plain"])
+def test_a_text_without_weights_is_read_as_ever(dialect):
+    towers = noisy(TWO)
+    cond, plain = (
+        towers.read([[parse("a red fox", dialect).parts[0].at(0)]], dialect, None),
+        towers.encode(["a red fox"]),
+    )
+    assert torch.equal(cond.tokens, plain.tokens)
+    assert torch.equal(cond.pooled, plain.pooled)
+    assert cond.mask is None
+
+
+def test_a_long_text_is_read_in_chunks_and_nothing_is_cut():
+    towers = noisy(ONE)
+    text = parse(f"a {LONG}({'dog ' * 60}:1.4)").parts[0].at(0)
+    wanted = {
+        "a1111": [[("a " + LONG, 1.0)], [("dog " * 60, 1.4)]],  # the comma is 15 tokens before the end
+        "comfyui": [[("a " + LONG, 1.0), ("dog " * 14, 1.4)], [("dog " * 46, 1.4)]],
+    }
+    for dialect, chunks in wanted.items():
+        (row,) = towers.read([[text]], dialect, None).tokens
+        assert row.shape == (154, 32)
+        assert close(row, theirs(towers, chunks, dialect, 1), 1e-5), dialect
+    long = parse("fox, " * 200, "plain").parts[0].at(0)
+    assert [len(chunk) for chunk in towers[0].chunks(long, "plain")] == [75, 75, 75, 75, 75, 25]
+    words = parse("fox " * 74 + "antidisestablish fox", "comfyui").parts[0].at(0)  # of four tokens
+    assert [len(chunk) for chunk in towers[0].chunks(words, "comfyui")] == [74, 5]
+
+
+def test_break_ends_a_chunk():
+    towers = noisy(ONE)
+    words = lambda text: [len(chunk) for chunk in towers[0].chunks(parse(text).parts[0].at(0), "a1111")]  # noqa: E731
+    assert words("a red fox BREAK night") == [3, 1]
+    assert words("BREAK night") == [0, 1]
+    assert words("a BREAK BREAK b BREAK") == [1, 0, 1]
+    assert words("") == [0]
+    (row,) = towers.read([[parse("a red fox BREAK (night:1.2)").parts[0].at(0)]], "a1111", None).tokens
+    assert close(row, theirs(towers, [[("a red fox", 1.0)], [("night", 1.2)]], "a1111", 1), 1e-5)
+
+
+def test_texts_of_a_group_are_as_long_as_its_longest_and_a_mask_tells_groups_apart():
+    towers = noisy(replace(TWO, zero_empty=True))
+    short, long, empty = (parse(text).parts[0].at(0) for text in ("a red fox", "fox " * 80, ""))
+    cond = towers.read([[short, empty], [long, short]], "a1111", None)
+    assert cond.mask.sum(1).tolist() == [77, 77, 154, 154]
+    assert cond.mask[:, :77].all()
+    for row, chunks in ((0, [[("a red fox", 1.0)]]), (3, [[("a red fox", 1.0)], [("", 1.0)]])):
+        assert close(cond.tokens[row][cond.mask[row]], theirs(towers, chunks, "a1111", 2), 1e-5)
+    assert not cond.tokens[1].any()
+    assert not cond.pooled[1].any()
+    assert towers.read([[long, empty]], "a1111", None).mask is None
+    assert torch.equal(cond.pooled[3], cond.pooled[0])  # of the first chunk
+
+
+def test_clip_skip_counts_layers_from_the_last():
+    towers = noisy(replace(ONE, towers=(replace(CLIP_TINY, depth=4, projection=None),)))
+    text = parse("a red fox").parts[0].at(0)
+    for skip in (1, 2, 4):
+        (row,) = towers.read([[text]], "a1111", skip).tokens
+        assert close(row, theirs(towers, [[("a red fox", 1.0)]], "a1111", skip), 1e-5), skip
+    assert towers.clip_skip == 1
+    for skip in (0, 5):
+        with pytest.raises(
+            UsageError, match=f"clip skip is {skip}: this model's text encoder can stop 1 to 4 from its"
+        ):
+            towers.checked(skip)
+    with torch.device("meta"):
+        whole, short = (
+            CLIPTowers(CLIPTowersConfig(towers=(tower,), skip=skip), [bpe.shipped()])
+            for tower, skip in ((OPENCLIP_H, 1), (OPENCLIP_H_SD2, 0))
+        )
+    assert whole.clip_skip == short.clip_skip == 2  # the file of the latter lacks the last layer
+    assert (whole.clip_skips, short.clip_skips) == (range(1, 25), range(2, 25))
+
+
+def test_clip_skip_means_the_same_where_a_file_lacks_the_last_layer():
+    tower, text = replace(CLIP_TINY, projection=None), parse("a red fox").parts[0].at(0)
+    whole = noisy(CLIPTowersConfig(towers=(tower,), skip=1))
+    short = CLIPTowers(CLIPTowersConfig(towers=(replace(tower, depth=2),)), [bpe.shipped()]).eval()
+    short.load_state_dict({k: v for k, v in whole.state_dict().items() if ".layers.2." not in k})
+    short.left_out, short.clip_skip, short.clip_skips = 1, 2, range(2, 4)  # as those of Stable Diffusion 2 have it
+    for skip in (None, 2, 3):
+        one, other = (towers.read([[text]], "a1111", skip).tokens for towers in (whole, short))
+        assert torch.equal(one, other), skip

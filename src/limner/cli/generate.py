@@ -76,6 +76,16 @@ def generate_command(
         ),
     ] = None,
     batch: Annotated[int, typer.Option("-b", "--batch", help="Pictures, with seeds SEED, SEED+1, ...")] = 1,
+    dialect: Annotated[
+        str | None,
+        typer.Option("--prompt-dialect", help="What brackets mean: a1111, comfyui or plain. [default: the model's]"),
+    ] = None,
+    clip_skip: Annotated[
+        int | None, typer.Option("--clip-skip", help="CLIP's layer to take words from, 1 the last, 2 that before.")
+    ] = None,
+    wildcards: Annotated[
+        Path | None, typer.Option("--wildcards", help="Folder of NAME.txt, a line of which is put for __NAME__.")
+    ] = None,
     image: Annotated[Path | None, typer.Option("-i", "--image", help="Paint over this picture.")] = None,
     strength: Annotated[
         float | None,
@@ -93,7 +103,9 @@ def generate_command(
 ) -> None:
     """Paint PROMPT and print the path of the PNG.
 
-    What no option says, the model's defaults do; the sizes and defaults below are those of icons.
+    {a|b} is one of both, picked by the seed. Stable Diffusion reads prompts as A1111 does: (word:1.3), [word], BREAK,
+    [a:b:0.5], [a|b], AND, at any length. What no option says, the model's defaults do; the sizes and defaults below are
+    those of icons.
     """
     flags = {
         "prompt": prompt,
@@ -107,6 +119,9 @@ def generate_command(
         "sampler": sampler,
         "schedule": schedule,
         "strength": strength,
+        "prompt_dialect": dialect,
+        "clip_skip": clip_skip,
+        "wildcards": wildcards,
     }
     remembered = _remembered(settings, image, model) if settings else {}
     painted_with = remembered.pop("model_hash", None)
@@ -209,7 +224,7 @@ def _paths(output: str | None, request: Request) -> list[Path]:
     in_folder = output is None or output.endswith("/") or os.path.isdir(output)  # noqa: PTH112 (Path's may raise)
     folder = Path(output or "") if in_folder else Path(output or "").parent
     if in_folder:
-        return [folder / f"{slug(request.prompt)}-{request.seed + i}.png" for i in range(request.batch)]
+        return [folder / f"{slug(prompt)}-{request.seed + i}.png" for i, prompt in enumerate(request.prompts)]
     file = Path(output or "")
     if file.suffix.lower() != ".png":
         raise UsageError(f"cannot save {output!r}: pictures are PNG; let the name end in .png, or in / for a folder")
@@ -249,6 +264,7 @@ def _plan(pipe: Pipeline, request: Request, paths: list[Path]) -> dict[str, Any]
     return {
         "model": pipe.system.name,
         **pipeline.describe(pipe.system, request),
+        **({"prompts": list(request.prompts)} if len(set(request.prompts)) > 1 else {}),
         "seed": request.seed,
         "batch": request.batch,
         "device": str(parameters[0].device),

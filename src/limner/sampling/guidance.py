@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,15 @@ def classifier_free(pair: Pair, scale: float) -> Denoise:
         return torch.lerp(uncond, cond, scale)
 
     return denoise
+
+
+def composed(parts: Sequence[Tensor], weights: Sequence[Tensor], uncond: Tensor) -> Tensor:
+    """x0 of several prompts at once: uncond + sum of weight * (part - uncond), weights (b,) each (Composable Diffusion,
+    arXiv:2206.01714, equation 11)."""
+    x0 = uncond
+    for part, weight in zip(parts, weights, strict=True):
+        x0 = x0 + weight[:, None, None, None] * (part - uncond)
+    return x0
 
 
 def within(interval: tuple[float, float], guided: Denoise, plain: Denoise, interpolant: Interpolant) -> Denoise:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from limner.errors import UsageError
 from limner.nn.convolution import ChannelToSpace, ResidualBlock, SpaceToChannel
+from limner.text.prompts import Dialect
 from limner.types import Defaults, Images, Latents, Request
 
 
@@ -26,6 +27,8 @@ class AutoencodingSystem(nn.Module):
     grid: int
     model_hash = ""
     task = "autoencoding"
+    dialects: tuple[Dialect, ...] = ("plain",)
+    clip_skip = None
     phases = ("main",)
 
     def __init__(
@@ -84,13 +87,16 @@ class AutoencodingSystem(nn.Module):
                 f"{self.name} is an autoencoder: it reads no words, it gives a picture back: -i IMAGE without a prompt"
             )
 
-    def condition(self, prompts: list[str], request: Request) -> None:
+    def condition(self, prompts: list[str], request: Request, negatives: list[str] | None = None) -> None:
         return None
 
     def words_cut(self, text: str) -> str:
         return ""
 
     words_unknown = words_cut  # it reads none
+
+    def words_unreached(self, text: str, request: Request) -> list[str]:
+        return []
 
     def sample(
         self,

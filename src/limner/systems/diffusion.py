@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,18 +15,30 @@ from torch.nn import functional as F
 from limner.errors import UsageError
 from limner.models.unet import micro_conditioning
 from limner.sampling import samplers, schedules
-from limner.sampling.guidance import classifier_free, within
+from limner.sampling.guidance import classifier_free, composed, within
 from limner.sampling.interpolants import Interpolant
 from limner.sampling.predictions import Prediction
+from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, unreached
 from limner.types import Conditioning, Defaults, Denoise, Images, Latents, Request
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The words of a batch: `cond` and `uncond` have one row a picture."""
+    """The words of a batch: each of the `parts` of AND, and `uncond`, have one row a picture, and so have the parts'
+    `weights`; a picture with fewer parts than its neighbours has some of weight 0."""
 
-    cond: Conditioning
+    parts: tuple[Conditioning, ...]
+    weights: tuple[tuple[float, ...], ...]
     uncond: Conditioning
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nothing to compose."""
+        return self.weights == ((1.0,) * len(self.weights[0]),)
+
+
+Turns = list[tuple[int, Prompts]]
+"""(n, what is told until n steps are done), n rising up to the number of steps."""
 
 
 class DiffusionSystem(nn.Module):
@@ -58,6 +71,8 @@ class DiffusionSystem(nn.Module):
         self.text_encoder = text_encoder.requires_grad_(False)
         self.interpolant, self.prediction, self.caption_dropout = interpolant, prediction, caption_dropout
         self.grid = self.autoencoder.factor
+        self.dialects: tuple[Dialect, ...] = text_encoder.dialects  # type: ignore[assignment]
+        self.clip_skip: int | None = text_encoder.clip_skip  # type: ignore[assignment]
 
     # ---------------------------------------------------------------- training
 
@@ -90,22 +105,54 @@ class DiffusionSystem(nn.Module):
     # ---------------------------------------------------------------- sampling
 
     def check(self, request: Request) -> None:
-        if not request.prompt.strip():
+        if not all(prompt.strip() for prompt in request.prompts):
             raise UsageError("the prompt is empty: say what to draw")
         self.sigmas(request)
+        if self.clip_skip is not None:
+            self.text_encoder.checked(request.clip_skip)
+        self.parsed(request.prompts, request)
+        self.parsed(request.negatives, request, composed=False)
 
     def sigmas(self, request: Request) -> list[float]:
-        """What the sampler walks. Raises UsageError for a schedule that the interpolant cannot have."""
-        return schedules.plan(request.schedule, request.sampler, request.steps, self.interpolant)
+        """What the sampler walks; over a picture, the end of it. Raises UsageError for a schedule that the interpolant
+        cannot have."""
+        sigmas = schedules.plan(request.schedule, request.sampler, request.steps, self.interpolant)
+        return sigmas if request.strength is None else schedules.from_strength(sigmas, request.strength)
 
-    def condition(self, prompts: list[str], request: Request) -> Prompts:
-        unique = list(dict.fromkeys([*prompts, request.negative]))
-        rows = {text: i for i, text in enumerate(unique)}
-        encoded = self.text_encoder.encode(unique)
-        pick = lambda texts: encoded.map(lambda value: value[[rows[t] for t in texts]])  # noqa: E731
-        cond, uncond = pick(prompts), pick([request.negative] * len(prompts))
-        width, height = request.width, request.height
-        return Prompts(self.sized(cond, width, height), self.sized(uncond, width, height, score=2.5))
+    def parsed(self, texts: Sequence[str], request: Request, composed: bool = True) -> list[tuple[Part, ...]]:
+        """The parts of every text. Raises UsageError for what cannot be meant or done."""
+        steps = len(self.sigmas(request)) - 1
+        read = {text: parse(text, self.dialect(request), steps, composed) for text in dict.fromkeys(texts)}
+        for prompt in read.values():
+            refuse(prompt.adapters)
+        return [read[text].parts for text in texts]
+
+    def dialect(self, request: Request) -> Dialect:
+        """What the request says, if it can be read, else the model's own."""
+        return request.prompt_dialect if request.prompt_dialect in self.dialects else self.dialects[0]
+
+    def condition(self, prompts: list[str], request: Request, negatives: list[str] | None = None) -> Turns:
+        """`negatives` are the negative prompts of the pictures, where they are not that of the request."""
+        said = self.parsed(prompts, request)
+        negatives = negatives or [request.negative] * len(prompts)
+        against = [part for (part,) in self.parsed(negatives, request, composed=False)]
+        most = max(map(len, said))
+        # for each picture: its parts, as many as its neighbours have, and its negative prompt
+        rows = [[*parts, *[negative] * (most + 1 - len(parts))] for parts, negative in zip(said, against, strict=True)]
+        ends = sorted({end for row in rows for part in row for end, _ in part.turns})
+        turns = {end: tuple(tuple(part.at(end - 1) for part in row) for row in rows) for end in ends}
+        weights = tuple(tuple(p[k].weight if k < len(p) else 0.0 for p in said) for k in range(most))
+
+        def told(turn: tuple[tuple[Text, ...], ...]) -> Prompts:
+            read = self.text_encoder.read(turn, self.dialect(request), request.clip_skip)
+            *parts, uncond = (read.map(lambda v, k=k: v[k :: most + 1]) for k in range(most + 1))
+            size = request.width, request.height
+            return Prompts(
+                tuple(self.sized(part, *size) for part in parts), weights, self.sized(uncond, *size, score=2.5)
+            )
+
+        known = {turn: told(turn) for turn in dict.fromkeys(turns.values())}
+        return [(end, known[turn]) for end, turn in turns.items()]
 
     def sized(self, cond: Conditioning, width: int, height: int, score: float = 6.0) -> Conditioning:
         """`cond` with what SDXL is told of sizes in pixels, or its refiner of sizes and of how good pictures look."""
@@ -118,17 +165,22 @@ class DiffusionSystem(nn.Module):
         return replace(cond, vector=micro_conditioning(cond.pooled, numbers.expand(len(cond.pooled), -1)))
 
     def words_cut(self, text: str) -> str:
-        return self.text_encoder.words_cut(text)
+        return self.text_encoder.words_cut(unescaped(text))
 
     def words_unknown(self, text: str) -> str:
-        return self.text_encoder.words_unknown(text)
+        return self.text_encoder.words_unknown(unescaped(text))
+
+    def words_unreached(self, text: str, request: Request) -> list[str]:
+        return unreached(text, len(self.sigmas(request)) - 1) if self.dialect(request) == "a1111" else []
 
     def denoiser(self, prompts: Prompts, guidance: float) -> Denoise:
-        """The denoiser a solver asks, guided within the model's interval: two rows of the network a picture there, one
-        elsewhere and with guidance 1."""
-        dtype = next(self.network.parameters()).dtype
-        cond, uncond = (c.map(lambda v: v.to(dtype) if v.is_floating_point() else v) for c in vars(prompts).values())
-        both = Conditioning.cat([cond, uncond])
+        """The denoiser a solver asks, guided within the model's interval: a row of the network for each part and the
+        negative prompt of a picture there, one row elsewhere and with guidance 1 if there is nothing to compose."""
+        first = next(self.network.parameters())
+        dtype, count = first.dtype, len(prompts.parts) + 1
+        told = [c.map(lambda v: v.to(dtype) if v.is_floating_point() else v) for c in (*prompts.parts, prompts.uncond)]
+        every = Conditioning.cat(told)
+        weights = torch.tensor(prompts.weights, device=first.device)
 
         def predict(x: Tensor, sigma: float, cond: Conditioning) -> Tensor:
             seen = self.interpolant.input_scale(sigma) * x
@@ -137,11 +189,11 @@ class DiffusionSystem(nn.Module):
             return self.prediction.to_x0(output, x, self.interpolant.alpha(sigma), sigma)
 
         def pair(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-            prompt, negative = predict(torch.cat([x, x]), sigma, both).chunk(2)
-            return prompt, negative
+            *parts, negative = predict(torch.cat([x] * count), sigma, every).chunk(count)
+            return parts[0] if prompts.alone else composed(parts, list(weights), negative), negative
 
         def plain(x: Tensor, sigma: float) -> Tensor:
-            return predict(x, sigma, cond)
+            return predict(x, sigma, told[0]) if prompts.alone else pair(x, sigma)[0]
 
         if guidance == 1:
             return plain
@@ -149,9 +201,10 @@ class DiffusionSystem(nn.Module):
         return within(self.defaults.guidance_interval, guided, plain, self.interpolant)
 
     def sample(
-        self, cond: Prompts, request: Request, noise: Callable[[tuple[int, ...]], Tensor], start: Latents | None = None
+        self, cond: Turns, request: Request, noise: Callable[[tuple[int, ...]], Tensor], start: Latents | None = None
     ) -> Latents:
-        """`start` are latents to begin from (img2img), walked from `request.strength` of the way into noise."""
+        """`start` are latents to begin from (img2img), walked from `request.strength` of the way into noise. What is
+        told changes with the steps done, however often a sampler asks in a step."""
         shape = (self.autoencoder.channels, request.height // self.grid, request.width // self.grid)
         sigmas = self.sigmas(request)
         eps = noise(shape)
@@ -159,12 +212,22 @@ class DiffusionSystem(nn.Module):
             bare = request.sampler in schedules.BARE and request.schedule != "leading"
             x = sigmas[0] * eps if bare else self.interpolant.start(eps, sigmas[0])
         else:
-            assert request.strength is not None
-            sigmas = schedules.from_strength(sigmas, request.strength)
             x = self.interpolant.mix(start, eps, sigmas[0])
         sampler = samplers.get(request.sampler)
-        denoise = self.denoiser(cond, request.guidance)
-        x = sampler(denoise, x, sigmas, self.interpolant, noise=lambda: noise(shape), on_step=request.on_step)
+        denoiser = lru_cache(maxsize=1)(lambda turn: self.denoiser(cond[turn][1], request.guidance))
+        steps = 0
+
+        def on_step(done: int, total: int) -> None:
+            nonlocal steps
+            steps = done
+            if request.on_step is not None:
+                request.on_step(done, total)
+
+        def denoise(x: Tensor, sigma: float) -> Tensor:
+            turn = next(k for k, (until, _) in enumerate(cond) if steps < until)
+            return denoiser(turn)(x, sigma)
+
+        x = sampler(denoise, x, sigmas, self.interpolant, noise=lambda: noise(shape), on_step=on_step)
         return self.interpolant.input_scale(sigmas[-1]) * x
 
     def encode(self, images: Images) -> Latents:

@@ -79,16 +79,12 @@ class CLIPTokenizer:
         self.tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in (bot, eot)])
         self.bot, self.eot, self.pad = known[bot], known[eot], known[pad or eot]
         self.size = max(known.values()) + 1
+        self.comma = known.get("," + END_OF_WORD)
 
     def encode(self, texts: list[str], *, marked: bool = True) -> list[list[int]]:
         """The ids of every text, however long; `marked` puts `bot` before and `eot` after them."""
         encoded = [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
         return [[self.bot, *ids, self.eot] for ids in encoded] if marked else encoded
-
-    def beyond(self, text: str, tokens: int) -> str:
-        """The end of `text` after so many tokens, marks not counted; "" when there is none."""
-        encoded = self.tokenizer.encode(text, add_special_tokens=False)
-        return text[encoded.offsets[tokens][0] :] if len(encoded.ids) > tokens else ""
 
     def files(self, pad: int, context: int) -> dict[str, Any]:
         """The files of a folder with this tokenizer, as `from_folder` and transformers read it; text or JSON."""

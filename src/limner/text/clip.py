@@ -25,7 +25,12 @@ from torch.nn import functional as F
 from limner.errors import UsageError
 from limner.nn.embeddings import embedding, sent
 from limner.text.bpe import CLIPTokenizer
+from limner.text.prompts import DIALECTS, Dialect, Text, Token, chunked
 from limner.types import Conditioning, Tokens
+
+Chunk = tuple[Token, ...]
+AT_ONCE = 32
+"""Chunks that go through a tower together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,27 +175,67 @@ class CLIPTextEncoder(CLIPText):
         self.tokenizer, self.skip, self.normed = tokenizer, skip, normed
 
     def tokenize(self, prompts: list[str]) -> Int[Tensor, "b l"]:
-        """Prompts between their marks, filled up or cut to `context`; `words_cut` says what is lost."""
+        """Prompts between their marks, filled up or cut to `context`, as captions are in training."""
+        return self.marked(self.tokenizer.encode(prompts, marked=False))
+
+    def marked(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "b l"]:
+        """Ids between their marks, filled up or cut to `context`."""
         context, bot, eot = self.config.context, self.tokenizer.bot, self.tokenizer.eot
-        rows = [[bot, *ids[: context - 2], eot] for ids in self.tokenizer.encode(prompts, marked=False)]
-        return torch.tensor([row + [self.config.pad] * (context - len(row)) for row in rows])
+        marked = [[bot, *ids[: context - 2], eot] for ids in rows]
+        return torch.tensor([row + [self.config.pad] * (context - len(row)) for row in marked])
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         """Token states and the pooled vectors, without a mask: published networks were trained to attend to all tokens,
         those after EOT too."""
-        device = self.text_model.final_layer_norm.weight.device
-        states = self(sent(self.tokenize(prompts), device))
-        tokens = states.hidden[-1 - self.skip]
-        return Conditioning(tokens=self.norm(tokens) if self.normed else tokens, pooled=states.pooled)
+        tokens, pooled = self.states(self.tokenize(prompts), self.skip)
+        return Conditioning(tokens=tokens, pooled=pooled)
 
-    def words_cut(self, prompt: str) -> str:
-        """The end of `prompt` that does not fit, "" when all does."""
-        return self.tokenizer.beyond(prompt, self.config.context - 2)
+    def states(self, ids: Int[Tensor, "b l"], skip: int) -> tuple[Tokens, Float[Tensor, "b p"]]:
+        """The states after all layers but the last `skip`, and the pooled vectors."""
+        states = self(sent(ids, self.text_model.final_layer_norm.weight.device))
+        tokens = states.hidden[-1 - skip]
+        return self.norm(tokens) if self.normed else tokens, states.pooled
+
+    def chunks(self, text: Text, dialect: Dialect) -> list[Chunk]:
+        """The tokens of a text in chunks that fit between the marks, at least one; every BREAK ends a chunk."""
+        size, comma = self.config.context - 2, self.tokenizer.comma if dialect == "a1111" else None
+        chunks: list[Chunk] = []
+        for section in text:
+            pieces = [
+                (word, p.weight) for p in section for word in (p.text.split() if dialect == "comfyui" else [p.text])
+            ]
+            ids = self.tokenizer.encode([words for words, _ in pieces], marked=False)
+            runs = [[(token, weight) for token in row] for row, (_, weight) in zip(ids, pieces, strict=True)]
+            chunks += chunked(runs, size, comma, whole=dialect == "comfyui") or [()]
+        return chunks[:-1] if len(text) > 1 and not chunks[-1] else chunks
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[Sequence[Chunk]], dialect: Dialect, skip: int) -> tuple[list[Tensor], Tensor]:
+        """Weighted states of every row, its chunks one after another (chunks * context, d), and the pooled vectors of
+        their first chunks (b, p), which have no weight."""
+        every = dict.fromkeys(chunk for row in rows for chunk in row)
+        if dialect == "comfyui" and any(map(_weighs, every)):
+            every[()] = None
+        place = {chunk: k for k, chunk in enumerate(every)}
+        ids = self.marked([[token for token, _ in chunk] for chunk in every])
+        parts = [self.states(some, skip) for some in ids.split(AT_ONCE)]
+        plain, pooled = (torch.cat(some) for some in zip(*parts, strict=True))
+        states = dict(zip(every, plain, strict=True))  # l d each
+        for chunk in filter(_weighs, every):
+            weights = plain.new_ones(self.config.context, 1)
+            weights[1 : 1 + len(chunk), 0] = weights.new_tensor([weight for _, weight in chunk])
+            if dialect == "a1111":
+                states[chunk] = emphasised(states[chunk], weights)
+            else:
+                states[chunk] = torch.lerp(states[()], states[chunk], weights)
+        return [torch.cat([states[chunk] for chunk in row]) for row in rows], pooled[[place[row[0]] for row in rows]]
 
 
 class CLIPTowers(nn.ModuleList):
     """One tower, or several side by side: states joined along the width, `pooled` from the last (SDXL)."""
+
+    dialects = DIALECTS
 
     def __init__(self, config: CLIPTowersConfig, tokenizers: Sequence[CLIPTokenizer]) -> None:
         super().__init__(
@@ -198,6 +243,11 @@ class CLIPTowers(nn.ModuleList):
             for tower, tokenizer in zip(config.towers, tokenizers, strict=True)
         )
         self.zero_empty = config.zero_empty
+        first = config.towers[0]
+        self.left_out = int((first.width, first.depth) == (OPENCLIP_H_SD2.width, OPENCLIP_H_SD2.depth))
+        self.clip_skip = 1 + config.skip + self.left_out
+        """The layer whose states are taken, counted from the last as A1111 and ComfyUI do; SD2's files may lack it."""
+        self.clip_skips = range(1 + self.left_out, min(tower.depth for tower in config.towers) + self.left_out + 1)
 
     def encode(self, prompts: list[str]) -> Conditioning:
         towers = [tower.encode(prompts) for tower in self]  # type: ignore[operator]
@@ -207,12 +257,61 @@ class CLIPTowers(nn.ModuleList):
             tokens, pooled = tokens * said[:, None, None], pooled * said[:, None]
         return Conditioning(tokens=tokens, pooled=pooled)
 
+    @torch.no_grad()
+    def read(self, groups: Sequence[Sequence[Text]], dialect: Dialect, clip_skip: int | None) -> Conditioning:
+        """A row for each text of each group. The texts of a group get as many chunks as the longest, with empty ones;
+        where groups differ, the rest is zeros that the mask hides. `pooled` is that of the first chunk.
+
+        A1111's weights multiply a chunk's states, whose mean is then restored; ComfyUI's go from the states of the
+        empty prompt through the state at the same place. Raises UsageError for a clip skip not in `clip_skips`.
+        """
+        skip = self.checked(clip_skip) - 1 - self.left_out
+        chunks = {text: [tower.chunks(text, dialect) for tower in self] for group in groups for text in group}  # type: ignore[operator]
+        texts = [text for group in groups for text in group]
+        counts = [max(len(some) for text in group for some in chunks[text]) for group in groups for _ in group]
+        sides = []
+        for k, tower in enumerate(self):
+            rows = [[*chunks[t][k], *[()] * (n - len(chunks[t][k]))] for t, n in zip(texts, counts, strict=True)]
+            side, pooled = tower.read(rows, dialect, skip)  # type: ignore[operator]
+            sides.append(side)
+        tokens = [torch.cat(row, dim=-1) for row in zip(*sides, strict=True)]  # l d
+        if self.zero_empty:
+            said = [any(piece.text for section in text for piece in section) for text in texts]
+            tokens = [states * known for states, known in zip(tokens, said, strict=True)]
+            pooled = pooled * pooled.new_tensor(said)[:, None]
+        lengths = torch.tensor([len(row) for row in tokens])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        return Conditioning(
+            tokens=nn.utils.rnn.pad_sequence(tokens, batch_first=True),
+            mask=None if mask.all() else mask.to(pooled.device),
+            pooled=pooled,
+        )
+
+    def checked(self, clip_skip: int | None) -> int:
+        """This clip skip, or the model's own for None. Raises UsageError for one that its layers do not allow."""
+        if clip_skip is not None and clip_skip not in self.clip_skips:
+            low, high = self.clip_skips[0], self.clip_skips[-1]
+            raise UsageError(
+                f"clip skip is {clip_skip}: this model's text encoder can stop {low} to {high} from its end"
+            )
+        return self.clip_skip if clip_skip is None else clip_skip
+
     def words_cut(self, prompt: str) -> str:
-        """The end of `prompt` that does not fit into all towers, "" when all does."""
-        return max((tower.words_cut(prompt) for tower in self), key=len)  # type: ignore[operator]
+        return ""  # chunks hold any number
 
     def words_unknown(self, prompt: str) -> str:
         return ""  # tokens are made of bytes, so every word has some
+
+
+def emphasised(states: Tokens, weights: Tensor) -> Tokens:
+    """States (l, d) times weights (l, 1), with the mean that all of them had before."""
+    weighted = states * weights
+    ratio = states.mean() / weighted.mean()
+    return weighted * ratio if ratio.isfinite() else weighted
+
+
+def _weighs(chunk: Chunk) -> bool:
+    return any(weight != 1 for _, weight in chunk)
 
 
 class TextTransformer(nn.Module):

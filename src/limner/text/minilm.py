@@ -7,6 +7,7 @@ are those of the published file. WordPiece tokens through the `tokenizers` libra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limner.nn.embeddings import embedding, sent
+from limner.text.prompts import Dialect, Text
 from limner.types import Conditioning
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ MOST_KNOWN = 500_000
 
 class MiniLM(nn.Module):
     """`max_tokens` bounds a prompt, [CLS] and [SEP] included; what is longer is cut at the end."""
+
+    dialects: tuple[Dialect, ...] = ("plain",)
+    clip_skip = None
 
     def __init__(self, tokenizer: Path, max_tokens: int = 24) -> None:
         super().__init__()
@@ -65,6 +70,12 @@ class MiniLM(nn.Module):
         ids, mask = (sent(tensor, device) for tensor in self.tokenize(prompts))
         states = self(ids, mask)
         return Conditioning(tokens=states, mask=mask, pooled=sentence(states, mask) * WIDTH**0.5)
+
+    def read(self, groups: Sequence[Sequence[Text]], dialect: Dialect, clip_skip: int | None) -> Conditioning:
+        """A row for each text of each group, without weights: there is one dialect, and no layer to skip."""
+        texts = ["".join(piece.text for section in text for piece in section) for group in groups for text in group]
+        unique = list(dict.fromkeys(texts))
+        return self.encode(unique).map(lambda value: value[[unique.index(text) for text in texts]])
 
     @torch.no_grad()
     def sentences(self, texts: list[str], batch: int = 512) -> Tensor:
