@@ -284,7 +284,7 @@ def test_the_judge_sees_worn_pictures_only(pack, blind, tmp_path, monkeypatch):
     seen, worn = [], []
     true_train, true_worn = retrieval.train_judge, evaluation.worn
     monkeypatch.setattr(retrieval, "train_judge", lambda data, **how: seen.append(data) or true_train(data, **how))
-    monkeypatch.setattr(evaluation, "worn", lambda x, g: worn.append(Thumbnails()(y := true_worn(x, g)).whole) or y)
+    monkeypatch.setattr(evaluation, "worn", lambda *x: worn.append(Thumbnails()(y := true_worn(*x)).whole) or y)
     judged, true_styled = [], retrieval.styled
     monkeypatch.setattr(retrieval, "styled", lambda judge, x, styles: judged.append(x) or true_styled(judge, x, styles))
     evaluation.prepare_judge(pack, tmp_path, size=SIZE, steps=1, batch=8, views=4)
@@ -292,6 +292,17 @@ def test_the_judge_sees_worn_pictures_only(pack, blind, tmp_path, monkeypatch):
     assert seen[0].features.shape[1] == 2
     assert len(judged) == 3
     assert all(torch.equal(x, y) for x, y in zip(judged, worn[2:], strict=True))
+
+
+def test_pictures_are_worn_as_the_judge_was_made(pack, blind, tmp_path, monkeypatch):
+    evaluation.prepare_judge(pack, tmp_path / "judge", **HASTE | {"steps": 1}, cache=tmp_path)
+    frozen = json.loads((tmp_path / "judge" / "judge.json").read_text())
+    assert frozen["wear"] == list(evaluation.WEAR)
+    (tmp_path / "judge" / "judge.json").write_text(json.dumps(frozen | {"wear": [0.5, 2.0]}))
+    wears, true_worn = [], evaluation.worn
+    monkeypatch.setattr(evaluation, "worn", lambda x, g, wear: wears.append(wear) or true_worn(x, g, wear))
+    evaluation.evaluate_system(Painter({}), pack, tmp_path / "out", judge_folder=tmp_path / "judge", cache=tmp_path)
+    assert wears == [[0.5, 2.0]] * 3  # drawn, real, reconstructed
 
 
 def test_views_do_not_depend_on_how_many_are_asked_for(pack, blind):

@@ -52,8 +52,10 @@ JUDGE = Path(__file__).parent / "weights" / "judge"
 SIZE = 256
 MAX_TOKENS = 40
 """No caption of the icon pack has more than 33."""
-CLEAN, WEAR = 2, 2
-"""The first CLEAN views of a training picture show it whole, those after them worn; WEAR counts changes of how."""
+CLEAN = 2
+"""The first CLEAN views of a training picture show it whole, those after them worn."""
+WEAR = (1.5, 8.0)
+"""How pictures are worn for a new judge: px of blur and 255ths of noise at most. A judge's own is in its judge.json."""
 KINDS = {
     "val": ("prompt accuracy, new pictures (val)", 0.85),
     "test_style": ("prompt accuracy, known thing in a new style", 0.80),
@@ -137,6 +139,7 @@ def prepare_judge(
         "train_pictures": len(train),
         "prompts": len(prompts),
         "views": views,
+        "wear": WEAR,
         "steps": steps,
         "batch": batch,
         "seed": seed,
@@ -168,7 +171,9 @@ def features_of_train(train: ImageSet, features: EffLite0, pack: IconPack, cache
 
     With a folder `cache` they are kept there and read the next time, if there are enough views.
     """
-    name = f"train-features-{FEATURES}-wear{WEAR}-{pack.digest[:16]}-{train.images.shape[-1]}.safetensors"
+    name = (
+        f"train-features-{FEATURES}-worn{WEAR[0]:g}-{WEAR[1]:g}-{pack.digest[:16]}-{train.images.shape[-1]}.safetensors"
+    )
     path = cache / name if cache else None
     if path and path.is_file():
         with safe_open(path, "pt") as file:
@@ -213,20 +218,21 @@ def jittered(images: Tensor, mirror: Tensor, generator: torch.Generator) -> Tens
     return F.grid_sample(images + 1, grid, align_corners=False) - 1  # outside is 0 + transparent: -1
 
 
-def worn(images: Tensor, generator: torch.Generator) -> Tensor:
+def worn(images: Tensor, generator: torch.Generator, wear: Sequence[float] = WEAR) -> Tensor:
     """(b, 4, h, w) in [-1, 1] with a little of what files, screens and resampling leave in a picture without changing
-    its style to the eye: softened as by a Gaussian of 1.5 px or sharpened half as much, and fine and coarse noise of
-    standard deviations up to 8/255 each where it is opaque. Colours stay premultiplied."""
+    its style to the eye: softened as by a Gaussian of wear[0] px or sharpened half as much, and fine and coarse noise
+    of standard deviations up to wear[1] / 255 each where it is opaque. Colours stay premultiplied."""
+    blur, most = wear
     b, _, h, w = images.shape
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=generator.device).to(images.device)
 
     soft, fine, coarse = torch.rand(3, b, 1, 1, 1, generator=generator, device=generator.device).to(images.device)
-    images = (images + (1.5 * soft - 0.5) * (blurred(images, 1.5) - images)).clamp(-1, 1)
+    images = (images + (1.5 * soft - 0.5) * (blurred(images, blur) - images)).clamp(-1, 1)
     blocks = F.interpolate(drawn(b, 3, -(-h // 4), -(-w // 4)), size=(h, w), mode="bilinear")
     alpha = images[:, 3:]
-    noise = (fine * drawn(b, 3, h, w) + coarse * blocks) * (alpha + 1) * 8 / 255
+    noise = (fine * drawn(b, 3, h, w) + coarse * blocks) * (alpha + 1) * most / 255
     return torch.cat([torch.minimum(images[:, :3] + noise, alpha).clamp(min=-1), alpha], 1)
 
 
@@ -270,10 +276,10 @@ def blurred(images: Tensor, sigma: float) -> Tensor:
     return F.conv2d(images, kernel.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c)
 
 
-def judged_features(images: Tensor, features: EffLite0) -> Tensor:
+def judged_features(images: Tensor, features: EffLite0, wear: Sequence[float] = WEAR) -> Tensor:
     """(n, FEATURES) of uint8 premultiplied (n, 4, h, w), each `worn` in a way that depends on its place only."""
     chunks = (to_float(chunk.to(features.device)) for chunk in images.split(128))
-    return torch.cat([features(worn(chunk, seeded(0, k, 100))).whole for k, chunk in enumerate(chunks)])
+    return torch.cat([features(worn(chunk, seeded(0, k, 100), wear)).whole for k, chunk in enumerate(chunks)])
 
 
 def known_features(train_features: Tensor, device: torch.device | str) -> Tensor:
@@ -406,12 +412,13 @@ def evaluate_system(
             scale = frozen["kid_scale"]
             report["judge_sha256"] = frozen["judge_sha256"]
             judge = retrieval.load(judge_folder / "judge.safetensors", device)
-            ours, real = (judged_features(images, features) for images in (drawn, held.images))
+            wear = frozen["wear"]
+            ours, real = (judged_features(images, features, wear) for images in (drawn, held.images))
             rows += judged_figures(judge, frozen["floors"], prompts, ours, real, device)
             if again is not None:
                 wanted = [p.style for p in prompts]
                 kept, whole = (
-                    retrieval.styled(judge, seen, wanted) for seen in (judged_features(again, features), real)
+                    retrieval.styled(judge, seen, wanted) for seen in (judged_features(again, features, wear), real)
                 )
                 rows.append(
                     compared("style accuracy, real pictures reconstructed", kept, whole, frozen["floors"]["style"])
@@ -597,7 +604,7 @@ def read_frozen(folder: Path, prompts_sha256: str) -> dict[str, Any]:
     try:
         frozen = json.loads((folder / "judge.json").read_text())
         matches = frozen["judge_sha256"] == file_sha256(folder / "judge.safetensors")
-        same = frozen["prompts_sha256"] == prompts_sha256
+        same, _ = frozen["prompts_sha256"] == prompts_sha256, frozen["wear"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileProblem(f"no judge in {folder} ({error}): make it with `limner evaluate --prepare-judge`") from error
     if not matches:
