@@ -30,7 +30,7 @@ def refused(limner, here):
         assert result.code == code, result
         assert result.out == ""
         *seed, line = result.err.splitlines()
-        assert seed == [] or re.fullmatch(r"seed \d+", *seed)  # told before painting began
+        assert seed == [] or re.fullmatch(r"seed \d+, .*", *seed)  # told before painting began
         assert line.startswith("limner: ")
         assert re.search(message, line), line
         assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before

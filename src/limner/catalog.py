@@ -321,10 +321,15 @@ def save(
 
 
 def load(
-    source: str | Path, device: torch.device | str = "cpu", prediction: Literal["eps", "v"] | None = None
+    source: str | Path,
+    device: torch.device | str = "cpu",
+    prediction: Literal["eps", "v"] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> AutoencodingSystem | DiffusionSystem:
     """A system by name ("icons"), weight file of ours or of Stable Diffusion, folder of a training run or of diffusers,
-    ready to draw. `prediction` is for models of other programs whose files do not say, or not truly, what they predict.
+    ready to draw. `prediction` is for models of other programs whose files do not say, or not truly, what they predict;
+    `dtype` is what the network computes in, else half precision on a GPU for models of other programs, float32 for the
+    rest.
 
     Raises UnknownName, FileProblem, CheckpointMismatch.
     """
@@ -332,19 +337,20 @@ def load(
     found = recognise(path, prediction)
     for sentence in () if found is None else found.assumed:
         warnings.warn(f"{path}: {sentence}", Assumed, stacklevel=2)
-    with ThreadPoolExecutor(1) as beside:
-        model_hash = beside.submit(files.digest, *([path] if found is None else found.files))  # on another core
-        if found is not None:
-            system = fitted(found)
-            tensors = _cast(layouts.read(found.layout, found.tensors, path), torch.device(device))
-        else:
-            tensors, stored = files.load(path)
-            config = parse(stored, path)
-            system = _bare(config, path)
-            if getattr(config, "text_encoder", "") == "minilm":
-                tensors |= {f"text_encoder.{k}": v for k, v in system.text_encoder.state_dict().items()}  # type: ignore[union-attr]
-        files.assign(system, tensors, path)
-    system.model_hash = model_hash.result()
+    if found is not None:
+        system = fitted(found)
+        tensors = layouts.read(found.layout, found.tensors, path)
+        dtype = dtype or _best(tensors["network.conv_in.weight"].dtype, torch.device(device))
+    else:
+        tensors, stored = files.load(path)
+        config = parse(stored, path)
+        system = _bare(config, path)
+        if getattr(config, "text_encoder", "") == "minilm":
+            tensors |= {f"text_encoder.{k}": v for k, v in system.text_encoder.state_dict().items()}  # type: ignore[union-attr]
+    files.assign(system, _cast(tensors, dtype or torch.float32), path)
+    beside = ThreadPoolExecutor(1)
+    system.weights_hash = beside.submit(files.digest, *([path] if found is None else found.files)).result
+    beside.shutdown(wait=False)
     return system.requires_grad_(False).eval().to(device)
 
 
@@ -407,10 +413,15 @@ def config_of(found: Foreign) -> DiffusionConfig:
     )  # fmt: skip
 
 
-def _cast(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Half precision stays as it is on a GPU, but for the autoencoder: SDXL's overflows in float16."""
-    found = tensors["network.conv_in.weight"].dtype
-    dtype = found if found in (torch.float16, torch.bfloat16) and device.type == "cuda" else torch.float32
+def _best(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a network of another program computes in, if nobody says: processors are slow at half precision."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if stored == torch.bfloat16 else torch.float16
+
+
+def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """All in `dtype`, but for the autoencoder: SDXL's overflows in float16."""
     return {name: t.to(torch.float32 if name.startswith("autoencoder.") else dtype) for name, t in tensors.items()}
 
 

@@ -38,16 +38,33 @@ class Pipeline:
         return generate(self.system, prompt, **values)
 
 
-def load(source: str | Path = "icons", device: str = "auto", prediction: Literal["eps", "v"] | None = None) -> Pipeline:
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load(
+    source: str | Path = "icons",
+    device: str = "auto",
+    prediction: Literal["eps", "v"] | None = None,
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto",
+) -> Pipeline:
     """A pipeline by model name, weight file of ours or of Stable Diffusion, folder of a run or of diffusers. `device`
-    "auto" takes a CUDA device when there is one; `prediction` is for files that do not say what they predict.
+    "auto" takes a CUDA device when there is one; `prediction` is for files that do not say what they predict; `dtype`
+    is what the network computes in, by default what is fastest on the device without harm.
 
     Raises UsageError for a device that is not here, UnknownName, FileProblem, CheckpointMismatch; warns (Assumed) of
     what a file did not tell.
     """
     if prediction not in (None, "eps", "v"):
         raise UnknownName("prediction", str(prediction), ("eps", "v"))
-    return Pipeline(catalog.load(source, find_device(device), prediction), str(source))  # type: ignore[arg-type]
+    if dtype not in ("auto", *DTYPES):
+        raise UnknownName("dtype", str(dtype), ("auto", *DTYPES))
+    return Pipeline(catalog.load(source, find_device(device), prediction, DTYPES.get(dtype)), str(source))  # type: ignore[arg-type]
+
+
+def computes(system: System) -> str:
+    """Where and in what the network computes, in words: "cpu in fp32"."""
+    first = next(getattr(system, "network", system).parameters())  # type: ignore[union-attr]
+    return f"{first.device} in {next(name for name, dtype in DTYPES.items() if dtype == first.dtype)}"
 
 
 def find_device(name: str | torch.device = "auto") -> torch.device:

@@ -24,11 +24,13 @@ from limner.metrics.prompts import GRID_PROMPTS
 from limner.sampling import samplers, schedules
 from limner.text.prompts import DIALECTS
 
+SEED_1 = "seed 1, icons-tiny on cpu in fp32"
+
 
 def painted(result) -> list[str]:
     """The paths a successful command printed, and nothing but the seed on stderr."""
     assert result.code == 0, result.err
-    assert re.fullmatch(r"seed \d+\n", result.err)
+    assert re.fullmatch(r"seed \d+, [\w-]+ on cpu in fp32\n", result.err)
     return result.out.splitlines()
 
 
@@ -94,7 +96,7 @@ def test_a_random_seed_is_printed_embedded_and_in_the_name(limner, here, tiny_mo
     for _ in range(2):
         result = limner("fox", "-m", tiny_model, "--steps", 1)
         (path,) = painted(result)
-        seed = int(result.err.split()[1])
+        seed = int(result.err.split()[1].rstrip(","))
         assert path == f"fox-{seed}.png"
         assert metadata.read_settings(here / path)["seed"] == seed
         seeds.append(seed)
@@ -123,7 +125,7 @@ def test_standard_output_carries_the_png(here, tiny_model):
     command = [sys.executable, "-m", "limner", "fox", "-m", tiny_model, "-s", "1", "-o", "-"]
     done = subprocess.run(command, capture_output=True, check=True)
     assert Image.open(io.BytesIO(done.stdout)).size == (32, 32)
-    assert done.stderr == b"seed 1\n"
+    assert done.stderr == b"seed 1, icons-tiny on cpu in fp32\n"
     assert list(here.iterdir()) == []
 
 
@@ -152,7 +154,7 @@ def test_settings_name_the_weights_and_other_weights_are_told(limner, here, tiny
 
     result = limner("-C", path, "-m", other_model, "-o", "other.png")
     told, seed = result.err.splitlines()
-    assert (result.code, result.out, seed) == (0, "other.png\n", "seed 1")
+    assert (result.code, result.out, seed) == (0, "other.png\n", SEED_1)
     assert told.startswith("limner: 'fox-1.png' was painted with other weights (model hash")
     here_now = metadata.read_settings(here / "other.png")["model_hash"]
     assert settings["model_hash"] in told
@@ -197,11 +199,11 @@ def test_words_that_do_not_fit_are_told_and_change_no_settings(limner, here, tin
     assert negative.startswith(
         r"limner: the negative prompt is longer than the model reads: 'seven\neight' is left out"
     )
-    assert seed == "seed 1"
+    assert seed == SEED_1
     settings = json.loads(result.out)["images"][0]["settings"]
     assert settings["prompt"] == f"{words} {'seven ' * 100}"
     fits = limner(words, *common[:-3])
-    assert fits.err == "seed 1\n"
+    assert fits.err == SEED_1 + "\n"
     assert settings.keys() == metadata.read_settings(here / fits.out.strip()).keys()
     assert limner(f"{words} seven", *common, "--dry-run").err.count("is left out") == 2
 
@@ -211,7 +213,7 @@ def test_what_will_not_show_is_told_on_stderr(limner, here, tiny_model):
     flags = ("-m", tiny_model, "-s", 1, "--steps", 1, "-n", "blue", "--guidance", 1, "-i", "wide.png")
     result = limner("🦊", *flags)
     *told, seed = result.err.splitlines()
-    assert (result.code, result.out, seed) == (0, "picture-1.png\n", "seed 1")
+    assert (result.code, result.out, seed) == (0, "picture-1.png\n", SEED_1)
     for line, reason in zip(told, ("does not know '🦊'", "no effect at guidance 1", "50% of the pict"), strict=True):
         assert line.startswith("limner: ")
         assert reason in line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 
 from limner import catalog, pipeline
 from limner.checkpoints import folders, single_files
-from limner.checkpoints.files import assign
-from limner.checkpoints.layouts import read
+from limner.errors import UnknownName
 
 from . import stable_diffusion
 
@@ -140,14 +139,9 @@ def test_the_refiner_paints_over_what_diffusers_paints_over(models):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_half_precision_stays_on_a_gpu_but_for_the_autoencoder(models, name):
-    """With bfloat16 on the CPU: what is asked is only that the device would be a GPU."""
-    model, gpu = models(name), torch.device("cuda")
-    found = folders.recognise(model.folder)
-    halves = {key: tensor.bfloat16() for key, tensor in found.tensors.items()}
-    system = catalog.fitted(replace(found, tensors=halves))
-    assign(system, catalog._cast(read(found.layout, halves, "model"), gpu), model.folder)
-    system.requires_grad_(False).eval()
+def test_a_network_in_half_precision_draws_nearly_the_same_with_its_autoencoder_in_float32(models, name):
+    model = models(name)
+    system = catalog.load(model.folder, dtype=torch.bfloat16)
     types = {part: {p.dtype for p in getattr(system, part).parameters()} for part in ("network", "autoencoder")}
     assert types == {"network": {torch.bfloat16}, "autoencoder": {torch.float32}}
     request = pipeline.prepare(system, prompt="a red fox", seed=3, steps=2, guidance=1.0)
@@ -159,6 +153,16 @@ def test_half_precision_stays_on_a_gpu_but_for_the_autoencoder(models, name):
     assert half.dtype == torch.float32
     assert 1e-4 < (half - whole).std() / whole.std() < 0.3
     assert system.decode(half).isfinite().all()
+
+
+def test_a_gpu_computes_in_half_precision_a_processor_in_float32_unless_told(sd1):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for stored, best in ((torch.float32, torch.float16), (torch.float16, torch.float16), (torch.bfloat16,) * 2):
+        assert (catalog._best(stored, gpu), catalog._best(stored, cpu)) == (best, torch.float32)
+    assert pipeline.computes(pipeline.load(sd1.folder).system) == "cpu in fp32"
+    assert pipeline.computes(pipeline.load(sd1.folder, dtype="fp16").system) == "cpu in fp16"
+    with pytest.raises(UnknownName, match="no dtype 'half'"):
+        pipeline.load(sd1.folder, dtype="half")
 
 
 def drawn_by_diffusers(pipe: Any, guidance: float = 5.0, **told: Any) -> torch.Tensor:

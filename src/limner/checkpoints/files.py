@@ -106,12 +106,15 @@ def config_in(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
 
 def digest(*paths: Path) -> str:
     """The first ten digits of the SHA-256 of a file, or of several one after the other, which name weights wherever
-    they lie."""
+    they lie. Raises FileProblem."""
     hashed = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                hashed.update(block)
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    hashed.update(block)
+        except OSError as error:
+            raise FileProblem(f"cannot read {path}: {error.strerror or error}") from error
     return hashed.hexdigest()[:10]
 
 

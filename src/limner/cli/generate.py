@@ -94,6 +94,9 @@ def generate_command(
     settings: Annotated[
         Path | None, typer.Option("-C", "--settings", help="Redo what this picture's metadata says; flags override it.")
     ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="What the network computes in: fp32, fp16 or bf16; auto is the fastest.")
+    ] = "auto",
     prediction: Annotated[
         str | None, typer.Option("--prediction", help="eps or v, for a model file that does not say it.")
     ] = None,
@@ -141,7 +144,7 @@ def generate_command(
     asked.setdefault("seed", secrets.randbelow(2**32))  # drawn here, so that it can be told before painting
     name = asked.pop("model", DEFAULT_MODEL)
 
-    pipe = _load(name, device, prediction)
+    pipe = _load(name, device, prediction, dtype)
     from limner import pipeline
 
     request = pipeline.prepare(pipe.system, **asked, batch=batch, image=image)
@@ -159,7 +162,7 @@ def generate_command(
     if dry_run:
         _print_plan(_plan(pipe, request, paths), as_json)
         return
-    print(f"seed {request.seed}", file=sys.stderr)
+    print(f"seed {request.seed}, {pipe.system.name} on {pipeline.computes(pipe.system)}", file=sys.stderr)
     with _progress() as on_step, warnings.catch_warnings():
         warnings.simplefilter("ignore", Ignored)  # told above
         pictures = pipe.generate(**asked, batch=batch, image=request.image, on_step=on_step)
@@ -201,7 +204,7 @@ def slug(prompt: str) -> str:
     return short.strip("-") or "picture"
 
 
-def _load(name: str, device: str, prediction: str | None) -> Pipeline:
+def _load(name: str, device: str, prediction: str | None, dtype: str) -> Pipeline:
     """The pipeline, imported and loaded without looking for garbage: all of it stays, and looking takes 0.2 s. What had
     to be assumed of its file is told on stderr."""
     looking = gc.isenabled()
@@ -210,7 +213,7 @@ def _load(name: str, device: str, prediction: str | None) -> Pipeline:
         from limner import pipeline
 
         with warnings.catch_warnings(record=True, action="always", category=Assumed) as assumed:
-            pipe = pipeline.load(name, device, prediction)  # type: ignore[arg-type]
+            pipe = pipeline.load(name, device, prediction, dtype)  # type: ignore[arg-type]
         for warning in assumed:
             print(f"limner: {warning.message}", file=sys.stderr)
         return pipe

@@ -25,7 +25,8 @@ class AutoencodingSystem(nn.Module):
 
     autoencoder: Any
     grid: int
-    model_hash = ""
+    weights_hash: Callable[[], str] = staticmethod(lambda: "")
+    """Where it was read from files: waits for their hash, which is made beside the drawing."""
     task = "autoencoding"
     dialects: tuple[Dialect, ...] = ("plain",)
     clip_skip = None
@@ -46,6 +47,10 @@ class AutoencodingSystem(nn.Module):
         self.autoencoder = autoencoder
         self.grid = self.autoencoder.factor
         self.kl_weight, self.gradient_weight, self.scale_weight = kl_weight, gradient_weight, scale_weight
+
+    @property
+    def model_hash(self) -> str:
+        return self.weights_hash()
 
     def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
         images = batch["images"]

@@ -48,7 +48,8 @@ class DiffusionSystem(nn.Module):
     autoencoder: Any
     text_encoder: Any
     grid: int
-    model_hash = ""
+    weights_hash: Callable[[], str] = staticmethod(lambda: "")
+    """Where it was read from files: waits for their hash, which is made beside the drawing."""
     task = "text-to-image"
     phases = ("main",)
 
@@ -73,6 +74,10 @@ class DiffusionSystem(nn.Module):
         self.grid = self.autoencoder.factor
         self.dialects: tuple[Dialect, ...] = text_encoder.dialects  # type: ignore[assignment]
         self.clip_skip: int | None = text_encoder.clip_skip  # type: ignore[assignment]
+
+    @property
+    def model_hash(self) -> str:
+        return self.weights_hash()
 
     # ---------------------------------------------------------------- training
 
