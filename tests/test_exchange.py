@@ -178,7 +178,7 @@ def test_what_was_assumed_is_said_when_it_is_drawn_with(here, limner, tmp_path):
     told = ("-W", 32, "-H", 32, "--steps", 1, "-s", 0)
     done = limner("generate", "a red fox", "-m", "sd2.safetensors", *told)
     assert done.err.splitlines()[0].startswith("limner: sd2.safetensors: names do not tell what a Stable Diffusion 2")
-    assert limner("generate", "a red fox", "-m", folder, *told).err .startswith("seed 0, ")
+    assert limner("generate", "a red fox", "-m", folder, *told).err.startswith("seed 0, ")
 
 
 def test_what_a_model_predicts_can_be_said(tmp_path, tiny_model):

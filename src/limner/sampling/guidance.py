@@ -1,27 +1,146 @@
-"""Guidance wraps a denoiser and is again a denoiser, so samplers never learn of it."""
+"""Guidance makes one x0 of several: given the prompt, given the negative prompt, and given a spoilt network.
+
+A `Combine` is a function of them, a denoiser that uses it is again a denoiser, so samplers never learn of guidance.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from limner.errors import UnknownName, UsageError
 from limner.sampling.interpolants import Interpolant
+from limner.sampling.predictions import Prediction
 from limner.types import Denoise
 
 Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 """(x, sigma) -> (x0 given the prompt, x0 given the negative prompt), from one pass of the network over both."""
+Combine = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""(cond, uncond, x, sigma) -> x0, all (b, c, h, w). Some remember what they were given before: one for each drawing."""
+WAYS = ("cfg", "apg", "cfg_zero")
 
 
-def classifier_free(pair: Pair, scale: float) -> Denoise:
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """`scale` 1 is none. `way` is classifier-free guidance, adaptive projected guidance, or CFG-Zero*; `rescale`, 0 to
+    1, is how far the spread of what comes out is brought back to that of the prompt alone; `mimic`, 0 for not at all,
+    is the scale whose range of values it is kept to."""
+
+    scale: float = 1.0
+    way: Literal["cfg", "apg", "cfg_zero"] = "cfg"
+    rescale: float = 0.0
+    mimic: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.way not in WAYS:
+            raise UnknownName("guidance", str(self.way), WAYS)
+        if not (0 <= self.rescale <= 1 and 0 <= self.mimic <= 100):
+            raise UsageError(f"guidance rescale is {self.rescale:g} and mimic {self.mimic:g}: give 0 to 1 and 0 to 100")
+
+
+def combining(guidance: Guidance, prediction: Prediction, interpolant: Interpolant) -> Combine:
+    """A fresh one, for one drawing by a network of this prediction and interpolant."""
+    combine = {
+        "cfg": lambda: classifier_free(guidance.scale),
+        "apg": lambda: projected(guidance.scale),
+        "cfg_zero": lambda: zero_star(guidance.scale, prediction, interpolant),
+    }[guidance.way]()
+    if guidance.mimic:
+        combine = mimicking(combine, guidance.mimic)
+    return rescaled(combine, guidance.rescale, prediction, interpolant) if guidance.rescale else combine
+
+
+def guided(pair: Pair, combine: Combine) -> Denoise:
+    return lambda x, sigma: combine(*pair(x, sigma), x, sigma)
+
+
+def classifier_free(scale: float) -> Combine:
     """Classifier-free guidance (arXiv:2207.12598): uncond + scale * (cond - uncond); 1 is no guidance."""
+    return lambda cond, uncond, x, sigma: torch.lerp(uncond, cond, scale)
 
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        cond, uncond = pair(x, sigma)
-        return torch.lerp(uncond, cond, scale)
 
-    return denoise
+def projected(scale: float, momentum: float = -0.5, parallel: float = 0.0, most: float = 15 / 256) -> Combine:
+    """Adaptive projected guidance (arXiv:2410.02416, algorithm 1): of cond - uncond, averaged over the steps with a
+    negative `momentum` and cut to `most` of root mean square, the part along cond counts `parallel` times.
+
+    The paper's thresholds, 7.5 for latents of 512 px and 15 for those of 1024, are this root mean square.
+    """
+    before: Tensor | None = None
+
+    def combine(cond: Tensor, uncond: Tensor, x: Tensor, sigma: float) -> Tensor:
+        nonlocal before
+        update = cond - uncond if before is None else cond - uncond + momentum * before
+        before = update
+        size = update.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+        update = update * (most / size.clamp(min=1e-12)).clamp(max=1)
+        along = _along(update, cond)
+        return cond + (scale - 1) * (update - along + parallel * along)
+
+    return combine
+
+
+def zero_star(scale: float, prediction: Prediction, interpolant: Interpolant, zeros: int = 1) -> Combine:
+    """CFG-Zero* (arXiv:2503.18886, algorithm 1) on what the network says: uncond is first scaled to lie as near to cond
+    as it can, and at the first `zeros` levels of noise the network is taken to say nothing."""
+    seen: list[float] = []
+
+    def combine(cond: Tensor, uncond: Tensor, x: Tensor, sigma: float) -> Tensor:
+        if sigma not in seen:
+            seen.append(sigma)
+        alpha = interpolant.alpha(sigma)
+        if seen.index(sigma) < zeros:
+            return prediction.to_x0(torch.zeros_like(x), x, alpha, sigma)
+        told, other = (prediction.from_x0(x0, x, alpha, sigma) for x0 in (cond, uncond))
+        return prediction.to_x0(torch.lerp(_along(told, other), told, scale), x, alpha, sigma)
+
+    return combine
+
+
+def _along(a: Tensor, b: Tensor) -> Tensor:
+    """The part of a along b, for each row of (b, c, h, w)."""
+    dims = (1, 2, 3)
+    wide = b.double()
+    share = (a.double() * wide).sum(dims, keepdim=True) / wide.square().sum(dims, keepdim=True).clamp(min=1e-30)
+    return (share * wide).to(a.dtype)
+
+
+def rescaled(combine: Combine, amount: float, prediction: Prediction, interpolant: Interpolant) -> Combine:
+    """What the network says, guided, mixed by `amount` with the same at the standard deviation of what it says of the
+    prompt (arXiv:2305.08891, equations 14 to 16)."""
+
+    def again(cond: Tensor, uncond: Tensor, x: Tensor, sigma: float) -> Tensor:
+        alpha = interpolant.alpha(sigma)
+        told, said = (prediction.from_x0(x0, x, alpha, sigma) for x0 in (cond, combine(cond, uncond, x, sigma)))
+        spread, wanted = (out.std(dim=(1, 2, 3), keepdim=True) for out in (said, told))
+        return prediction.to_x0(torch.lerp(said, said * (wanted / spread), amount), x, alpha, sigma)
+
+    return again
+
+
+def mimicking(combine: Combine, scale: float, share: float = 0.995) -> Combine:
+    """Dynamic thresholding (Imagen, arXiv:2205.11487, section 2.3) for latents, which know no [-1, 1]: in every channel
+    x0 is clipped to the `share` of its values nearest to their mean, and brought into the range that these have at
+    classifier-free guidance of `scale`, if that is narrower."""
+    model = classifier_free(scale)
+
+    def again(cond: Tensor, uncond: Tensor, x: Tensor, sigma: float) -> Tensor:
+        x0, like = combine(cond, uncond, x, sigma), model(cond, uncond, x, sigma)
+        middle = x0.mean(dim=(2, 3), keepdim=True)
+        off = x0 - middle
+        reach, wanted = (_quantile(v, share) for v in (off, like - like.mean(dim=(2, 3), keepdim=True)))
+        return middle + off.clamp(-reach, reach) * (wanted / reach.clamp(min=1e-12)).clamp(max=1)
+
+    return again
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """(b, c, 1, 1) of the magnitudes in every channel."""
+    flat = values.abs().flatten(2).float()
+    return torch.quantile(flat, share, dim=2)[..., None, None].to(values.dtype)
 
 
 def composed(parts: Sequence[Tensor], weights: Sequence[Tensor], uncond: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a network's output means, as two functions each: the training target, and the way back to x0.
+"""What a network's output means, as three functions each: the training target, the way back to x0 and from it.
 
 All at x = alpha * x0 + sigma * eps. `v` is that of progressive distillation (arXiv:2202.00512, appendix D), defined on
 the unit-variance state x / sqrt(alpha^2 + sigma^2); `velocity` is dx/dsigma of the flow interpolant, eps - x0.
@@ -19,11 +19,13 @@ Scalar = float | Tensor
 
 @dataclass(frozen=True)
 class Prediction:
-    """`target(x0, eps, alpha, sigma)` is what the network learns; `to_x0(output, x, alpha, sigma)` inverts it."""
+    """`target(x0, eps, alpha, sigma)` is what the network learns; `to_x0(output, x, alpha, sigma)` inverts it, and
+    `from_x0(x0, x, alpha, sigma)` inverts that, where sigma is above 0."""
 
     name: str
     target: Callable[[Tensor, Tensor, Scalar, Scalar], Tensor]
     to_x0: Callable[[Tensor, Tensor, Scalar, Scalar], Tensor]
+    from_x0: Callable[[Tensor, Tensor, Scalar, Scalar], Tensor]
 
 
 def _norm(alpha: Scalar, sigma: Scalar) -> Scalar:
@@ -34,14 +36,25 @@ def _norm(alpha: Scalar, sigma: Scalar) -> Scalar:
 PREDICTIONS = {
     p.name: p
     for p in (
-        Prediction("x0", lambda x0, eps, a, s: x0, lambda out, x, a, s: out),
-        Prediction("eps", lambda x0, eps, a, s: eps, lambda out, x, a, s: (x - s * out) / a),
+        Prediction("x0", lambda x0, eps, a, s: x0, lambda out, x, a, s: out, lambda x0, x, a, s: x0),
+        Prediction(
+            "eps",
+            lambda x0, eps, a, s: eps,
+            lambda out, x, a, s: (x - s * out) / a,
+            lambda x0, x, a, s: (x - a * x0) / s,
+        ),
         Prediction(
             "v",
             lambda x0, eps, a, s: (a * eps - s * x0) / _norm(a, s),
             lambda out, x, a, s: (a * x - s * _norm(a, s) * out) / (a * a + s * s),
+            lambda x0, x, a, s: (a * x - (a * a + s * s) * x0) / (s * _norm(a, s)),
         ),
-        Prediction("velocity", lambda x0, eps, a, s: eps - x0, lambda out, x, a, s: (x - s * out) / (a + s)),
+        Prediction(
+            "velocity",
+            lambda x0, eps, a, s: eps - x0,
+            lambda out, x, a, s: (x - s * out) / (a + s),
+            lambda x0, x, a, s: (x - (a + s) * x0) / s,
+        ),
     )
 }
 

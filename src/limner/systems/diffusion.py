@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from limner.errors import UsageError
 from limner.models.unet import micro_conditioning
 from limner.sampling import samplers, schedules
-from limner.sampling.guidance import classifier_free, composed, within
+from limner.sampling.guidance import classifier_free, composed, guided, within
 from limner.sampling.interpolants import Interpolant
 from limner.sampling.predictions import Prediction
 from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, unreached
@@ -202,8 +202,8 @@ class DiffusionSystem(nn.Module):
 
         if guidance == 1:
             return plain
-        guided = classifier_free(pair, guidance)
-        return within(self.defaults.guidance_interval, guided, plain, self.interpolant)
+        both = guided(pair, classifier_free(guidance))
+        return within(self.defaults.guidance_interval, both, plain, self.interpolant)
 
     def sample(
         self, cond: Turns, request: Request, noise: Callable[[tuple[int, ...]], Tensor], start: Latents | None = None
