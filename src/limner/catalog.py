@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from limner.checkpoints import files, folders, layouts, single_files
+from limner.checkpoints import files, folders, hub, layouts, single_files
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.quantization import quantize
 from limner.errors import Assumed, CheckpointMismatch, FileProblem, UnknownName, UsageError, complaint
@@ -426,7 +426,9 @@ def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def find(source: str | Path) -> Path:
-    """The weight file a name or path means."""
+    """The weight file a name or path means; one of the Hub is fetched."""
+    if str(source).startswith(hub.PREFIX):
+        return find(hub.fetch(str(source)))
     if str(source) in CATALOG:
         row = CATALOG[str(source)]
         if row.weights == "needed":
@@ -455,8 +457,9 @@ def find(source: str | Path) -> Path:
     if os.path.isfile(path):  # noqa: PTH113 (as above)
         return path
     if path.suffix or len(path.parts) > 1:
+        hub_too = f", or say hf:{source} for a model of the Hugging Face Hub" if len(path.parts) == 2 else ""
         raise FileProblem(
-            f"no file {path}: give a model's name (`limner models` lists them) or the path of its weights"
+            f"no file {path}: give a model's name (`limner models` lists them) or the path of its weights{hub_too}"
         )
     entry(str(source))
     raise AssertionError("entry() raises for unknown names")

@@ -51,7 +51,8 @@ def generate_command(
         typer.Option("-o", "--output", help="PNG file or folder; - is standard output. [default: prompt-SEED.png]"),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("-m", "--model", help=f"Name or weight file. [default: {DEFAULT_MODEL}]")
+        str | None,
+        typer.Option("-m", "--model", help=f"Name, weight file, folder, or hf:owner/name. [default: {DEFAULT_MODEL}]"),
     ] = None,
     negative: Annotated[str | None, typer.Option("-n", "--negative", help="What to keep out of the picture.")] = None,
     width: Annotated[

@@ -1,0 +1,98 @@
+"""Models of the Hugging Face Hub, `hf:owner/name`: fetched when first asked for, then taken from the Hub's own cache.
+
+`hf:owner/name@revision` is a certain state of one, `hf:owner/name/model.safetensors` a file of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
+
+from limner.checkpoints import folders
+from limner.errors import FileProblem
+
+PREFIX = "hf:"
+NAME = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>[\w. /-]+\.(safetensors|ckpt)))?")
+BESIDE = (".json", ".txt", ".model")
+
+
+def fetch(source: str) -> Path:
+    """The folder or file of this name, on this machine. Raises FileProblem."""
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if (said := NAME.fullmatch(source)) is None:
+        raise FileProblem(f"{source!r} is not hf:owner/name, hf:owner/name@revision or one with /file.safetensors")
+    name, revision, file = said["name"], said["revision"], said["file"]
+    try:
+        if file:
+            return Path(hf_hub_download(name, file, revision=revision))
+        found = HfApi().model_info(name, revision=revision)
+        wanted = choose([entry.rfilename for entry in found.siblings or ()], source)
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return folder / wanted[0] if len(wanted) == 1 else folder
+    except GatedRepoError as error:
+        raise FileProblem(
+            f"{source} is for those who agreed to its licence: do so on its page, then `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise FileProblem(f"the Hub has no {source}, or does not show it to you: is it spelt so?") from error
+    except EntryNotFoundError as error:
+        raise FileProblem(f"the Hub has {name}, but no {file or 'such file'} in it") from error
+    except FileProblem:
+        raise
+    except Exception as error:  # of the network: many kinds
+        return _kept(name, revision, source, error)
+
+
+def choose(names: Collection[str], source: str) -> list[str]:
+    """Of the files of a repository, those that make a model: of a folder of diffusers each part once, in half precision
+    where that is there, else the only single file. Raises FileProblem."""
+    if folders.INDEX in names:
+        wanted = [folders.INDEX]
+        for part in (*folders.KNOWN_PARTS, *folders.BESIDE - {"safety_checker", "feature_extractor", "image_encoder"}):
+            inside = [PurePosixPath(name) for name in names if name.startswith(f"{part}/") and name.count("/") == 1]
+            weights = _weights([path.name for path in inside])
+            wanted += [str(path) for path in inside if path.name in weights or _beside(path.name)]
+        return wanted
+    single = sorted(n for n in names if "/" not in n and n.endswith(".safetensors"))
+    single = single or sorted(n for n in names if "/" not in n and n.endswith(".ckpt"))
+    if len(single) != 1:
+        some = f"{len(single)} files, such as {single[0]}: name one, {source}/{single[0]}" if single else "no weights"
+        raise FileProblem(f"{source} is no folder of diffusers, and holds {some}")
+    return single
+
+
+def _beside(name: str) -> bool:
+    return name.endswith(BESIDE) and ".index." not in name
+
+
+def _weights(names: Collection[str]) -> set[str]:
+    """The weights of one part, once: safetensors before bin, half precision before full, with an index its shards."""
+    for ending in (".safetensors", ".bin"):
+        for variant in (".fp16", ""):
+            here = {n for n in names if n.endswith(ending) and (".fp16" in n) == bool(variant) and ".non_ema" not in n}
+            if here:
+                return here | {n for n in names if f"{ending}.index" in n and (".fp16" in n) == bool(variant)}
+    return set()
+
+
+def _kept(name: str, revision: str | None, source: str, error: Exception) -> Path:
+    """What was fetched before, where the Hub cannot be reached."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
+        kept = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        wanted = choose(kept, source)
+    except Exception:
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise FileProblem(f"{source} is not on this machine, and the Hub does not answer ({reason})") from error
+    return folder / wanted[0] if len(wanted) == 1 else folder

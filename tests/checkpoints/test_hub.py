@@ -1,0 +1,143 @@
+"""Models of the Hub, from a small Hub on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from limner import catalog
+from limner.checkpoints import hub
+from limner.errors import FileProblem
+from systems import stable_diffusion
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """(the address of a Hub that has one model, its folder, what was asked for)"""
+    folder = stable_diffusion.sd1(tmp_path_factory.mktemp("hub"))
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "model.safetensors").write_bytes(b"large")
+    asked: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(f"{self.command} {self.path}")
+            if self.path.startswith("/api/models/someone/fox") and "tree" not in self.path:
+                names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+                body = json.dumps({"id": "someone/fox", "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]})
+                self.answer(body.encode(), {"Content-Type": "application/json"})
+            elif self.path.startswith("/api/models/someone/fox/tree"):
+                rows = [
+                    {
+                        "type": "file",
+                        "path": p.relative_to(folder).as_posix(),
+                        "size": p.stat().st_size,
+                        "oid": "0" * 40,
+                    }
+                    for p in sorted(folder.rglob("*"))
+                    if p.is_file()
+                ]
+                self.answer(json.dumps(rows).encode(), {"Content-Type": "application/json"})
+            elif self.path.startswith(f"/someone/fox/resolve/{COMMIT}/"):
+                path = folder / self.path.removeprefix(f"/someone/fox/resolve/{COMMIT}/")
+                body = path.read_bytes()
+                self.answer(body, {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT})
+            else:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "RepoNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        do_HEAD = do_GET
+
+        def answer(self, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(200)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", folder, asked
+    server.shutdown()
+
+
+def inspected(source: str, endpoint: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: where the Hub is, is read once."""
+    told = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": ":".join(sys.path), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "limner", "inspect", source, "--json"]
+    return subprocess.run(command, capture_output=True, text=True, env=told, timeout=120)
+
+
+def test_a_model_of_the_hub_is_fetched_once_and_kept(served, tmp_path):
+    endpoint, folder, asked = served
+    done = inspected("hf:someone/fox", endpoint, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["family"] == "Stable Diffusion 1"
+    fetched = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    kept = next(tmp_path.rglob(COMMIT))
+    assert {p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file()} == {
+        name for name in fetched if not name.startswith(("safety_checker", "feature_extractor"))
+    }
+    asked.clear()
+    assert inspected("hf:someone/fox", endpoint, tmp_path).returncode == 0
+    assert not [line for line in asked if line.startswith("GET /someone")]
+    assert inspected("hf:someone/fox", "http://127.0.0.1:9", tmp_path).returncode == 0  # nobody answers there
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("hf:someone/cat", "the Hub has no hf:someone/cat"), ("hf:fox", "'hf:fox' is not hf:owner/name")],
+)
+def test_what_the_hub_has_not_is_said_in_one_line(served, tmp_path, source, words):
+    done = inspected(source, served[0], tmp_path)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert words in done.stderr.splitlines()[-1]
+
+
+def test_where_nobody_answers_and_nothing_is_kept_it_is_said(tmp_path):
+    done = inspected("hf:someone/fox", "http://127.0.0.1:9", tmp_path)
+    assert done.returncode == 3
+    assert "hf:someone/fox is not on this machine, and the Hub does not answer" in done.stderr
+
+
+def test_each_part_is_chosen_once_in_half_precision_where_it_is_there():
+    names = [
+        "model_index.json", "README.md", "v1-5-pruned.ckpt", "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json", "tokenizer/merges.txt", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "unet/diffusion_pytorch_model.bin", "vae/config.json", "vae/diffusion_pytorch_model.bin",
+        "text_encoder/config.json", "text_encoder/model-00001-of-00002.safetensors",
+        "text_encoder/model-00002-of-00002.safetensors", "text_encoder/model.safetensors.index.json",
+        "text_encoder/flax_model.msgpack", "safety_checker/model.safetensors", "vae/onnx/model.onnx",
+    ]  # fmt: skip
+    assert sorted(hub.choose(names, "hf:a/b")) == sorted([
+        "model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
+        "unet/config.json", "unet/diffusion_pytorch_model.fp16.safetensors", "vae/config.json",
+        "vae/diffusion_pytorch_model.bin", "text_encoder/config.json", "text_encoder/model-00001-of-00002.safetensors",
+        "text_encoder/model-00002-of-00002.safetensors", "text_encoder/model.safetensors.index.json",
+    ])  # fmt: skip
+    assert hub.choose(["a.safetensors", "README.md", "vae/x.safetensors"], "hf:a/b") == ["a.safetensors"]
+    with pytest.raises(FileProblem, match=r"2 files, such as a.safetensors: name one, hf:a/b/a.safetensors"):
+        hub.choose(["a.safetensors", "b.safetensors"], "hf:a/b")
+    with pytest.raises(FileProblem, match="holds no weights"):
+        hub.choose(["README.md"], "hf:a/b")
+
+
+def test_a_name_that_is_no_path_is_told_of_the_hub():
+    with pytest.raises(FileProblem, match="hf:someone/fox for a model of the Hugging Face Hub"):
+        catalog.find("someone/fox")
