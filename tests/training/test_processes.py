@@ -8,23 +8,24 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from toy import CONFIG, fit_as_one_of, processes
+from toy import CONFIG, fit_as_one_of, lead_into_a_bug, processes
 
 from limner.errors import UsageError
 from limner.training import state
 from limner.training.processes import STOPS, StopRequests, join
 
 
-def train(run: Path, world: int) -> list[int]:
+def train(run: Path, world: int, one_of=fit_as_one_of) -> list[int]:
     """Train the toy run by `world` processes; returns their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together = [processes().Process(target=fit_as_one_of, args=(run, CONFIG, k, world, port)) for k in range(world)]
+    together = [processes().Process(target=one_of, args=(run, CONFIG, k, world, port)) for k in range(world)]
     for process in together:
         process.start()
     for process in together:
-        process.join()
+        process.join(60)
+        process.kill()
     return [process.exitcode for process in together]
 
 
@@ -41,6 +42,10 @@ def test_when_the_first_process_is_refused_the_others_end_without_a_traceback(tm
     (tmp_path / "mine.txt").write_text("kept")
     assert train(tmp_path, 2) == [1, 3]  # 1 is the traceback of the error itself, which the command line would catch
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_when_the_first_process_fails_in_any_way_the_others_do_not_wait_for_it(tmp_path):
+    assert train(tmp_path, 2, lead_into_a_bug) == [1, 1]
 
 
 def test_signals_mean_again_what_they_meant_before():

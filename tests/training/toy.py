@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,13 @@ class ToyBatches:
         return {"x": x[share], "y": y[share], "index": index[share], "ids": [f"toy-{int(i)}" for i in index[share]]}
 
 
+class Uneven(ToyBatches):
+    """Every third step has half as many examples, like a step of a larger size."""
+
+    def batch(self, step: int, size: int, *, rank: int = 0, world: int = 1) -> dict[str, Any]:
+        return super().batch(step, size // 2 if step % 3 == 1 else size, rank=rank, world=world)
+
+
 class StopAt(StopRequests):
     """Asks to stop when it was looked at `looks` times, which is before step number `looks` of this process."""
 
@@ -163,6 +171,13 @@ def fit_until_operation(run: Path, config: TrainConfig, number: int) -> None:
     Path.rename, Path.mkdir = dying(Path.rename), dying(Path.mkdir)  # type: ignore[method-assign]
     state.shutil.rmtree = dying(state.shutil.rmtree)
     fit(run, config)
+
+
+def lead_into_a_bug(run: Path, config: TrainConfig, rank: int, world: int, port: int) -> None:
+    """As `fit_as_one_of`, but what the first process leads with fails in a way nobody foresaw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "claim", lambda *_: {}["a bug"])
+        fit_as_one_of(run, config, rank, world, port)
 
 
 def fit_as_one_of(run: Path, config: TrainConfig, rank: int, world: int, port: int) -> None:

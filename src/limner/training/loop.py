@@ -141,7 +141,7 @@ def fit(
     def every(steps: int) -> bool:
         return steps > 0 and state.step > 0 and state.step % steps == 0
 
-    with stop, Report(run, config.steps, config.batch_size, start, silent=not processes.first) as report:
+    with stop, Report(run, config.steps, start, state.images, silent=not processes.first) as report:
         for note in notes:
             report.say(note)
         report.say(f"{config.name}: step {start} of {config.steps} on {processes.world} x {processes.device.type}")
@@ -158,7 +158,7 @@ def fit(
             if ledger.records and (halt or log or draw_now or save or processes.device.type == "cpu"):
                 ledger.check(run)
             if ledger.records and (halt or log):
-                report.log(state.step, ledger.means())
+                report.log(state.step, state.images, ledger.means())
             if processes.first and state.step != saved and (halt or save):
                 with report.aside():
                     save_checkpoint(run / "checkpoints", state.step, state.files(), config.keep)
@@ -175,7 +175,7 @@ def fit(
             batch = batches.batch(state.step, config.batch_size, rank=processes.rank, world=processes.world)
             batch = {k: v.to(processes.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             lr = lr_at(state.step, config)
-            ledger.begin(state.step, lr, list(batch.get("ids", [])))
+            ledger.begin(state.step, lr, list(batch["ids"]))
             for phase in system.phases:
                 state.only(phase)
                 parameters = state.parameters[phase]
@@ -188,8 +188,9 @@ def fit(
                 bad = ledger.add(terms, norm, phase if len(system.phases) > 1 else "", processes)
                 for optimizer in state.optimizers[phase]:
                     step_unless(optimizer, lr, bad)
-            state.ema.update(ema_decay(config.ema_half_life, config.batch_size, state.images, config.ema_warmup))
-            state.step += 1
+            count = len(batch["ids"]) * processes.world  # a step of a larger size has fewer than config.batch_size
+            state.ema.update(ema_decay(config.ema_half_life, count, state.images, config.ema_warmup))
+            state.step, state.images = state.step + 1, state.images + count
             # -----------------------------------------------------------------------------------------
 
         if finished and processes.first:
