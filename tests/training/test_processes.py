@@ -8,24 +8,23 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from toy import CONFIG, fit_as_one_of, lead_into_a_bug, processes
+from toy import CONFIG, fit_as_one_of, processes
 
 from limner.errors import UsageError
 from limner.training import state
-from limner.training.processes import STOPS, StopRequests, join
+from limner.training.processes import STOPS, Processes, StopRequests, join
 
 
-def train(run: Path, world: int, one_of=fit_as_one_of) -> list[int]:
+def train(run: Path, world: int) -> list[int]:
     """Train the toy run by `world` processes; returns their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together = [processes().Process(target=one_of, args=(run, CONFIG, k, world, port)) for k in range(world)]
+    together = [processes().Process(target=fit_as_one_of, args=(run, CONFIG, k, world, port)) for k in range(world)]
     for process in together:
         process.start()
     for process in together:
-        process.join(60)
-        process.kill()
+        process.join()
     return [process.exitcode for process in together]
 
 
@@ -44,8 +43,17 @@ def test_when_the_first_process_is_refused_the_others_end_without_a_traceback(tm
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_when_the_first_process_fails_in_any_way_the_others_do_not_wait_for_it(tmp_path):
-    assert train(tmp_path, 2, lead_into_a_bug) == [1, 1]
+@pytest.mark.parametrize("error", [KeyError("a bug"), KeyboardInterrupt()])
+def test_whatever_the_first_process_fails_of_the_others_are_told(monkeypatch, error):
+    told = []
+    monkeypatch.setattr(Processes, "agree", lambda self, value: told.append(value) or value)
+
+    def fail():
+        raise error
+
+    with pytest.raises(type(error)):
+        Processes().lead(fail)
+    assert told == [1]
 
 
 def test_signals_mean_again_what_they_meant_before():

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -171,13 +170,6 @@ def fit_until_operation(run: Path, config: TrainConfig, number: int) -> None:
     Path.rename, Path.mkdir = dying(Path.rename), dying(Path.mkdir)  # type: ignore[method-assign]
     state.shutil.rmtree = dying(state.shutil.rmtree)
     fit(run, config)
-
-
-def lead_into_a_bug(run: Path, config: TrainConfig, rank: int, world: int, port: int) -> None:
-    """As `fit_as_one_of`, but what the first process leads with fails in a way nobody foresaw."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state, "claim", lambda *_: {}["a bug"])
-        fit_as_one_of(run, config, rank, world, port)
 
 
 def fit_as_one_of(run: Path, config: TrainConfig, rank: int, world: int, port: int) -> None:
