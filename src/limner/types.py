@@ -123,14 +123,6 @@ class GeneratedImage:
         return metadata.save_png(self.image, self.settings, Path(path))
 
 
-class TextEncoder(Protocol):
-    def __call__(self, prompts: list[str]) -> Conditioning: ...
-
-
-class Network(Protocol):
-    def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
-
-
 @runtime_checkable
 class Autoencoder(Protocol):
     """Images <-> latents, scaling included. `factor` pixels a latent, `channels` of a latent."""
