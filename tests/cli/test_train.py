@@ -3,11 +3,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageStat
 from safetensors.torch import load_file
 
 from limner import catalog, recipes
@@ -70,6 +73,14 @@ def test_painting_with_a_run_that_was_stopped_asks_to_resume(limner, here):
     result = limner("fox", "-m", "run")
     assert (result.code, result.out) == (3, "")
     assert result.err == "limner: run is a run that did not finish: go on with `limner train --resume run`\n"
+
+
+@pytest.mark.parametrize("name", ["ema", "model"])
+def test_painting_with_a_checkpoint_says_what_to_give(limner, here, trained, name):
+    result = limner("fox", "-m", f"run/checkpoints/step-000003/{name}.safetensors")
+    assert (result.code, result.out, result.err.count("\n")) == (3, "", 1)
+    assert "is of a checkpoint, which only training reads" in result.err
+    assert "finish the run and give -m run" in result.err
 
 
 def test_a_run_that_never_saved_starts_anew(limner, here, trained):
@@ -276,6 +287,31 @@ def test_a_step_is_measured_without_its_weights_and_a_larger_size_by_what_it_hol
     weight = torch.nn.Parameter(torch.ones(100, 100))
     kept = SimpleNamespace(parameters=lambda: [weight], loss=lambda *_: {"loss": ((x @ weight).exp() @ weight).sum()})
     assert memory.kept_by(kept, {}, "main", torch.device("cpu")) == 2 * 100 * 100 * 4  # x and its exponential
+
+
+def test_a_run_that_is_told_to_end_has_done_as_asked(limner, here, monkeypatch):
+    monkeypatch.setattr(loop.StopRequests, "asked", lambda self: 2)  # SIGTERM
+    result = limner("train", *AUTOENCODER, "--device", "cpu", *FEW)
+    assert (result.code, result.err) == (0, "")
+    assert "terminated: saved at step 0; to go on: limner train --resume run" in result.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in recipes.names() if name.endswith("-tiny")])
+def test_every_tiny_recipe_is_trained_and_draws_by_commands_alone(here, name):
+    def limner(*args: str) -> str:
+        command = [sys.executable, "-m", "limner", *args, "--device", "cpu"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    final = limner("train", name, "--out", "run").splitlines()[-1]
+    assert final == f"run/final/{name}.safetensors"
+    losses = [json.loads(line)["loss"] for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    Image.new("RGBA", (32, 32), "red").save("red.png")
+    words = ("-i", "red.png") if "autoencoder" in name else ("outlined blue square",)
+    (path,) = limner("generate", *words, "-m", "run", "--seed", "0").splitlines()
+    red, green, blue = ImageStat.Stat(Image.open(path).convert("RGBA").convert("RGBa").convert("RGBA")).mean[:3]
+    assert (red > 200 > 60 > max(green, blue)) if "autoencoder" in name else (blue > 1.5 * red and blue > green)
 
 
 def test_ctrl_c_saves_and_ends_with_130(limner, here, monkeypatch):
