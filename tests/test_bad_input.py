@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from limner import metadata, pipeline
-from limner.errors import UsageError
+from limner.errors import UnknownName, UsageError
 
 USAGE, FILE, MEMORY, INTERRUPTED = 2, 3, 4, 130
 
@@ -121,6 +122,22 @@ def test_a_device_that_is_not_here_is_named_in_python_too(tiny_model, name):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+def test_keywords_are_shown_and_a_slip_names_the_nearest(tiny_model):
+    pipe = pipeline.load(tiny_model, "cpu")
+    known = set(inspect.signature(pipeline.check).parameters) - {"defaults", "grid"}
+    assert set(inspect.signature(pipe.generate).parameters) == known
+    assert set(inspect.signature(pipeline.generate).parameters) == known | {"system"}
+    assert "Raises UsageError" in pipe.generate.__doc__
+    with pytest.raises(UnknownName, match=r"no keyword 'guidence'\. Did you mean 'guidance'"):
+        pipe.generate("fox", guidence=3)
+
+
+@pytest.mark.parametrize("model", [None, 3, b"icons"])
+def test_a_model_that_is_neither_name_nor_path(model):
+    with pytest.raises(UsageError, match=f"the model is {type(model).__name__}, not a name or a path"):
+        pipeline.load(model)
+
+
 def test_a_folder_of_wildcards_that_is_none(refused, tiny_model):
     refused(FILE, "no folder of wildcards 'nothing'", "fox", "-m", tiny_model, "--wildcards", "nothing")
 
@@ -179,6 +196,9 @@ def test_pictures_that_cannot_be_read(refused, here, tiny_model):
         "other.tiff",
     ):
         refused(FILE, re.escape(name), "fox", "-m", tiny_model, "-i", name)
+    for name in ("other.tiff", "text.png", "empty.png"):
+        told = f"{name} is no PNG, JPEG or WebP picture, or not whole: make one of it"
+        refused(FILE, told, "fox", "-m", tiny_model, "-i", name)
     refused(FILE, "folder.png is a folder: give the path of one PNG", "fox", "-m", tiny_model, "-i", "folder.png")
 
 

@@ -67,7 +67,7 @@ class Painter(torch.nn.Module):
     """A system that paints for each prompt the picture that `pictures` has for it; its autoencoder errs by `error`."""
 
     task, name, family, grid = "diffusion", "painter", "tests", 1
-    defaults = Defaults(width=SIZE, height=SIZE, steps=1, min_size=16, max_size=64)
+    defaults = Defaults(width=SIZE, height=SIZE, steps=1, guidance=4.0, min_size=16, max_size=64)
 
     def __init__(self, pictures, error=0.0):
         super().__init__()
@@ -305,6 +305,29 @@ def test_pictures_are_worn_as_the_judge_was_made(pack, blind, tmp_path, monkeypa
     assert wears == [[0.5, 2.0]] * 3  # drawn, real, reconstructed
 
 
+def test_an_evaluation_shows_the_judge_worn_pictures_only(pack, judge, tmp_path, monkeypatch):
+    """Drawn, real and reconstructed ones alike: a judge of worn pictures takes a whole one for something else."""
+    worn, judged = [], []
+    true_worn, true_picked, true_styled = evaluation.worn, retrieval.picked, retrieval.styled
+    monkeypatch.setattr(evaluation, "worn", lambda *x: worn.append(Thumbnails()(y := true_worn(*x)).whole) or y)
+    monkeypatch.setattr(retrieval, "picked", lambda j, x, *told: judged.append(x) or true_picked(j, x, *told))
+    monkeypatch.setattr(retrieval, "styled", lambda j, x, styles: judged.append(x) or true_styled(j, x, styles))
+    painter = Painter({}, error=-0.1)
+    evaluation.evaluate_system(painter, pack, tmp_path, judge_folder=judge, copying=False)
+    assert len(judged) == 6  # drawn and real ones for words, and for style; reconstructions and the real ones for style
+    assert len(worn) == 3
+    assert {next(k for k, seen in enumerate(worn) if torch.equal(x, seen)) for x in judged} == {0, 1, 2}
+
+
+def test_drawings_may_be_as_far_as_reconstructions_and_a_hundredth_more(pack, judge, tmp_path):
+    for error in (0.0, torch.linspace(-1, 1, SIZE)):
+        painter = Painter(real_pictures(pack), error)
+        rows = measured(evaluation.evaluate_system(painter, pack, tmp_path, judge_folder=judge, copying=False))
+        again = rows["reconstruction KID-EffLite0 (all prompts)"]["value"]
+        assert again > 0.1 or not isinstance(error, torch.Tensor)
+        assert rows["KID-EffLite0 of drawings"]["target"] == f"<= {max(0.0, again) + 0.01:.4g}"
+
+
 def test_views_do_not_depend_on_how_many_are_asked_for(pack, blind):
     train = pack.image_set("train", SIZE)
     few, many = (evaluation.features_of_train(train, Thumbnails(), pack, None, views=n) for n in (3, 5))
@@ -332,6 +355,8 @@ def test_wear_is_slight_differs_from_picture_to_picture_and_leaves_what_is_trans
     inside = (worn - images)[:, :3, 12:20, 12:20] * 255 / 2
     strength = inside.square().mean((1, 2, 3)).sqrt()
     assert strength.min() < 2.5 < 6 < strength.max() < 16
+    coarse = torch.nn.functional.avg_pool2d((worn - images)[:, :3, 10:22, 10:22] * 255 / 2, 4).std((1, 2, 3))
+    assert coarse.max() > 3  # what is fine alone would leave 8 / 4 = 2 at most
     edge = worn[:, 3, 16, 7:9].diff()[:, 0]
     assert edge.min() < 1.5 < 2 <= edge.max()  # softened, and sharp
 

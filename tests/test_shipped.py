@@ -15,8 +15,10 @@ CARD = (WEIGHTS / "icons" / "MODEL_CARD.md").read_text()
 
 
 def test_the_shipped_model_draws_with_the_defaults_that_help_names():
-    pipe = limner.load("icons", "cpu")
-    assert pipe.system.defaults == catalog.entry("icons").config.defaults
+    icons = catalog.entry("icons")
+    for name in ("icons", icons.file):
+        pipe = limner.load(name, "cpu")
+        assert pipe.system.defaults == icons.config.defaults
     (picture,) = pipe.generate("red heart", seed=0, width=128, height=128, steps=1)
     assert picture.image.getbbox()
 

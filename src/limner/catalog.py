@@ -36,7 +36,10 @@ from limner.text.minilm import MiniLM
 from limner.types import Defaults
 
 WEIGHTS = Path(__file__).parent / "weights"
-_PLAIN, _ONCE = Defaults(steps=12, sampler="dpmpp_2m"), Defaults(steps=1, guidance=1.0)
+_ICONS = Defaults(
+    width=256, height=256, steps=12, guidance=4.0, min_size=128, max_size=512, sampler="dpmpp_2m", strength=0.8
+)
+_ONCE = replace(_ICONS, steps=1, guidance=1.0)
 
 
 SystemName = Annotated[str, Field(min_length=1, max_length=200)]
@@ -77,7 +80,7 @@ class DiffusionConfig:
     interpolant: Literal["flow", "edm"] | VPConfig = "flow"
     prediction: Literal["velocity", "x0", "eps", "v"] = "velocity"
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-    defaults: Defaults = _PLAIN
+    defaults: Defaults = _ICONS
 
 
 SystemConfig = Annotated[AutoencodingConfig | DiffusionConfig, Field(discriminator="kind")]
@@ -344,6 +347,9 @@ def load(
     else:
         tensors, stored = files.load(path)
         config = parse(stored, path)
+        # a file that ships has the catalogue's defaults, as `limner generate --help` does
+        row = next((row for row in entries() if row.file is not None and path.resolve() == row.file.resolve()), None)
+        config = config if row is None else replace(config, defaults=row.config.defaults)
         system = _bare(config, path)
         if getattr(config, "text_encoder", "") == "minilm":
             tensors |= {f"text_encoder.{k}": v for k, v in system.text_encoder.state_dict().items()}  # type: ignore[union-attr]
@@ -362,6 +368,12 @@ def recognise(path: Path, prediction: Literal["eps", "v"] | None = None) -> Fore
         return replace(found, prediction=prediction or found.prediction)
     tensors, metadata = files.read(path)
     if files.CONFIG_KEY not in metadata:
+        if (path.parent / "manifest.json").is_file() and path.parent.parent.name == "checkpoints":
+            run = path.parent.parent.parent
+            raise FileProblem(
+                f"{path} is of a checkpoint, which only training reads (--resume {run}, or init_from={path}): to draw, "
+                f"finish the run and give -m {run}"
+            )
         return single_files.recognise(path, tensors, prediction)
     if prediction is not None:
         raise UsageError(f"{path} is a file of Limner's own, which says what it predicts: leave prediction out")

@@ -217,7 +217,7 @@ PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 def from_infotext(text: str) -> dict[str, Any]:
     """The settings in a `parameters` text of any program that writes this grammar; what we have no word for is left.
 
-    Raises ValueError where a number is none. The model's name is left too: it names a file of another machine.
+    Raises ValueError where a number is none.
     """
     *lines, last = text.strip().split("\n")
     pairs = {k: json.loads(v) if v.startswith('"') else v.strip() for k, v in PAIR.findall(last)}
@@ -236,8 +236,9 @@ def from_infotext(text: str) -> dict[str, Any]:
     if "Size" in pairs:
         width, height = pairs["Size"].split("x")
         settings |= {"width": int(width), "height": int(height)}
-    if "Prompt dialect" in pairs:
-        settings["prompt_dialect"] = pairs["Prompt dialect"]
+    for key, name in (("Prompt dialect", "prompt_dialect"), ("Model", "model"), ("Model hash", "model_hash")):
+        if pairs.get(key):
+            settings[name] = pairs[key]
     if "Sampler" in pairs:
         settings["sampler"] = names.find(pairs["Sampler"], names.SAMPLERS) or pairs["Sampler"]
     if "Schedule type" in pairs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import secrets
 import warnings
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from limner import __version__, catalog, names
@@ -34,7 +35,6 @@ class Pipeline:
         self.system, self.model = system, model
 
     def generate(self, prompt: str, **values: Any) -> list[GeneratedImage]:
-        """Draw `prompt`; see `limner.pipeline.generate` for the keywords."""
         return generate(self.system, prompt, **values)
 
 
@@ -54,6 +54,8 @@ def load(
     Raises UsageError for a device that is not here, UnknownName, FileProblem, CheckpointMismatch; warns (Assumed) of
     what a file did not tell.
     """
+    if not isinstance(source, str | Path):
+        raise UsageError(f"the model is {type(source).__name__}, not a name or a path: try limner.load('icons')")
     if prediction not in (None, "eps", "v"):
         raise UnknownName("prediction", str(prediction), ("eps", "v"))
     if dtype not in ("auto", *DTYPES):
@@ -155,6 +157,9 @@ def noise_source(seeds: list[int], device: torch.device | str) -> Callable[[tupl
 
 def prepare(system: System, **values: Any) -> Request:
     """A complete request from what was said and the model's defaults. Raises UsageError, UnknownName, ImageProblem."""
+    known = inspect.signature(check).parameters
+    for name in values.keys() - known.keys():
+        raise UnknownName("keyword", name, list(known)[2:])
     request = check(system.defaults, system.grid, **values)
     system.check(request)
     return request
@@ -239,6 +244,21 @@ def check(
         strength=strength,
         on_step=on_step,
     )
+
+
+def _show_keywords() -> None:
+    """In `help`, what takes `values` shows the keywords of `check`."""
+    keywords = list(inspect.signature(check).parameters.values())[2:]
+    Pipeline.generate.__doc__ = generate.__doc__
+    function: Any
+    for function in (generate, Pipeline.generate):
+        signature = inspect.signature(function)
+        first = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        shown = [*first, *(p for p in keywords if p.name != "prompt")]
+        function.__signature__ = signature.replace(parameters=shown)
+
+
+_show_keywords()
 
 
 def ignored(system: System, request: Request) -> list[str]:
@@ -350,6 +370,8 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         raise ImageProblem(f"no picture {path}: give the path of a PNG, JPEG or WebP file") from error
     except IsADirectoryError as error:
         raise ImageProblem(f"{path} is a folder: give the path of one PNG, JPEG or WebP file in it") from error
+    except UnidentifiedImageError as error:
+        raise ImageProblem(f"{path} is no PNG, JPEG or WebP picture, or not whole: make one of it") from error
     except Exception as error:  # Pillow's plugins raise many kinds
         raise ImageProblem(f"{path} cannot be read as a PNG, JPEG or WebP picture: is it whole?") from error
 

@@ -58,19 +58,20 @@ class Conditioning:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a model draws with when the request does not say. Sizes in pixels; guidance acts at noise levels in
-    `guidance_interval`, in sigma of the flow (see `limner.sampling.guidance.within`)."""
+    """What a model draws with when the request does not say; each has its own, in `limner.catalog`. Sizes in pixels;
+    guidance acts at noise levels in `guidance_interval`, in sigma of the flow (see `limner.sampling.guidance.within`).
+    """
 
-    width: int = 256
-    height: int = 256
-    steps: int = 16
-    guidance: float = 4.0
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    min_size: int
+    max_size: int
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     sampler: str = "euler"
     schedule: str = "uniform"
     strength: float = 0.6
-    min_size: int = 128
-    max_size: int = 512
     max_prompt_chars: int = 2000
 
     def __post_init__(self) -> None:
@@ -121,14 +122,6 @@ class GeneratedImage:
         A taken name gets a number (`fox.png`, `fox-2.png`). Returns the path written. Raises FileProblem.
         """
         return metadata.save_png(self.image, self.settings, Path(path))
-
-
-class TextEncoder(Protocol):
-    def __call__(self, prompts: list[str]) -> Conditioning: ...
-
-
-class Network(Protocol):
-    def __call__(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
 
 
 @runtime_checkable

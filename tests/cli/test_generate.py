@@ -15,6 +15,7 @@ import time
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from limner import __version__, catalog, metadata, pipeline
 from limner.cli.generate import slug
@@ -181,6 +182,18 @@ def test_weights_are_not_loaded_because_a_picture_names_them(limner, here, tiny_
     assert refused.code == 2
     assert "which is not in `limner models`: add -m" in refused.err
     assert painted(limner("-C", "bait.png", "-m", tiny_model)) == ["fox-1.png"]
+
+
+def test_a_model_that_another_program_names_is_not_taken_for_icons(limner, here, tiny_model):
+    chunks = PngInfo()
+    chunks.add_text("parameters", "fox\nSteps: 2, Seed: 1, Size: 32x32, Model hash: 0123456789, Model: deliberate_v6")
+    Image.new("RGB", (8, 8)).save("theirs.png", pnginfo=chunks)
+    refused = limner("-C", "theirs.png")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "was painted by 'deliberate_v6', which is not in `limner models`: add -m FILE, or -m icons" in refused.err
+    result = limner("-C", "theirs.png", "-m", tiny_model)
+    assert (result.code, result.out) == (0, "fox-1.png\n")
+    assert "painted with other weights (model hash '0123456789', here" in result.err
 
 
 def test_json_says_what_was_painted(limner, here, tiny_model):

@@ -11,6 +11,8 @@ import pytest
 
 from limner import catalog, recipes
 from limner.cli.main import COMMANDS
+from limner.errors import INTERRUPTED, FileProblem, OutOfMemory, TrainingDiverged, UsageError
+from limner.training.config import fields_of
 
 
 def test_models_lists_the_catalogue(limner):
@@ -37,6 +39,19 @@ def test_recipes_lists_the_recipes(limner):
     assert [row["name"] for row in rows] == list(recipes.names())
     for row in rows:
         assert all(isinstance(row[key], str) and row[key] for key in ("name", "family", "task"))
+
+
+def test_recipes_lists_the_fields_of_one(limner):
+    rows = {row["field"]: row for row in json.loads(limner("recipes", "sd1-tiny", "--json").out)}
+    config = recipes.get("sd1-tiny")
+    assert list(rows) == fields_of(config)
+    assert rows["steps"] == {"field": "steps", "type": "int", "value": config.steps}
+    types = {"lr": "number", "optimizer": "adamw|muon", "betas": "list", "system.text_encoder": "minilm|{}"}
+    types |= {"compile": "true|false", "system.name": "text", "system.interpolant.zero_snr": "true|false"}
+    assert {name: rows[name]["type"] for name in types} == types
+    lines = limner("recipes", "sd1-tiny").out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(rows)
+    assert limner("recipes", "sd1-tin").code == 2
 
 
 def test_tables_are_the_json_for_people(limner):
@@ -76,8 +91,15 @@ def test_what_can_be_drawn_is_no_slip(limner, here, tiny_model, prompt):
     assert limner(prompt, "-m", tiny_model, "--steps", "1").code == 0
 
 
+def test_every_help_has_the_exit_codes(limner):
+    codes = [*(c.exit_code for c in (UsageError, FileProblem, OutOfMemory, TrainingDiverged)), INTERRUPTED]
+    for command in ([], *([name] for name in COMMANDS)):
+        told = " ".join(limner(*command, "--help").out.partition("Exit codes:")[2].split())
+        assert all(f"{code} " in told for code in codes), command
+
+
 def test_the_help_says_what_each_command_does_in_whole_sentences(limner):
-    lines = limner("--help").out.partition("Commands:\n")[2].splitlines()
+    lines = limner("--help").out.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
     assert len(lines) == len(COMMANDS)
     assert all(line.endswith(".") and not line.endswith("...") for line in lines)
 
@@ -98,7 +120,10 @@ def test_threads_that_wait_leave_the_cores_to_others_unless_told(given, spins):
     assert (spin_count("-c", "import limner.cli.main, torch") == spins) == bool(given)
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("limner mod", "models"), ("limner generate --samp", "--sampler")])
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("limner mod", "models"), ("limner generate --samp", "--sampler"), ("limner fox --samp", "--sampler")],
+)
 def test_the_shell_completes_commands_and_options(typed, meant):
     told = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" ")), "_LIMNER_COMPLETE": "complete_bash"}
     command = [sys.executable, "-m", "limner"]

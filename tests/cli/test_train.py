@@ -3,19 +3,28 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageStat
 from safetensors.torch import load_file
 
 from limner import catalog, recipes
-from limner.training import loop, state
+from limner.data.batches import open_batches
+from limner.data.latents import LatentBatches
+from limner.training import loop, memory, state
+from limner.training.config import parse_overrides
+from limner.training.processes import Processes
 
 RUN = ("--out", "run")
 TINY = ("icons-tiny", *RUN)
 AUTOENCODER = ("icons-autoencoder-tiny", *RUN)
 LEVELS = ("widths", "encoder_blocks", "decoder_blocks")
+SHAPES = {"x": (1, 32, 32), "y": (1,)}
 DIGITS = ("data.source=mnist", "data.folder=../digits")
 FEW = ("steps=3", "batch_size=4", "save_every=2", "log_every=1", "data.limit=8")
 
@@ -64,6 +73,14 @@ def test_painting_with_a_run_that_was_stopped_asks_to_resume(limner, here):
     result = limner("fox", "-m", "run")
     assert (result.code, result.out) == (3, "")
     assert result.err == "limner: run is a run that did not finish: go on with `limner train --resume run`\n"
+
+
+@pytest.mark.parametrize("name", ["ema", "model"])
+def test_painting_with_a_checkpoint_says_what_to_give(limner, here, trained, name):
+    result = limner("fox", "-m", f"run/checkpoints/step-000003/{name}.safetensors")
+    assert (result.code, result.out, result.err.count("\n")) == (3, "", 1)
+    assert "is of a checkpoint, which only training reads" in result.err
+    assert "finish the run and give -m run" in result.err
 
 
 def test_a_run_that_never_saved_starts_anew(limner, here, trained):
@@ -156,6 +173,16 @@ def test_a_run_that_another_process_trains_is_refused(limner, here):
         (2, "pictures of 28 pixels are not in multiples of 8", ["icons-autoencoder-tiny", *DIGITS, *RUN]),
         (2, "data.latent_views are latents", ["icons-autoencoder-tiny", "data.latent_views=1", *RUN]),
         (2, "must name as many levels", [*TINY, "system.autoencoder.encoder_blocks=1"]),
+        (2, "system.network.depth=999999: give 1,000 at", [*TINY, "system.network.depth=999999"]),
+        (2, "autoencoder.encoder_blocks=9999: give", [*TINY, "system.autoencoder.encoder_blocks=1,9999"]),
+        (2, "data.size=100000: give 4096 pixels at most", [*TINY, "data.size=100000"]),
+        (4, "GB at least, and there are", [*TINY, "system.network.depth=900", "system.network.width=50000"]),
+        (4, "batch_size=10000000 takes ", [*TINY, "batch_size=10000000"]),
+        (4, "batch_size=10000000 takes ", [*AUTOENCODER, "batch_size=10000000"]),
+        (2, "data.augment=view changes pictures as they", [*TINY, "data.augment=view"]),
+        (2, "data.cache=x has no effect on data.source=shapes", [*TINY, "data.cache=x"]),
+        (2, "data.split=test has no effect on data.source=sh", [*TINY, "data.split=test"]),
+        (2, "data.folder=empty has no effect on data.source=", [*TINY, "data.folder=empty"]),
         (2, "one or more", [*TINY, *(f"system.autoencoder.{name}=[]" for name in LEVELS)]),
         (2, "pictures have 4 channels", [*TINY, "system.autoencoder.image_channels=3"]),
         (2, "widths=(0, 32): pictures have 4 channels, the others 1", [*TINY, "system.autoencoder.widths=0,32"]),
@@ -226,6 +253,65 @@ def test_a_run_too_large_for_the_memory_ends_with_4_and_leaves_nothing(limner, h
     assert result.code == 4
     assert result.err.startswith("limner: out of memory: ")
     assert not list(here.iterdir())
+
+
+def test_fields_that_change_nothing_are_told(limner, here, monkeypatch):
+    digits = {
+        f"{name}_{part}": np.zeros(shape, np.uint8) for part in ("train", "test") for name, shape in SHAPES.items()
+    }
+    np.savez("mnist.npz", **digits)
+    few = ("data.source=mnist", "data.folder=.", "data.size=64", "muon_lr_scale=3", "--stop-after", "0")
+    result = limner("train", *AUTOENCODER, "--device", "cpu", *few)
+    assert (result.code, result.err) == (0, "")
+    assert result.out.splitlines()[:2] == [
+        "muon_lr_scale=3 has no effect with optimizer=adamw",
+        "data.size=64 has no effect: the pictures of mnist have 32 pixels",
+    ]
+
+
+def test_a_step_is_measured_without_its_weights_and_a_larger_size_by_what_it_holds(monkeypatch):
+    needs = []
+    monkeypatch.setattr(memory, "compare", lambda need, *_: needs.append(need))
+    torch.manual_seed(0)
+    config = parse_overrides(recipes.get("icons-tiny"), ["data.limit=8", "data.other_sizes=[[64,64,0.99]]"])
+    system = catalog.build(config.system)
+    batches = LatentBatches(open_batches(config.data, 0, torch.device("cpu")), system.autoencoder, 1)
+    for step in (0, next(k for k in range(1000) if len(batches.batch(k, 32)["ids"]) == 32)):
+        monkeypatch.setattr(
+            batches, "batch", lambda _, *a, step=step, **kw: LatentBatches.batch(batches, step, *a, **kw)
+        )
+        memory.check_batch(system, batches, config, Processes())
+    large, main = needs
+    assert 0.8 < large / main < 1.2  # a quarter of the pictures of four times the size
+    x = torch.ones(100, 100)
+    weight = torch.nn.Parameter(torch.ones(100, 100))
+    kept = SimpleNamespace(parameters=lambda: [weight], loss=lambda *_: {"loss": ((x @ weight).exp() @ weight).sum()})
+    assert memory.kept_by(kept, {}, "main", torch.device("cpu")) == 2 * 100 * 100 * 4  # x and its exponential
+
+
+def test_a_run_that_is_told_to_end_has_done_as_asked(limner, here, monkeypatch):
+    monkeypatch.setattr(loop.StopRequests, "asked", lambda self: 2)  # SIGTERM
+    result = limner("train", *AUTOENCODER, "--device", "cpu", *FEW)
+    assert (result.code, result.err) == (0, "")
+    assert "terminated: saved at step 0; to go on: limner train --resume run" in result.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in recipes.names() if name.endswith("-tiny")])
+def test_every_tiny_recipe_is_trained_and_draws_by_commands_alone(here, name):
+    def limner(*args: str) -> str:
+        command = [sys.executable, "-m", "limner", *args, "--device", "cpu"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    final = limner("train", name, "--out", "run").splitlines()[-1]
+    assert final == f"run/final/{name}.safetensors"
+    losses = [json.loads(line)["loss"] for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    Image.new("RGBA", (32, 32), "red").save("red.png")
+    words = ("-i", "red.png") if "autoencoder" in name else ("outlined blue square",)
+    (path,) = limner("generate", *words, "-m", "run", "--seed", "0").splitlines()
+    red, green, blue = ImageStat.Stat(Image.open(path).convert("RGBA").convert("RGBa").convert("RGBA")).mean[:3]
+    assert (red > 200 > 60 > max(green, blue)) if "autoencoder" in name else (blue > 1.5 * red and blue > green)
 
 
 def test_ctrl_c_saves_and_ends_with_130(limner, here, monkeypatch):

@@ -137,6 +137,8 @@ def test_another_size_selection_or_pack_is_kept_apart(tmp_path):
     assert pack.image_set(size=8, cache=cache, select=lambda r: r.id == "toy/1").ids == ["toy/1"]
     assert blue.image_set(size=8, cache=cache).images[0, 2, 0, 0] == 128
     assert len(list(cache.glob("*.npy"))) == 4
+    with pytest.raises(FileProblem, match=r"npy is a file: give the folder to keep"):
+        pack.image_set(size=8, cache=next(cache.glob("*.npy")))
 
 
 def test_workers_draw_what_one_process_draws(tmp_path):

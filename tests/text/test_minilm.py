@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from limner import catalog
+from limner.text import minilm
 from limner.text.minilm import MiniLM
 
 TEXTS = ["3d emoji of a red fox", "", "zzz", "Größe: 猫 🦊 naïve", "a " * 60]
@@ -41,6 +44,28 @@ def test_a_prompt_is_cut_at_its_end_and_the_cut_is_told(noisy):
     assert mask.all()
     assert noisy.words_cut("word " * 50).split() == ["word"] * 28
     assert noisy.words_cut("a red fox") == ""
+
+
+def test_prompts_are_cut_and_filled_up_as_the_tokenizer_would(noisy):
+    ids, _ = noisy.tokenize(TEXTS)
+    theirs = type(noisy.tokenizer).from_str(noisy.tokenizer.to_str())
+    theirs.enable_truncation(24)
+    theirs.enable_padding(length=24)
+    assert ids.tolist() == [encoded.ids for encoded in theirs.encode_batch(TEXTS)]
+
+
+def test_threads_may_share_it(noisy, monkeypatch):
+    monkeypatch.setattr(minilm, "MOST_KNOWN", 20)
+    wanted = noisy.tokenize(TEXTS)[0]
+
+    def use(k: int) -> bool:
+        noisy.words_unknown(f"{k} {TEXTS[3]}")
+        noisy.words_cut(f"{k} {TEXTS[4]}")
+        ids, _ = noisy.tokenize([f"{k} cat", *TEXTS])
+        return torch.equal(ids[1:], wanted)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(use, range(1000)))
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_a_bad_value_is_one_line_that_names_field_and_reason(override, reason):
 def test_of_many_unknown_fields_a_few_that_are_nearest_are_named():
     with pytest.raises(UnknownName) as raised:
         parse_overrides(CONFIG, ["zzz=3"])
-    told = re.fullmatch(r"no field 'zzz'\. Nearest: (.*)\. A run's config\.json shows all\.", str(raised.value))
+    told = re.fullmatch(r"no field 'zzz'\. Nearest: (.*)\. `limner recipes NAME` shows all\.", str(raised.value))
     assert told
     assert len(told[1].split(", ")) == 5
 

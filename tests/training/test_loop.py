@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 from torch import nn
-from toy import CONFIG, Players, StopAt, ToyBatches, ToySystem, fit, save_toy
+from toy import CONFIG, Players, StopAt, ToyBatches, ToySystem, Uneven, ending, fit, save_toy
 
 from limner.errors import TrainingDiverged, UsageError
 from limner.training import loop, state
@@ -38,6 +38,19 @@ def test_metrics_tell_what_happened_once_a_step_also_after_a_resume(tmp_path):
         assert row["loss"] > row["error"] > 0
         assert min(row["images_per_second"], row["grad_norm"], row["memory_gb"]) > 0
     assert rows[-1]["seconds_left"] == 0
+
+
+def test_images_are_those_that_were_seen_also_by_the_averages(tmp_path, monkeypatch):
+    decays, true_decay = [], loop.ema_decay
+    monkeypatch.setattr(loop, "ema_decay", lambda *told: decays.append(told[1:3]) or true_decay(*told))
+    for name, stops in (("whole", (None,)), ("parts", (StopAt(7), StopAt(9), None))):
+        for stop in stops:
+            fit(tmp_path / name, batches=Uneven(), stop=stop)
+    counts = [4 if step % 3 == 1 else 8 for step in range(30)]
+    assert decays == [(count, sum(counts[:step])) for step, count in enumerate(counts)] * 2
+    for name in ("whole", "parts"):
+        assert all(row["images"] == sum(counts[: row["step"]]) for row in lines(tmp_path / name))
+    assert ending(tmp_path / "whole") == ending(tmp_path / "parts")
 
 
 def test_the_state_before_the_bad_step_is_what_remains(tmp_path):

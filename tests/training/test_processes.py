@@ -12,7 +12,7 @@ from toy import CONFIG, fit_as_one_of, processes
 
 from limner.errors import UsageError
 from limner.training import state
-from limner.training.processes import STOPS, StopRequests, join
+from limner.training.processes import STOPS, Processes, StopRequests, join
 
 
 def train(run: Path, world: int) -> list[int]:
@@ -41,6 +41,19 @@ def test_when_the_first_process_is_refused_the_others_end_without_a_traceback(tm
     (tmp_path / "mine.txt").write_text("kept")
     assert train(tmp_path, 2) == [1, 3]  # 1 is the traceback of the error itself, which the command line would catch
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), KeyboardInterrupt()])
+def test_whatever_the_first_process_fails_of_the_others_are_told(monkeypatch, error):
+    told = []
+    monkeypatch.setattr(Processes, "agree", lambda self, value: told.append(value) or value)
+
+    def fail():
+        raise error
+
+    with pytest.raises(type(error)):
+        Processes().lead(fail)
+    assert told == [1]
 
 
 def test_signals_mean_again_what_they_meant_before():

@@ -39,31 +39,31 @@ def test_duration(seconds, text):
 
 
 def test_a_resumed_report_forgets_steps_that_will_be_done_again_and_a_torn_line(tmp_path):
-    with Report(tmp_path, 10, 2, 0) as report:
+    with Report(tmp_path, 10, 0, 0) as report:
         for step in (2, 4, 6):
-            report.log(step, {"loss": 1.0})
+            report.log(step, 2 * step, {"loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 8, "lo\xff')
-    with Report(tmp_path, 10, 2, 4) as report:
-        report.log(6, {"loss": 2.0})
+    with Report(tmp_path, 10, 4, 8) as report:
+        report.log(6, 12, {"loss": 2.0})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(2, 1), (4, 1), (6, 2)]
 
 
 def test_a_report_without_a_place_for_its_files_says_so(tmp_path):
     (tmp_path / "tensorboard").write_text("mine")
-    with Report(tmp_path, 10, 2, 0) as report, pytest.raises(FileProblem, match=r"cannot write .*tensorboard: File"):
-        report.log(2, {"loss": 1.0})
+    with Report(tmp_path, 10, 0, 0) as report, pytest.raises(FileProblem, match=r"cannot write .*tensorboard: File"):
+        report.log(2, 4, {"loss": 1.0})
 
 
 def test_time_aside_does_not_count_in_the_rate(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("limner.training.report.time.perf_counter", lambda: now[0])
-    with Report(tmp_path, 40, 5, 0) as report:
+    with Report(tmp_path, 40, 0, 0) as report:
         now[0] = 2.0
         with report.aside():
             now[0] = 102.0
-        report.log(20, {})
+        report.log(20, 100, {})
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row["images_per_second"] == pytest.approx(50)
     assert row["seconds_left"] == pytest.approx(2)
@@ -71,21 +71,21 @@ def test_time_aside_does_not_count_in_the_rate(tmp_path, monkeypatch):
 
 def test_without_tensorboard_a_line_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("limner.training.report.importlib.util.find_spec", lambda name: None)
-    with Report(tmp_path, 10, 2, 0):
+    with Report(tmp_path, 10, 0, 0):
         pass
     assert "pip install 'limner[train]'" in capsys.readouterr().out
 
 
 def test_with_tensorboard_event_files_are_written(tmp_path):
     pytest.importorskip("tensorboard")
-    with Report(tmp_path, 10, 2, 0) as report:
-        report.log(1, {"loss": 1.0})
+    with Report(tmp_path, 10, 0, 0) as report:
+        report.log(1, 2, {"loss": 1.0})
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
 def test_a_silent_report_writes_and_says_nothing(tmp_path, capsys):
-    with Report(tmp_path, 10, 2, 0, silent=True) as report:
+    with Report(tmp_path, 10, 0, 0, silent=True) as report:
         report.say("hello")
-        report.log(1, {"loss": 1.0})
+        report.log(1, 2, {"loss": 1.0})
     assert capsys.readouterr().out == ""
     assert not list(tmp_path.iterdir())

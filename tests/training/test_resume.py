@@ -131,11 +131,21 @@ def _at_another_step(monkeypatch):
     monkeypatch.setattr(state.TrainState, "restore", late)
 
 
+def _without_the_count_of_images(monkeypatch):
+    original = state.TrainState.restore
+
+    def anew(self, files, source):
+        original(self, files, source)
+        self.images = 0
+
+    monkeypatch.setattr(state.TrainState, "restore", anew)
+
+
 @pytest.mark.parametrize(
     "forget",
     [
         *(_without_averages, _without_optimizer, _without_buffers, _without_weights, _with_other_noise),
-        *(_with_other_dropout, _with_other_data, _at_another_step),
+        *(_with_other_dropout, _with_other_data, _at_another_step, _without_the_count_of_images),
     ],
 )
 def test_whatever_a_resume_forgets_shows_in_the_end(tmp_path, monkeypatch, uninterrupted, forget):

@@ -240,10 +240,16 @@ def test_of_two_that_begin_a_run_at_once_the_second_changes_nothing(tmp_path):
 
 
 def test_a_lock_removed_while_another_waited_for_it_is_worth_nothing(tmp_path, monkeypatch):
-    flock = state.fcntl.flock
-    monkeypatch.setattr(state.fcntl, "flock", lambda *a: ((tmp_path / "limner.lock").unlink(), flock(*a)))
-    with pytest.raises(FileProblem, match="is being trained by another process"), state.claim(tmp_path):
-        pass
+    flock, lock, removals = state.fcntl.flock, tmp_path / "limner.lock", [1, 1]
+    monkeypatch.setattr(
+        state.fcntl, "flock", lambda *a: (removals and lock.unlink(missing_ok=removals.pop()), flock(*a))
+    )
+    with state.claim(tmp_path):
+        assert not removals
+        assert f"process {os.getpid()} on" in lock.read_text()  # taken anew, and seen by others
+        with pytest.raises(FileProblem, match="is being trained by process"), state.claim(tmp_path):
+            pass
+    assert names(tmp_path) == []
 
 
 def test_where_there_are_no_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch, capsys):

@@ -95,6 +95,13 @@ class ToyBatches:
         return {"x": x[share], "y": y[share], "index": index[share], "ids": [f"toy-{int(i)}" for i in index[share]]}
 
 
+class Uneven(ToyBatches):
+    """Every third step has half as many examples, like a step of a larger size."""
+
+    def batch(self, step: int, size: int, *, rank: int = 0, world: int = 1) -> dict[str, Any]:
+        return super().batch(step, size // 2 if step % 3 == 1 else size, rank=rank, world=world)
+
+
 class StopAt(StopRequests):
     """Asks to stop when it was looked at `looks` times, which is before step number `looks` of this process."""
 

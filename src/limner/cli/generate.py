@@ -62,7 +62,11 @@ def generate_command(
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps, 1 to 1000. [default: 12]")] = None,
     guidance: Annotated[
         float | None,
-        typer.Option("--guidance", "--cfg-scale", help="How closely to follow the prompt; 1 is plainly. [default: 4]"),
+        typer.Option(
+            "--guidance",
+            "--cfg-scale",
+            help="How closely to follow the prompt; 1 is plainly. icons burns above 6. [default: 4]",
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option("-s", "--seed", help="Same seed, same picture. [default: a random one, printed]")
@@ -73,7 +77,10 @@ def generate_command(
     schedule: Annotated[
         str | None,
         typer.Option(
-            "--schedule", "--scheduler", help=f"How noise falls: {', '.join(names.SCHEDULES)}. [default: uniform]"
+            "--schedule",
+            "--scheduler",
+            help=f"How noise falls: {', '.join(names.SCHEDULES)}. icons is good with uniform, shifted and kl_optimal; "
+            "others, such as karras, spoil it. [default: uniform]",
         ),
     ] = None,
     batch: Annotated[int, typer.Option("-b", "--batch", help="Pictures, with seeds SEED, SEED+1, ...")] = 1,
@@ -90,7 +97,10 @@ def generate_command(
     image: Annotated[Path | None, typer.Option("-i", "--image", help="Paint over this picture.")] = None,
     strength: Annotated[
         float | None,
-        typer.Option("--strength", help="With -i, above 0: a little keeps the picture, 1 forgets it. [default: 0.6]"),
+        typer.Option(
+            "--strength",
+            help="With -i, above 0: a little keeps the picture, 1 forgets it; icons wants 0.75 to 0.95. [default: 0.8]",
+        ),
     ] = None,
     settings: Annotated[
         Path | None, typer.Option("-C", "--settings", help="Redo what this picture's metadata says; flags override it.")
@@ -186,7 +196,10 @@ def _remembered(path: Path, image: Path | None, model: str | None) -> dict[str, 
 
     settings = metadata.read_settings(path)
     if model is None and settings.get("model", DEFAULT_MODEL) not in catalog.names():
-        raise UsageError(f"{str(path)!r} was painted by {settings['model']!r}, which is not in `limner models`: add -m")
+        raise UsageError(
+            f"{str(path)!r} was painted by {settings['model']!r}, which is not in `limner models`: add -m FILE, "
+            f"or -m {DEFAULT_MODEL} to paint it anew"
+        )
     if "strength" in settings and image is None:
         raise UsageError(f"{str(path)!r} was painted over another picture, which it does not hold: add -i PICTURE")
     return {k: v for k, v in settings.items() if k != "limner"}

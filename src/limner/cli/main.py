@@ -1,7 +1,7 @@
 """The `limner` command: which words are commands, and what each kind of failure looks like.
 
-Exit codes: 0 done · 1 a bug (with a traceback), or whoever read our output went away · 2 usage · 3 a model or file ·
-4 out of memory · 5 training diverged · 130 interrupted.
+Exit codes: 0 done, or training stopped as asked · 1 a bug (with a traceback), or whoever read our output went away ·
+2 usage · 3 a model or file · 4 out of memory · 5 training diverged · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import gc
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -41,15 +42,21 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 OPTIONS = ("-h", "--help", "--version", "--install-completion", "--show-completion")
 
+EXIT_CODES = """
+Exit codes: 0 done, or stopped as asked (--stop-after, SIGTERM) with everything saved; 2 usage; 3 a model or file;
+4 out of memory; 5 training diverged (NaN); 130 interrupted; 1 a bug.
+"""
+
 app = typer.Typer(
     name="limner",
     help='Paint pictures from words, train the models that do. `limner "PROMPT"` is `limner generate "PROMPT"`.',
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_CODES,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 for _name, _command in COMMANDS.items():
-    app.command(_name, epilog=STYLES if _name == "generate" else None)(_command)
+    app.command(_name, epilog=f"{EXIT_CODES}{STYLES if _name == 'generate' else ''}")(_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -70,6 +77,8 @@ def _options(
 def main(args: list[str] | None = None) -> None:
     """Run the command line `args` (default: the process's) and exit with its code."""
     code = 0
+    if "_LIMNER_COMPLETE" in os.environ:
+        _complete_short_form()
     if args is None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait spinning starve where cores are shared
     try:
@@ -114,6 +123,15 @@ def _with_command(args: list[str]) -> list[str]:
         asked = f"no command {args[0]!r}. Did you mean `limner {command}`?"
         raise UsageError(f"{asked} To paint it: limner generate {args[0]}")
     return ["generate", *args]
+
+
+def _complete_short_form() -> None:
+    """Where the shell asks what may follow `limner "PROMPT"`, let it ask about `limner generate "PROMPT"`."""
+    for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS"):
+        typed = re.fullmatch(r"(\S+\s+)((\S+)\s.*)", os.environ.get(name, ""), re.DOTALL)
+        if typed and typed[3] not in COMMANDS and typed[3].split("=")[0] not in OPTIONS:
+            os.environ[name] = f"{typed[1]}generate {typed[2]}"
+            os.environ["COMP_CWORD"] = str(int(os.environ.get("COMP_CWORD") or 0) + 1)
 
 
 def _misspelt(word: str) -> str | None:

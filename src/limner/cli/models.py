@@ -18,10 +18,20 @@ def models_command(as_json: AsJson = False) -> None:
     _print([{c: getattr(entry, c) for c in columns} for entry in catalog.entries()], as_json)
 
 
-def recipes_command(as_json: AsJson = False) -> None:
-    """List the training recipes, for `limner train NAME`."""
+def recipes_command(
+    name: Annotated[str, typer.Argument(help="List the fields of this recipe.", show_default=False)] = "",
+    as_json: AsJson = False,
+) -> None:
+    """List the training recipes, or the fields of one."""
     from limner import catalog, recipes
 
+    if name:
+        from limner.training.config import described
+
+        fields = described(recipes.get(name))
+        shown = fields if as_json else [f | {"value": json.dumps(f["value"], ensure_ascii=False)} for f in fields]
+        _print(shown, as_json)
+        return
     tasks = {entry.config.kind: entry.task for entry in catalog.entries()}
     configs = {name: recipes.get(name) for name in recipes.names()}
     rows = [

@@ -36,11 +36,24 @@ class DataConfig:
 
 
 CLASSICS = ("mnist", "animal-mnist", "avatars64", "sprites32")
-SOURCES = ("icons", "shapes", "folder", *CLASSICS)
+READ: dict[str, tuple[str, ...]] = {
+    "icons": ("folder", "split", "cache"),
+    "shapes": (),
+    "folder": ("folder",),
+    **dict.fromkeys(CLASSICS, ("folder", "split")),
+}
+"""What each source reads of `folder`, `split` and `cache`."""
 
 
 def open_images(config: DataConfig) -> ImageSet:
     """The pictures a DataConfig names. Raises FileProblem, UsageError."""
+    if config.source not in READ:
+        raise UnknownName("data source", config.source, READ)
+    for name in ("folder", "split", "cache"):
+        if getattr(config, name) != getattr(DataConfig, name) and name not in READ[config.source]:
+            raise UsageError(
+                f"data.{name}={getattr(config, name)} has no effect on data.source={config.source}: leave it out"
+            )
     folder = Path(config.folder) if config.folder else None
     if config.source == "shapes":
         from limner.data.shapes import shapes
@@ -58,12 +71,10 @@ def open_images(config: DataConfig) -> ImageSet:
         if folder is None:
             raise UsageError("data.source=folder needs data.folder=PATH")
         images = open_folder(folder, config.size)
-    elif config.source in CLASSICS:
+    else:
         from limner.data.classics import open_classic
 
         images = open_classic(config.source, folder, split=config.split)
-    else:
-        raise UnknownName("data source", config.source, SOURCES)
     return images.select(range(min(config.limit, len(images)))) if config.limit else images
 
 

@@ -181,6 +181,8 @@ class IconPack:
         key = json.dumps([self.digest, size, _RENDER_VERSION, [self.records[i].id for i in rows]])
         path = cache / f"icons-{size}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy"
         skipped = path.with_suffix(".skipped.json")
+        if cache.is_file():
+            raise FileProblem(f"{cache} is a file: give the folder to keep drawn icons in")
         if not path.exists():
             try:
                 cache.mkdir(parents=True, exist_ok=True)
@@ -193,7 +195,7 @@ class IconPack:
                     Path(temp, "images").replace(path)  # last: its presence says that both are whole
             except OSError as error:
                 raise FileProblem(
-                    f"drawn icons cannot be kept in {cache}: {error}; free space or name another"
+                    f"drawn icons cannot be kept in {cache}: {error.strerror or error}; free space or name another"
                 ) from error
         failed = json.loads(skipped.read_text())
         with warnings.catch_warnings():

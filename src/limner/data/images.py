@@ -51,8 +51,9 @@ class Batches(Protocol):
     """An endless supply of batches: batch k is a pure function of (the seed it was opened with, k).
 
     So a resumed run needs nothing but its step to go on with the same data. `size` is the global batch;
-    rank r of `world` gets its slice of it. A batch is {"images": float (b, 4, h, w) in [-1, 1],
-    "captions": list of b strings, "ids": list of b strings} or what a system asked to be cached.
+    rank r of `world` gets its slice of it, as long as any other's. A batch is {"images": float (b, 4, h, w) in [-1, 1],
+    "captions": list of b strings, "ids": list of b strings}, or has what a system asked to be cached for "images". It
+    may be smaller than `size`.
     """
 
     def __len__(self) -> int: ...

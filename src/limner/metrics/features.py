@@ -40,9 +40,6 @@ class Features:
     def __len__(self) -> int:
         return len(self.final)
 
-    def __getitem__(self, index: Tensor | slice) -> Features:
-        return Features(self.final[index], self.detail[index])
-
     @property
     def whole(self) -> Tensor:
         """(n, FEATURES): what the judge is given."""

@@ -23,10 +23,6 @@ class Figure:
     high: float
     n: int
 
-    def scaled(self, factor: float) -> Figure:
-        """The same figure in another unit, or as a ratio to a constant > 0."""
-        return Figure(self.value * factor, self.low * factor, self.high * factor, self.n)
-
 
 def wilson(successes: int, n: int) -> Figure:
     """A share with Wilson's score interval (Wilson 1927, equation 3 in modern form); n >= 1."""

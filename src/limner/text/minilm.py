@@ -41,19 +41,21 @@ class MiniLM(nn.Module):
 
         self.max_tokens = max_tokens
         self.tokenizer = Tokenizer.from_file(str(tokenizer))
-        self.tokenizer.enable_truncation(max_tokens)
-        self.tokenizer.enable_padding(length=max_tokens)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
         self.known: dict[str, list[int]] = {}
         self.embeddings = Embeddings()
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer() for _ in range(DEPTH))})
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """ids (b, max_tokens) and a mask that is True on real tokens."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
-        if len(self.known) + len(new) > MOST_KNOWN:
-            self.known, new = {}, list(dict.fromkeys(prompts))
-        self.known |= {p: e.ids for p, e in zip(new, self.tokenizer.encode_batch(new), strict=True)}
-        ids = torch.tensor([self.known[prompt] for prompt in prompts])
+        known = self.known  # by this name nothing goes away, whatever other threads do
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+        if len(known) + len(new) > MOST_KNOWN:
+            known, new = {}, list(dict.fromkeys(prompts))
+            self.known = known
+        known.update(zip(new, map(self._fitted, self.tokenizer.encode_batch(new)), strict=True))
+        ids = torch.tensor([known[prompt] for prompt in prompts])
         return ids, ids != PADDING
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ class MiniLM(nn.Module):
 
     def words_cut(self, prompt: str) -> str:
         """The end of `prompt` that does not fit, "" when all does."""
-        (encoded,) = self._whole([prompt])
+        encoded = self.tokenizer.encode(prompt)
         if len(encoded.ids) <= self.max_tokens:
             return ""
         return prompt[encoded.offsets[self.max_tokens - 1][0] :]
@@ -93,21 +95,20 @@ class MiniLM(nn.Module):
     def words_unknown(self, prompt: str) -> str:
         """The words of `prompt` without a letter or digit of English, which have no token or only foreign letters."""
         unknown, words = [], prompt.split()
-        for word, encoded in zip(words, self._whole(words), strict=True):
+        for word, encoded in zip(words, self.tokenizer.encode_batch(words), strict=True):
             tokens = [token.strip("#") for token in encoded.tokens[1:-1]]
             english = any(token.isascii() and token.isalnum() for token in tokens)
             if not english and any(token == "[UNK]" or token.isalpha() for token in tokens):
                 unknown.append(word)
         return " ".join(unknown)
 
-    def _whole(self, texts: list[str]) -> list[Encoding]:
-        """Tokens of texts of any length, with neither cut nor padding."""
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        encoded = self.tokenizer.encode_batch(texts)
-        self.tokenizer.enable_truncation(self.max_tokens)
-        self.tokenizer.enable_padding(length=self.max_tokens)
-        return encoded
+    def _fitted(self, encoded: Encoding) -> list[int]:
+        """The ids of a prompt, cut before [SEP] or filled up with padding to `max_tokens`. Not by the tokenizer, whose
+        state all threads share."""
+        ids = encoded.ids
+        if len(ids) > self.max_tokens:
+            ids = [*ids[: self.max_tokens - 1], ids[-1]]
+        return [*ids, *[PADDING] * (self.max_tokens - len(ids))]
 
 
 def sentence(states: Tensor, mask: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -87,7 +88,7 @@ def parse_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfi
         try:
             config = _replaced(config, path.strip().split("."), text.strip())
         except _NoSuchField:
-            raise UnknownName("field", path, fields_of(config), "A run's config.json shows all.") from None
+            raise UnknownName("field", path, fields_of(config), "`limner recipes NAME` shows all.") from None
         except ValidationError as error:
             raise UsageError(f"{path}={text}: {wanted(error.errors()[0])}") from None
         except (ValueError, TypeError) as error:
@@ -98,6 +99,34 @@ def parse_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfi
 def fields_of(config: TrainConfig) -> list[str]:
     """The dotted paths of everything that can be changed, in order."""
     return [path for path, _ in _leaves(_plain(config))]
+
+
+def described(config: TrainConfig) -> list[dict[str, Any]]:
+    """{"field", "type", "value"} of everything that can be changed, in order."""
+    return [
+        {"field": path, "type": _type_at(config, path.split(".")), "value": value}
+        for path, value in _leaves(_plain(config))
+    ]
+
+
+def _type_at(section: Any, path: list[str]) -> str:
+    head, *rest = path
+    hint = get_type_hints(type(section))[head]
+    return _type_at(getattr(section, head), rest) if rest else _type_words(hint)
+
+
+def _type_words(hint: Any) -> str:
+    """int, number, text, a choice, or list and {} for JSON: what is typed after `field=`."""
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return "|".join(map(_type_words, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return "list"
+    if dataclasses.is_dataclass(hint):
+        return "{}"
+    names = {"float": "number", "str": "text", "bool": "true|false"}
+    return names.get(getattr(hint, "__name__", ""), getattr(hint, "__name__", str(hint)))
 
 
 def to_json(config: TrainConfig) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from limner.data.latents import LatentBatches
 from limner.errors import TrainingDiverged, UsageError
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
+from limner.training.memory import check_batch, check_parameters
 from limner.training.optimizers import clip_gradients, lr_at, step_unless
 from limner.training.processes import STOPS, Processes, StopRequests, join
 from limner.training.report import Report
@@ -44,6 +45,8 @@ from limner.training.state import (
     write_final,
 )
 
+MOST_PIXELS = 4096
+"""A side of a picture to learn from."""
 Draw = Callable[[Any, TrainConfig], list[Image.Image]]
 """(system, config) -> one picture for each of config.sample_prompts."""
 Export = Callable[[Any, TrainConfig, Path], object]
@@ -67,6 +70,7 @@ def train(
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
         torch.manual_seed(config.seed)
+        check_parameters(config, processes.device)
         system: Any = catalog.build(config.system)
         pipeline.check(system.defaults, system.grid, prompt="any")  # the defaults, before anything is spent
         for prompt in config.sample_prompts:
@@ -76,13 +80,15 @@ def train(
             warm_start(system, Path(config.init_from), catalog.load)
         system.to(processes.device, memory_format=torch.channels_last)
         images = open_batches(config.data, config.seed, processes.device)
-        views = config.data.latent_views
+        views, side = config.data.latent_views, images.set.images.shape[-1]
         if not views:  # classic sets have a size of their own
-            check(config, system.grid, images.set.images.shape[-1])
+            check(config, system.grid, side)
         batches: Batches = LatentBatches(images, system.autoencoder, views) if views else images
+        check_batch(system, batches, config, processes)
         if config.compile:
             system.compile(dynamic=False)
-        return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop)
+        notes = vain(config, side)
+        return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes)
 
 
 def check(config: TrainConfig, grid: int, size: int) -> None:
@@ -94,11 +100,30 @@ def check(config: TrainConfig, grid: int, size: int) -> None:
         grid *= 2  # it learns from latents of half the size too
         if data.latent_views:
             raise UsageError("data.latent_views are latents, an autoencoder learns from pictures: give 0")
+    if data.augment != "none" and data.latent_views:
+        raise UsageError(
+            f"data.augment={data.augment} changes pictures as they are drawn, data.latent_views have changes of their "
+            "own: give one of them"
+        )
+    if size > MOST_PIXELS:
+        raise UsageError(f"data.size={size}: give {MOST_PIXELS} pixels at most")
     if size < grid or size % grid:
         raise UsageError(
             f"pictures of {size} pixels are not in multiples of {grid}, which {config.name} needs: give another "
             "data.size or data.source"
         )
+
+
+def vain(config: TrainConfig, side: int) -> list[str]:
+    """A sentence for each field that changes nothing in this run, whose pictures have `side` pixels."""
+    told = []
+    if config.optimizer != "muon" and config.muon_lr_scale != 1:
+        told.append(f"muon_lr_scale={config.muon_lr_scale:g} has no effect with optimizer={config.optimizer}")
+    if not config.data.latent_views and config.data.size != side:
+        told.append(
+            f"data.size={config.data.size} has no effect: the pictures of {config.data.source} have {side} pixels"
+        )
+    return told
 
 
 def draw_prompts(system: Any, config: TrainConfig) -> list[Image.Image]:
@@ -123,16 +148,18 @@ def fit(
     export: Export = save_weights,
     processes: Processes | None = None,
     stop: StopRequests | None = None,
+    notes: Sequence[str] = (),
 ) -> int:
     """Train `system`, a types.System that is an nn.Module, to `config.steps`, from the newest checkpoint if `resume`.
 
-    Returns 0 when finished, else a key of `processes.STOPS`. Raises TrainingDiverged, FileProblem, UsageError.
+    Tells `notes` at the beginning. Returns 0 when finished, else a key of `processes.STOPS`. Raises TrainingDiverged,
+    FileProblem, UsageError.
     """
     processes, stop = processes or Processes(), stop or StopRequests(None)
     if config.batch_size % processes.world:
         raise UsageError(f"batch_size={config.batch_size} cannot be shared by {processes.world} processes evenly")
     state, ledger = TrainState(system, config), Ledger()
-    notes = restore(state, run, processes) if resume else []
+    notes = [*notes, *(restore(state, run, processes) if resume else ())]
     losses = {phase: processes.share(PhaseLoss(state, phase)) for phase in system.phases}
     start = state.step
     saved = start if start else -1
@@ -141,7 +168,7 @@ def fit(
     def every(steps: int) -> bool:
         return steps > 0 and state.step > 0 and state.step % steps == 0
 
-    with stop, Report(run, config.steps, config.batch_size, start, silent=not processes.first) as report:
+    with stop, Report(run, config.steps, start, state.images, silent=not processes.first) as report:
         for note in notes:
             report.say(note)
         report.say(f"{config.name}: step {start} of {config.steps} on {processes.world} x {processes.device.type}")
@@ -158,7 +185,7 @@ def fit(
             if ledger.records and (halt or log or draw_now or save or processes.device.type == "cpu"):
                 ledger.check(run)
             if ledger.records and (halt or log):
-                report.log(state.step, ledger.means())
+                report.log(state.step, state.images, ledger.means())
             if processes.first and state.step != saved and (halt or save):
                 with report.aside():
                     save_checkpoint(run / "checkpoints", state.step, state.files(), config.keep)
@@ -175,7 +202,7 @@ def fit(
             batch = batches.batch(state.step, config.batch_size, rank=processes.rank, world=processes.world)
             batch = {k: v.to(processes.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             lr = lr_at(state.step, config)
-            ledger.begin(state.step, lr, list(batch.get("ids", [])))
+            ledger.begin(state.step, lr, list(batch["ids"]))
             for phase in system.phases:
                 state.only(phase)
                 parameters = state.parameters[phase]
@@ -188,8 +215,9 @@ def fit(
                 bad = ledger.add(terms, norm, phase if len(system.phases) > 1 else "", processes)
                 for optimizer in state.optimizers[phase]:
                     step_unless(optimizer, lr, bad)
-            state.ema.update(ema_decay(config.ema_half_life, config.batch_size, state.images, config.ema_warmup))
-            state.step += 1
+            count = len(batch["ids"]) * processes.world  # a step of a larger size has fewer than config.batch_size
+            state.ema.update(ema_decay(config.ema_half_life, count, state.images, config.ema_warmup))
+            state.step, state.images = state.step + 1, state.images + count
             # -----------------------------------------------------------------------------------------
 
         if finished and processes.first:

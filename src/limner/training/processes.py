@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from limner.errors import LimnerError, UsageError
+from limner.errors import UsageError
 
 T = TypeVar("T")
 
@@ -51,14 +51,14 @@ class Processes:
         return int(values)
 
     def lead(self, work: Callable[[], T]) -> T | None:
-        """Let the first process do `work`, which may raise LimnerError; the others wait, and end with it if it does."""
+        """Let the first process do `work`; the others wait, and end with it if it raises."""
         done, refused = None, None
         if self.first:
             try:
                 done = work()
-            except LimnerError as error:
+            except BaseException as error:  # whatever it is: the others would wait for ever
                 refused = error
-        code = self.agree(refused.exit_code if refused else 0)
+        code = self.agree(getattr(refused, "exit_code", 1) if refused else 0)
         if code:
             raise refused or SystemExit(code)
         return done

@@ -30,11 +30,12 @@ CHECKER = (255, 236)
 class Report:
     """Writes RUN/metrics.jsonl (one JSON object a line) and, if TensorBoard is installed, RUN/tensorboard; tells rates.
 
-    A process other than the first (`silent`) writes and says nothing.
+    `step` and `images` are what was done and seen before. A process other than the first (`silent`) writes and says
+    nothing.
     """
 
-    def __init__(self, run: Path, steps: int, batch_size: int, step: int, *, silent: bool = False) -> None:
-        self.run, self.steps, self.batch_size, self.silent = run, steps, batch_size, silent
+    def __init__(self, run: Path, steps: int, step: int, images: int, *, silent: bool = False) -> None:
+        self.run, self.steps, self.silent = run, steps, silent
         self.console = Console(highlight=False, soft_wrap=True, quiet=silent)
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=self.console, disable=silent
@@ -44,7 +45,7 @@ class Report:
         self.file: IO[str] | None = None
         self.board: Any = None
         self.has_board = importlib.util.find_spec("tensorboard") is not None
-        self.start, self.mark = step, (step, time.perf_counter())
+        self.start, self.mark = step, (step, images, time.perf_counter())
         self.away = 0.0
 
     def __enter__(self) -> Report:
@@ -55,7 +56,7 @@ class Report:
                 self.say("TensorBoard is not installed, so no event files: pip install 'limner[train]' adds it")
         if self.bar:
             self.progress.start()
-        self.mark = (self.start, time.perf_counter())
+        self.mark = (*self.mark[:2], time.perf_counter())
         return self
 
     def _open(self) -> None:
@@ -89,14 +90,16 @@ class Report:
         yield
         self.away += time.perf_counter() - start
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """`values` are means over the steps since the last call; adds images/s, seconds left and peak memory (GB)."""
+    def log(self, step: int, images: int, values: dict[str, float]) -> None:
+        """`values` are means over the steps since the last call, `images` all seen so far; adds images/s, seconds left
+        and peak memory (GB)."""
         now = time.perf_counter()
-        steps, seconds = step - self.mark[0], max(1e-9, now - self.mark[1] - self.away)
-        self.mark, self.away = (step, now), 0.0
-        rate = steps * self.batch_size / seconds
+        before, seen, then = self.mark
+        steps, seconds = step - before, max(1e-9, now - then - self.away)
+        self.mark, self.away = (step, images, now), 0.0
+        rate = (images - seen) / seconds
         left = (self.steps - step) * seconds / max(1, steps)
-        line = {"step": step, "images": step * self.batch_size, **values}
+        line = {"step": step, "images": images, **values}
         line |= {"images_per_second": rate, "seconds_left": left, "memory_gb": peak_memory() / 1e9}
         if not self.silent and self.file is None:
             with self.aside():

@@ -26,7 +26,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,12 +50,12 @@ LOCK = "limner.lock"
 
 
 class TrainState:
-    """Step, weights, the optimizers of each phase, and EMA."""
+    """Step, images seen, weights, the optimizers of each phase, and EMA."""
 
     def __init__(self, system: nn.Module, config: TrainConfig) -> None:
         self.system = system
         self.config = config
-        self.step = 0
+        self.step, self.images = 0, 0
         phases = cast(Any, system).phases
         self.parameters: dict[str, list[nn.Parameter]] = {
             phase: [p for p in cast(Any, system).phase_parameters(phase) if p.requires_grad] for phase in phases
@@ -70,11 +70,6 @@ class TrainState:
         frozen = {name for name, p in system.named_parameters() if not p.requires_grad}
         self.frozen = hashlib.sha256(_pack({n: t for n, t in own.items() if n in frozen})).hexdigest()
         self.tensors = {n: t for n, t in own.items() if n not in frozen}
-
-    @property
-    def images(self) -> int:
-        """Seen so far."""
-        return self.step * self.config.batch_size
 
     def only(self, phase: str) -> None:
         """From here on, gradients are for the parameters of this phase."""
@@ -113,7 +108,7 @@ class TrainState:
                     f"{source} was trained around other frozen weights than the config gives now (an autoencoder or "
                     "text encoder); put the old file back, or start a new run with init_from"
                 )
-            self.step = int(state["step"])
+            self.step, self.images = int(state["step"]), int(state["images"])
             copy_tensors(safetensors.torch.load(files["model.safetensors"]), self.tensors, source)
             self.ema.load(safetensors.torch.load(files["ema.safetensors"]))
             self._load_optimizers(safetensors.torch.load(files["optimizer.safetensors"]))
@@ -228,21 +223,22 @@ def claim(run: Path, new: TrainConfig | None = None) -> Iterator[None]:
 def _locked(run: Path) -> Iterator[None]:
     """The lock of `claim`: the system takes it back when this process ends, even by kill -9."""
     path = run / LOCK
-    with writing(path):
-        file = path.open("a+")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = os.fstat(file.fileno()).st_nlink == 0  # its last holder removed it since it was opened here
-        except (BlockingIOError, PermissionError):
-            taken = True
-        except OSError as error:
-            taken = False
-            print(f"cannot lock {run}: {_sentence(error)}; see that nothing else trains there", file=sys.stderr)
-        if taken:
-            file.seek(0)
-            who = file.read() or "another process"
-            raise FileProblem(f"{run} is being trained by {who}; wait until that ends, or stop it")
+    with ExitStack() as opened:
+        while True:
+            with writing(path):
+                file = opened.enter_context(path.open("a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                who = file.read() or "another process"
+                raise FileProblem(f"{run} is being trained by {who}; wait until that ends, or stop it") from None
+            except OSError as error:
+                print(f"cannot lock {run}: {_sentence(error)}; see that nothing else trains there", file=sys.stderr)
+                break
+            if os.fstat(file.fileno()).st_nlink:
+                break
+            opened.close()  # its last holder removed it since it was opened here: nobody else will meet this one
         try:
             with writing(path):
                 file.truncate(0)

@@ -1,0 +1,107 @@
+"""Whether a run can fit into memory: what never will is refused before anything is built or drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limner import catalog
+from limner.catalog import DiffusionConfig
+from limner.data.images import Batches
+from limner.errors import OutOfMemory, UsageError
+from limner.training.config import TrainConfig
+from limner.training.processes import Processes
+
+MOST_LAYERS, MOST_WIDE = 1000, 100_000
+"""More than any network has; what is within is counted."""
+COMPILED = 3.0
+"""Compiled blocks keep less for the way back than what is measured here, but never so much less."""
+
+
+def check_parameters(config: TrainConfig, device: torch.device) -> None:
+    """Raises UsageError for counts beyond any use, OutOfMemory if weights, gradients, moments and averages alone are
+    more than the device's memory."""
+    check_counts(config.system, "system")
+    system = config.system
+    with torch.device("meta"):
+        built = catalog.build(replace(system, autoencoder_from="") if isinstance(system, DiffusionConfig) else system)
+    count = sum(p.numel() for p in built.parameters() if p.requires_grad)
+    compare(16 * count, device, f"{count / 1e6:,.0f} million parameters take", "make the network smaller")
+
+
+def check_counts(section: Any, path: str) -> None:
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), f"{path}.{field.name}"
+        most = MOST_LAYERS if "depth" in field.name or "blocks" in field.name else MOST_WIDE
+        for part in value if isinstance(value, tuple) else (value,):
+            if dataclasses.is_dataclass(part):
+                check_counts(part, name)
+            elif isinstance(part, int) and part > most:
+                raise UsageError(f"{name}={part}: give {most:,} at most")
+
+
+def check_batch(system: Any, batches: Batches, config: TrainConfig, processes: Processes) -> None:
+    """Raises OutOfMemory if what the loss of one step keeps for the way back is more than the device's memory: it is
+    measured with one picture, and with it twice."""
+    device, world = processes.device, processes.world
+    batch = batches.batch(0, world, rank=processes.rank, world=world)
+    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    most = config.batch_size / world
+    if "latents" in batch:  # a larger size than data.size has fewer
+        pixels = math.prod(batch["latents"].shape[-2:]) * system.grid**2
+        most *= min(1.0, config.data.size**2 / pixels)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        kept = max(
+            kept_by(system, twice(batch), phase, device) - kept_by(system, batch, phase, device)
+            for phase in system.phases
+        )
+    need = most * kept / (COMPILED if config.compile else 1)
+    compare(need, device, f"batch_size={config.batch_size} takes", "give a smaller one")
+
+
+def twice(batch: dict[str, Any]) -> dict[str, Any]:
+    return {k: torch.cat([v, v]) if isinstance(v, Tensor) else [*v, *v] for k, v in batch.items()}
+
+
+def kept_by(system: nn.Module, batch: dict[str, Any], phase: str, device: torch.device) -> int:
+    """Bytes of the tensors, other than weights, that the loss keeps for its gradient."""
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        terms = system.loss(batch, phase, torch.Generator(device).manual_seed(0))  # type: ignore[operator]
+    for parameter in system.parameters():
+        seen.pop(parameter.untyped_storage().data_ptr(), None)
+    del terms  # until here, so that no memory was used twice
+    return sum(seen.values())
+
+
+def compare(need: float, device: torch.device, what: str, advice: str) -> None:
+    have = memory_of(device)
+    if need > have:
+        raise OutOfMemory(f"{what} {need / 1e9:,.0f} GB at least, and there are {have / 1e9:,.0f} GB: {advice}")
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes, free or not: of the GPU, or of this machine or the part of it that this process may have."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    have = math.inf
+    with suppress(ValueError, OSError, AttributeError):
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(ValueError, OSError):  # "max", or no such thing here
+            have = min(have, int(Path(limit).read_text()))
+    return have
