@@ -11,19 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from limner import __version__, catalog, names
-from limner.errors import FileProblem, Ignored, ImageProblem, LimnerError, UnknownName, UsageError
+from limner import __version__, catalog, names, pictures
+from limner.errors import FileProblem, Ignored, UnknownName, UsageError
 from limner.sampling import samplers, schedules
 from limner.text.prompts import AND, DIALECTS, Wildcards, expand
 from limner.types import Defaults, GeneratedImage, OnStep, Request, System
 
 MAX_SEED = 2**63 - 1
-MAX_PIXELS = 64_000_000
 CHUNK = 8
 """Pictures drawn at once; a larger batch goes in turns, so memory does not grow with it."""
 
@@ -99,7 +97,7 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     seeds = [request.seed + i for i in range(request.batch)]
     images = draw(system, list(request.prompts), seeds, request, negatives=list(request.negatives))
     return [
-        GeneratedImage(to_pil(x), seed, {**describe(system, request, place), "seed": seed})
+        GeneratedImage(pictures.to_pil(x), seed, {**describe(system, request, place), "seed": seed})
         for place, (x, seed) in enumerate(zip(images, seeds, strict=True))
     ]
 
@@ -128,7 +126,7 @@ def draw(
         # 3. from noise, or from the latents of the picture given, to latents
         begun: dict[str, Any] = {}
         if request.image is not None:
-            picture = to_tensor(request.image, request.width, request.height).to(device)
+            picture = pictures.to_tensor(request.image, request.width, request.height).to(device)
             begun["start"] = system.encode(picture).expand(len(words), -1, -1, -1)  # type: ignore[attr-defined]
         told = replace(request, on_step=_overall(request.on_step, turn, len(turns)))
         latents = system.sample(cond, told, noise, **begun)
@@ -199,7 +197,7 @@ def check(
     if strength is not None and image is None:
         raise UsageError("strength means how far to move from a picture, but no picture was given: add -i IMAGE")
     if image is not None:
-        image = open_image(image)
+        image = pictures.open_image(image)
         strength = _number("strength", defaults.strength if strength is None else strength, 0, 1, above=True)
     sizes = [
         _size(name, default if value is None else value, defaults, grid)
@@ -349,56 +347,6 @@ def _size(name: str, value: Any, defaults: Defaults, grid: int) -> int:
         near = " or ".join(str(n) for n in (below, below + grid) if low <= n <= high)
         raise UsageError(f"{name} is {value}, not a multiple of {grid} pixels: take {near}")
     return _whole(name, value, low, high)
-
-
-# -------------------------------------------------------------------- pictures
-
-
-def open_image(source: str | Path | Image.Image) -> Image.Image:
-    """A PNG, JPEG or WebP file, or a Pillow image, as RGBA. Raises ImageProblem."""
-    if isinstance(source, Image.Image):
-        return source.convert("RGBA")
-    path = Path(source)
-    try:
-        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise ImageProblem(f"{path} has {file.width} x {file.height} pixels, more than 64 million: shrink it")
-            return file.convert("RGBA")
-    except LimnerError:
-        raise
-    except FileNotFoundError as error:
-        raise ImageProblem(f"no picture {path}: give the path of a PNG, JPEG or WebP file") from error
-    except IsADirectoryError as error:
-        raise ImageProblem(f"{path} is a folder: give the path of one PNG, JPEG or WebP file in it") from error
-    except UnidentifiedImageError as error:
-        raise ImageProblem(f"{path} is no PNG, JPEG or WebP picture, or not whole: make one of it") from error
-    except Exception as error:  # Pillow's plugins raise many kinds
-        raise ImageProblem(f"{path} cannot be read as a PNG, JPEG or WebP picture: is it whole?") from error
-
-
-def to_tensor(image: Image.Image, width: int, height: int) -> Tensor:
-    """Premultiplied (1, 4, height, width) in [-1, 1]: the picture scaled to cover the size, cropped to its middle."""
-    scale = max(width / image.width, height / image.height)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    image = image.convert("RGBa").resize(
-        size, Image.Resampling.LANCZOS
-    )  # RGBa: premultiplied, so edges keep their colour
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """(3, h, w) in [-1, 1] -> RGB; (4, h, w) premultiplied -> straight RGBA, where alpha under 3/255 becomes 0."""
-    pixels = ((image + 1) * 127.5).permute(1, 2, 0).numpy()
-    if len(image) == 3:
-        return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-    alpha = pixels[..., 3:]
-    colour = np.where(alpha > 0, pixels[..., :3] * 255 / np.maximum(alpha, 1), 0)
-    alpha = np.where(alpha < 2.5, 0, alpha)
-    colour = np.where(alpha == 0, 0, colour)
-    rgba = np.concatenate([colour, alpha], -1).round().clip(0, 255).astype(np.uint8)
-    return Image.fromarray(rgba)
 
 
 def _overall(on_step: OnStep | None, turn: int, turns: int) -> OnStep | None:

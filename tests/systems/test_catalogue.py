@@ -107,8 +107,8 @@ def test_an_autoencoder_gives_a_picture_back_and_reads_no_words():
             pipeline.generate(system, prompt, **values)
     (back,) = pipeline.generate(system, "", image=red)
     with torch.inference_mode():
-        rebuilt = system.decode(system.encode(pipeline.to_tensor(red, 32, 32))).clamp(-1, 1)
-    assert back.image.tobytes() == pipeline.to_pil(rebuilt[0]).tobytes()
+        rebuilt = system.decode(system.encode(pictures.to_tensor(red, 32, 32))).clamp(-1, 1)
+    assert back.image.tobytes() == pictures.to_pil(rebuilt[0]).tobytes()
     with pytest.warns(Ignored, match="only gives the picture back, whatever steps and strength may be"):
         pipeline.generate(system, "", image=red, steps=2, strength=0.1)
 
@@ -168,7 +168,7 @@ def test_a_little_strength_keeps_the_picture_and_a_lot_does_not():
 
     system = noisy("icons-tiny").eval()
     drawing = Image.new("RGBA", (32, 32), (200, 30, 30, 255))
-    plain = pipeline.to_pil(system.decode(system.encode(pipeline.to_tensor(drawing, 32, 32)))[0].detach())
+    plain = pictures.to_pil(system.decode(system.encode(pictures.to_tensor(drawing, 32, 32)))[0].detach())
 
     def distance(strength: float) -> float:
         out = pipeline.generate(system, "red circle", seed=0, steps=20, image=drawing, strength=strength)[0].image
@@ -185,5 +185,5 @@ def test_pixels_survive_the_way_to_a_tensor_and_back():
     rgba = rng.integers(0, 256, (32, 32, 4), dtype=np.uint8)
     rgba[..., 3] = np.where(rgba[..., 3] < 128, 0, 255)
     rgba[rgba[..., 3] == 0] = 0
-    back = np.asarray(pipeline.to_pil(pipeline.to_tensor(Image.fromarray(rgba), 32, 32)[0]))
+    back = np.asarray(pictures.to_pil(pictures.to_tensor(Image.fromarray(rgba), 32, 32)[0]))
     assert (abs(back.astype(int) - rgba) <= 1).all()

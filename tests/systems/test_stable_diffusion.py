@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from limner import catalog, pipeline
+from limner import catalog, pictures, pipeline
 from limner.checkpoints import folders, single_files
 from limner.errors import UnknownName
 
@@ -220,6 +220,6 @@ def test_generate_takes_a_folder_and_remembers_what_it_is(sd1, here, limner):
 
 def test_a_transparent_picture_goes_onto_white(sd1):
     clear, white = (Image.new("RGBA", (32, 32), (0, 0, 0, 0)), Image.new("RGB", (32, 32), "white"))
-    one, other = (sd1.ours.encode(pipeline.to_tensor(picture, 32, 32)) for picture in (clear, white))
+    one, other = (sd1.ours.encode(pictures.to_tensor(picture, 32, 32)) for picture in (clear, white))
     assert torch.equal(one, other)
     assert one.shape == (1, 4, 16, 16)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from limner import catalog, pipeline
+from limner import catalog, pictures, pipeline
 from limner.data.batches import open_batches
 from limner.data.images import Batches
 from limner.data.latents import LatentBatches
@@ -130,7 +130,7 @@ def draw_prompts(system: Any, config: TrainConfig) -> list[Image.Image]:
     """Prompt i with seed i, by the very code that draws for users."""
     prompts = list(config.sample_prompts)
     request = pipeline.prepare(system, prompt=prompts[0], seed=0)
-    return [pipeline.to_pil(x) for x in pipeline.draw(system, prompts, list(range(len(prompts))), request)]
+    return [pictures.to_pil(x) for x in pipeline.draw(system, prompts, list(range(len(prompts))), request)]
 
 
 def save_weights(system: Any, config: TrainConfig, path: Path) -> None:

@@ -1,0 +1,119 @@
+"""Pictures between files and tensors, and masks: where to paint, white, and what to keep, black."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+
+from limner.errors import ImageProblem, LimnerError
+
+MAX_PIXELS = 64_000_000
+
+
+def open_image(source: str | Path | Image.Image) -> Image.Image:
+    """A PNG, JPEG or WebP file, or a Pillow image, as RGBA. Raises ImageProblem."""
+    if isinstance(source, Image.Image):
+        return source.convert("RGBA")
+    path = Path(source)
+    try:
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise ImageProblem(f"{path} has {file.width} x {file.height} pixels, more than 64 million: shrink it")
+            return file.convert("RGBA")
+    except LimnerError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageProblem(f"no picture {path}: give the path of a PNG, JPEG or WebP file") from error
+    except IsADirectoryError as error:
+        raise ImageProblem(f"{path} is a folder: give the path of one PNG, JPEG or WebP file in it") from error
+    except UnidentifiedImageError as error:
+        raise ImageProblem(f"{path} is no PNG, JPEG or WebP picture, or not whole: make one of it") from error
+    except Exception as error:  # Pillow's plugins raise many kinds
+        raise ImageProblem(f"{path} cannot be read as a PNG, JPEG or WebP picture: is it whole?") from error
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture scaled to cover the size, cropped to its middle; RGBA becomes premultiplied RGBa, so that edges keep
+    their colour."""
+    scale = max(width / image.width, height / image.height)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    image = image.convert("RGBa") if image.mode == "RGBA" else image
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_tensor(image: Image.Image, width: int, height: int) -> Tensor:
+    """An RGBA picture as `fit` makes it, premultiplied (1, 4, height, width) in [-1, 1]."""
+    pixels = np.asarray(fit(image.convert("RGBA"), width, height))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, h, w) in [-1, 1] -> RGB; (4, h, w) premultiplied -> straight RGBA, where alpha under 3/255 becomes 0."""
+    pixels = ((image + 1) * 127.5).permute(1, 2, 0).numpy()
+    if len(image) == 3:
+        return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+    alpha = pixels[..., 3:]
+    colour = np.where(alpha > 0, pixels[..., :3] * 255 / np.maximum(alpha, 1), 0)
+    alpha = np.where(alpha < 2.5, 0, alpha)
+    colour = np.where(alpha == 0, 0, colour)
+    rgba = np.concatenate([colour, alpha], -1).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(rgba)
+
+
+# -------------------------------------------------------------------- masks
+
+
+def open_mask(source: str | Path | Image.Image, image: Image.Image) -> Image.Image:
+    """A picture as shades of grey, transparent black, of the size of `image`. Raises ImageProblem."""
+    mask = open_image(source)
+    if mask.size != image.size:
+        raise ImageProblem(
+            f"the mask has {mask.width} x {mask.height} pixels, the picture {image.width} x {image.height}: "
+            "give one of the same size"
+        )
+    black = Image.new("RGBA", mask.size, "black")
+    grey = Image.alpha_composite(black, mask).convert("L")
+    if grey.getextrema()[1] == 0:
+        raise ImageProblem("the mask is black everywhere, so nothing would be painted: make white what is to change")
+    return grey
+
+
+def to_latents(mask: Image.Image, width: int, height: int, factor: int) -> Tensor:
+    """(1, 1, height / factor, width / factor), 1 for each latent of which a pixel may change, else 0."""
+    pixels = torch.from_numpy(np.array(fit(mask, width, height), dtype=np.float32))[None, None] / 255
+    return (F.max_pool2d(pixels, factor) > 0).float()
+
+
+def softened(mask: Image.Image, blur: float) -> np.ndarray:
+    """(h, w) in [0, 1], how much of a pixel is new: edges fade over `blur` pixels inwards, so what is black stays."""
+    hard = np.asarray(mask, dtype=np.float32) / 255
+    if not blur:
+        return hard
+    wide = np.asarray(mask.filter(ImageFilter.GaussianBlur(blur / 2)), dtype=np.float32) / 255
+    return np.minimum(hard, np.clip(2 * wide - 1, 0, 1))
+
+
+def paste(painted: Image.Image, image: Image.Image, mask: Image.Image, blur: float) -> Image.Image:
+    """`painted` over `image` where the mask says so. What it keeps is the picture's own, bit for bit where that was of
+    this size already; a transparent picture goes onto white under a painting without transparency."""
+    size = painted.size
+    if painted.mode == "RGB":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    whole = image if image.size == size else fit(image, *size).convert(painted.mode)
+    new = softened(fit(mask, *size), blur)[..., None]
+    old, top = (np.asarray(picture, dtype=np.float32) for picture in (whole, painted))
+    if painted.mode == "RGBA":  # colours count by their alpha
+        alpha = (1 - new) * old[..., 3:] + new * top[..., 3:]
+        mixed = (1 - new) * old[..., :3] * old[..., 3:] + new * top[..., :3] * top[..., 3:]
+        mixed = np.concatenate([mixed / np.maximum(alpha, 1e-6), alpha], axis=-1)
+    else:
+        mixed = (1 - new) * old + new * top
+    pixels = np.where(new > 0, mixed.round().clip(0, 255), old).astype(np.uint8)
+    return Image.fromarray(pixels)
