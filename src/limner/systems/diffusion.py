@@ -36,6 +36,8 @@ class DiffusionSystem(nn.Module):
     text_encoder: Any
     grid: int
     model_hash = ""
+    adapters: Any = None
+    """What `limner.adapters` keeps of those attached."""
     task = "text-to-image"
     phases = ("main",)
 
