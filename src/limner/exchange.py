@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from limner import catalog
+from limner.adapters import files as adapters
+from limner.adapters.names import block
 from limner.checkpoints import components, files, folders, single_files
 from limner.checkpoints.foreign import Foreign
 from limner.errors import CheckpointMismatch, FileProblem, UsageError
@@ -41,6 +43,8 @@ def inspect(source: str | Path) -> dict[str, Any]:
         return told | _model(single_files.recognise(path, tensors))
     except CheckpointMismatch as error:
         part = components.recognise({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        if adapter := _adapter(path):
+            return told | {"kind": part.what if part else "adapter", "needs": components.MODEL} | adapter
         if part is None:
             return told | {"kind": "unknown", "first": sorted(tensors)[:3], "problem": str(error)}
         return told | {"kind": part.what, "needs": part.needs or "a program that draws with it", "problem": str(error)}
@@ -98,6 +102,31 @@ def _model(found: Foreign) -> dict[str, Any]:
         "assumed": list(found.assumed),
         "beside": found.beside,
         **problem,
+    }
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    """Of an adapter: what it is made of and for, nothing for another file."""
+    contents = adapters.contents_of(path)
+    if not adapters.is_adapter(contents):
+        return {}
+    try:
+        found = adapters.bases(contents)
+    except CheckpointMismatch as error:
+        return {"problem": str(error)}
+    if not found:
+        return {"problem": "it fits no model that Limner knows"}
+    best = found[0][1]
+    return {
+        "kind": "/".join(best.kinds),
+        "spelling": "/".join(best.programs),
+        "base": [name for name, _ in found],
+        "modules": len(best.entries),
+        "rank": [str(rank) for rank in best.ranks],
+        "alpha": [f"{alpha:g}" for alpha in best.alphas],
+        "keys": f"{best.matched} of {best.total} known",
+        "blocks": sorted({block(module) for module in best.entries}),
+        "hash": best.hash,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from limner import __version__, catalog, names
+from limner.adapters import attaching
 from limner.errors import FileProblem, Ignored, ImageProblem, LimnerError, UnknownName, UsageError
 from limner.sampling import samplers, schedules
 from limner.types import Defaults, GeneratedImage, OnStep, Request, System
@@ -32,9 +33,35 @@ class Pipeline:
     def __init__(self, system: System, model: str) -> None:
         self.system, self.model = system, model
 
-    def generate(self, prompt: str, **values: Any) -> list[GeneratedImage]:
-        """Draw `prompt`; see `limner.pipeline.generate` for the keywords."""
-        return generate(self.system, prompt, **values)
+    def generate(self, prompt: str, *, lora: Sequence[Any] = (), **values: Any) -> list[GeneratedImage]:
+        """Draw `prompt`; see `limner.pipeline.generate` for the keywords. `lora` are adapters for this time only:
+        files, or (file, weight)."""
+        if not lora:
+            return generate(self.system, prompt, **values)
+        before = list(attaching.stack(self.system).on)
+        try:
+            for one in lora:
+                self.attach(*one) if isinstance(one, tuple | list) else self.attach(one)
+            return generate(self.system, prompt, **values)
+        finally:
+            attaching.stack(self.system).restore(before)
+
+    def attach(
+        self, file: str | Path, weight: float = 1.0, blocks: Mapping[str, float] | None = None
+    ) -> attaching.Report:
+        """Add a LoRA or another adapter to the model, by `weight` (-100 to 100); `blocks` are factors of blocks, such
+        as {"mid_block": 0.5}. Returns what it does to the model; warns (Ignored) of what of it will not show.
+
+        Raises FileProblem, CheckpointMismatch for an adapter of another model, UsageError.
+        """
+        report = attaching.stack(self.system).attach(file, weight, blocks)
+        for sentence in report.ignored(weight):
+            warnings.warn(sentence, Ignored, stacklevel=2)
+        return report
+
+    def detach(self, name: str | None = None) -> None:
+        """Take off the adapter of this name (that of its file), or all: the model is what it was, bit for bit."""
+        attaching.stack(self.system).detach(name)
 
 
 def load(source: str | Path = "icons", device: str = "auto", prediction: Literal["eps", "v"] | None = None) -> Pipeline:
@@ -230,6 +257,8 @@ def describe(system: System, request: Request) -> dict[str, Any]:
         settings["model_hash"] = system.model_hash
     if request.image is not None:
         settings["strength"] = request.strength
+    if adapters := getattr(system, "adapters", None):
+        settings |= {"adapters": adapters.settings()} if adapters.on else {}
     return settings
 
 

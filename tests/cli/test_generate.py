@@ -77,7 +77,10 @@ def test_the_drawing_is_that_of_the_pipeline(limner, here, tiny_model):
     assert metadata.read_settings(here / path) == image.settings
     assert {name: image.settings[name] for name in wanted} == wanted
     assert image.settings["limner"] == __version__
-    assert image.settings.keys() == metadata.SETTINGS.keys() - {"strength"}  # that of painting over a picture
+    assert image.settings.keys() == metadata.SETTINGS.keys() - {
+        "strength",
+        "adapters",
+    }  # of painting over a picture, and of LoRA
 
 
 def test_aliases_mean_the_same(limner, here, tiny_model):

@@ -42,6 +42,16 @@ class Report:
     unknown: tuple[str, ...]
     changes: Mapping[str, float]
 
+    def ignored(self, weight: float = 1.0) -> list[str]:
+        """A sentence for each thing that will not show."""
+        told = [f"{self.name} has weight 0, and changes nothing"] if not weight else []
+        if self.unknown:
+            keys = f"{len(self.unknown)} of its {self.total} keys"
+            told.append(
+                f"{self.name}: {keys} mean nothing in this model and are left out (first: {self.unknown[0]:.200})"
+            )
+        return told
+
     def __str__(self) -> str:
         """In one line."""
         ranks = f", rank {' '.join(map(str, self.ranks))}" if self.ranks else ""
@@ -82,6 +92,12 @@ class Stack:
         self.hidden: dict[tuple[str, str], nn.Parameter] = {}
 
     def attach(self, path: str | Path, weight: float = 1.0, blocks: Mapping[str, float] | None = None) -> Report:
+        """Add the adapter in a file, `weight` (-100 to 100) times what it does; `blocks` are factors of blocks, such as
+        {"mid_block": 0.5}, of which the longest name that a module begins with counts.
+
+        Raises FileProblem for what is no adapter, is damaged or would do nothing, CheckpointMismatch for one of another
+        model, UsageError for a weight or block that cannot be, or a name that is attached already.
+        """
         adapter = files.read(path, self.system)
         if any(other.adapter.name == adapter.name for other in self.on):
             raise UsageError(f"an adapter {adapter.name!r} is attached already: detach it first")
@@ -92,11 +108,16 @@ class Stack:
         return found.report
 
     def detach(self, name: str | None = None) -> None:
+        """Take the adapter of this name off, or all. Raises UsageError for one that is not on."""
         kept = [] if name is None else [one for one in self.on if one.adapter.name != name]
         if name is not None and len(kept) == len(self.on):
             names = ", ".join(one.adapter.name for one in self.on) or "none"
             raise UsageError(f"no adapter {name!r} is attached; attached: {names}")
         self._change(kept)
+
+    def restore(self, on: list[Attached]) -> None:
+        """As it was when `on` was all."""
+        self._change(on)
 
     def settings(self) -> list[dict[str, Any]]:
         return [one.settings() for one in self.on]

@@ -187,6 +187,11 @@ def digest(path: Path) -> str:
     return hashed.hexdigest()[:12]
 
 
+def is_adapter(contents: Contents) -> bool:
+    """Whether any of its keys can be of one."""
+    return any(split(key, contents.tensors)[1] for key in contents.tensors)
+
+
 def read(path: str | Path, system: nn.Module) -> Adapter:
     """The adapter in a file, for `system` (a `DiffusionSystem`, on any device).
 
@@ -325,7 +330,7 @@ def _refusal(contents: Contents, adapter: Adapter, misfit: str, system: nn.Modul
         return f"{begin}: it was made for {names}; {adapter.matched} of its {adapter.total} keys fit here"
     if misfit:
         return f"{begin}: {misfit}"
-    if all(not split(key, contents.tensors)[1] for key in contents.tensors):
+    if not is_adapter(contents):
         first = min(contents.tensors, default="none")
         return f"{contents.path} is no adapter: of its {adapter.total} keys (first: {first:.100}) none is of one"
     first = adapter.unknown[0]

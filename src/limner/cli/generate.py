@@ -81,6 +81,12 @@ def generate_command(
         float | None,
         typer.Option("--strength", help="With -i, above 0: a little keeps the picture, 1 forgets it. [default: 0.6]"),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora", metavar="FILE[:WEIGHT]", help="A LoRA or its kin; may be given again. FILE:0.8,mid_block=0.5"
+        ),
+    ] = None,
     settings: Annotated[
         Path | None, typer.Option("-C", "--settings", help="Redo what this picture's metadata says; flags override it.")
     ] = None,
@@ -109,7 +115,7 @@ def generate_command(
         "strength": strength,
     }
     remembered = _remembered(settings, image, model) if settings else {}
-    painted_with = remembered.pop("model_hash", None)
+    painted_with, adapters = remembered.pop("model_hash", None), remembered.pop("adapters", [])
     asked = remembered | {k: v for k, v in flags.items() if v is not None}
     if "prompt" not in asked and image is None:
         raise UsageError('no prompt: say what to paint, such as limner "a red fox"')
@@ -129,6 +135,10 @@ def generate_command(
     pipe = _load(name, device, prediction)
     from limner import pipeline
 
+    if lora or adapters:
+        folders = (Path(), *([settings.parent] if settings else []))
+        for sentence in _attach(pipe, lora or [], adapters, folders):
+            print(f"limner: {sentence}", file=sys.stderr)
     request = pipeline.prepare(pipe.system, **asked, batch=batch, image=image)
     paths = [] if output == "-" else _paths(output, request)
     for path in paths:
@@ -171,6 +181,14 @@ def _remembered(path: Path, image: Path | None, model: str | None) -> dict[str, 
     if "strength" in settings and image is None:
         raise UsageError(f"{str(path)!r} was painted over another picture, which it does not hold: add -i PICTURE")
     return {k: v for k, v in settings.items() if k != "limner"}
+
+
+def _attach(pipe: Pipeline, lora: list[str], remembered: list[dict[str, Any]], folders: tuple[Path, ...]) -> list[str]:
+    """Put adapters on: those asked for, and those of a picture, which are known by their hash. Returns what to tell."""
+    from limner.adapters import asking, attaching
+
+    asked, told = asking.resolve([asking.parse(text) for text in lora], remembered, folders)
+    return told + asking.attach(attaching.stack(pipe.system), asked)
 
 
 def _same_hash(a: str, b: str) -> bool:
