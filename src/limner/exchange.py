@@ -16,6 +16,7 @@ from torch import Tensor
 
 from limner import catalog
 from limner.adapters import files as adapters
+from limner.adapters import words
 from limner.adapters.names import block
 from limner.checkpoints import components, files, folders, single_files
 from limner.checkpoints.foreign import Foreign
@@ -33,6 +34,8 @@ def inspect(source: str | Path) -> dict[str, Any]:
     told: dict[str, Any] = {"path": str(path), "kind": "folder of diffusers"}
     if path.is_dir():
         return told | _model(folders.recognise(path))
+    if learned := words.stored(path):
+        return told | {"bytes": path.stat().st_size, "precision": _precision(learned), **_word(learned)}
     tensors, metadata = files.read(path)
     told |= {"bytes": path.stat().st_size, "tensors": len(tensors), "precision": _precision(tensors)}
     if files.CONFIG_KEY in metadata:
@@ -103,6 +106,12 @@ def _model(found: Foreign) -> dict[str, Any]:
         "beside": found.beside,
         **problem,
     }
+
+
+def _word(learned: Mapping[str, Tensor]) -> dict[str, Any]:
+    name = words.base(learned)
+    vectors = [str(len(tensor) if tensor.dim() > 1 else 1) for tensor in learned.values()]
+    return {"kind": "textual inversion", "needs": components.MODEL, "vectors": vectors, "base": [name] if name else []}
 
 
 def _adapter(path: Path) -> dict[str, Any]:

@@ -33,14 +33,16 @@ class Pipeline:
     def __init__(self, system: System, model: str) -> None:
         self.system, self.model = system, model
 
-    def generate(self, prompt: str, *, lora: Sequence[Any] = (), **values: Any) -> list[GeneratedImage]:
-        """Draw `prompt`; see `limner.pipeline.generate` for the keywords. `lora` are adapters for this time only:
-        files, or (file, weight)."""
-        if not lora:
+    def generate(
+        self, prompt: str, *, lora: Sequence[Any] = (), embedding: Sequence[Any] = (), **values: Any
+    ) -> list[GeneratedImage]:
+        """Draw `prompt`; see `limner.pipeline.generate` for the keywords. `lora` and `embedding` are adapters for this
+        time only: files, or (file, weight)."""
+        if not lora and not embedding:
             return generate(self.system, prompt, **values)
         before = list(attaching.stack(self.system).on)
         try:
-            for one in lora:
+            for one in (*lora, *embedding):
                 self.attach(*one) if isinstance(one, tuple | list) else self.attach(one)
             return generate(self.system, prompt, **values)
         finally:
@@ -226,6 +228,8 @@ def ignored(system: System, request: Request) -> list[str]:
             )
         if words := system.words_unknown(text):
             told.append(f"the model does not know {_brief(words)} of the {name}: say it in English words")
+    if adapters := getattr(system, "adapters", None):
+        told += adapters.unused(request.prompt, request.negative)
     if request.negative.strip() and request.guidance == 1:
         told.append("the negative prompt has no effect at guidance 1: ask for more guidance")
     if request.image is not None:

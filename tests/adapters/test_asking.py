@@ -146,7 +146,7 @@ def test_flags_are_read_as_a_file_a_weight_and_blocks(style):
     ids=repr,
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(adapters):
-    with pytest.raises(ValueError, match="adapter|weight|name|hash|blocks|more"):
+    with pytest.raises(ValueError, match=r"adapter|weight|name|hash|blocks|more"):
         metadata.check_settings({"adapters": adapters})
 
 

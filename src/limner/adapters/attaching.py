@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limner.adapters import files, kinds
+from limner.adapters import files, kinds, words
 from limner.adapters.files import Adapter
 from limner.adapters.names import block
+from limner.adapters.words import Words
 from limner.errors import FileProblem, UsageError
 
 LARGEST_WEIGHT = 100.0
+TABLE = "text_model.embeddings.token_embedding"
+TEXTUAL = "textual inversion"
 ENDINGS = (".safetensors", ".pt", ".bin", ".ckpt")
 
 
@@ -54,6 +57,8 @@ class Report:
 
     def __str__(self) -> str:
         """In one line."""
+        if not self.changes:
+            return f"{self.name}: a learned word of {self.total} vectors; say {self.name} in the prompt"
         ranks = f", rank {' '.join(map(str, self.ranks))}" if self.ranks else ""
         most = sorted(self.changes.items(), key=lambda row: -row[1])[:3]
         told = ", ".join(f"{name} by {change:.2%}" for name, change in most)
@@ -67,7 +72,7 @@ class Report:
 class Attached:
     """An adapter in use: `weight` times what `blocks` says of the block that a module is in, 1 if nothing."""
 
-    adapter: Adapter
+    adapter: Adapter | Words
     weight: float
     blocks: Mapping[str, float]
     report: Report
@@ -79,6 +84,8 @@ class Attached:
 
     def settings(self) -> dict[str, Any]:
         """What a picture remembers of it."""
+        if isinstance(self.adapter, Words):
+            return {"name": self.adapter.name, "hash": self.adapter.hash}
         blocks = {"blocks": dict(self.blocks)} if self.blocks else {}
         return {"name": self.adapter.name, "hash": self.adapter.hash, "weight": self.weight, **blocks}
 
@@ -98,10 +105,19 @@ class Stack:
         Raises FileProblem for what is no adapter, is damaged or would do nothing, CheckpointMismatch for one of another
         model, UsageError for a weight or block that cannot be, or a name that is attached already.
         """
-        adapter = files.read(path, self.system)
+        path = Path(path)
+        learned = words.stored(path) if not path.is_dir() else {}
+        adapter = words.read(path, learned, self.system) if learned else files.read(path, self.system)
         if any(other.adapter.name == adapter.name for other in self.on):
             raise UsageError(f"an adapter {adapter.name!r} is attached already: detach it first")
         blocks = dict(blocks or {})
+        if isinstance(adapter, Words):
+            if weight != 1 or blocks:
+                raise UsageError(f"{adapter.name} is a learned word, which has no weight but what the prompt gives it")
+            count = len(adapter.vectors[0])
+            report = Report(adapter.name, adapter.hash, (TEXTUAL,), (), (), count, count, (), {})
+            self._change([*self.on, Attached(adapter, 1.0, {}, report)])
+            return report
         _check(adapter, weight, blocks)
         found = Attached(adapter, float(weight), blocks, self._report(adapter))
         self._change([*self.on, found])
@@ -137,18 +153,37 @@ class Stack:
             sums: dict[str, Tensor] = {}
             for one in on:
                 strength = one.strength(module) if module in one.adapter.entries else 0.0
-                if strength:
+                if strength and isinstance(one.adapter, Adapter):
                     for name, delta in difference(one.adapter, module, own).items():
                         sums[name] = sums[name].add_(delta, alpha=strength) if name in sums else delta * strength
             for name, delta in sums.items():
                 whole = (own[name].float() + delta).to(own[name].dtype)
                 made[module, name] = nn.Parameter(whole, requires_grad=own[name].requires_grad)
+        learned = [one.adapter for one in on if isinstance(one.adapter, Words)]
+        if learned or self._learned():
+            rows = [f"text_encoder.{i}.{TABLE}" for i in range(len(self.system.text_encoder))]  # type: ignore[arg-type]
+            tables = [made.get((row, "weight"), self.own(row)["weight"]) for row in rows]
+            put = words.put(self.system, learned, tables)
+            made |= {
+                (row, "weight"): nn.Parameter(t, requires_grad=False)
+                for row, t in zip(rows, put, strict=True)
+                if learned
+            }
         for (module, name), parameter in self.hidden.items():
             setattr(self.system.get_submodule(module), name, parameter)
         self.hidden = {key: getattr(self.system.get_submodule(key[0]), key[1]) for key in made}
         for (module, name), parameter in made.items():
             setattr(self.system.get_submodule(module), name, parameter)
         self.on = on
+
+    def _learned(self) -> list[Words]:
+        return [one.adapter for one in self.on if isinstance(one.adapter, Words)]
+
+    def unused(self, *texts: str) -> list[str]:
+        """A sentence for each learned word that none of `texts` says."""
+        said = " ".join(texts).lower()
+        unsaid = [word.name for word in self._learned() if not any(name.lower() in said for name in word.names)]
+        return [f"{name} is a learned word that the prompt does not say" for name in unsaid]
 
     @torch.no_grad()
     def _report(self, adapter: Adapter) -> Report:

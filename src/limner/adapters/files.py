@@ -179,9 +179,7 @@ def digest(path: Path) -> str:
     AutoV3); of the whole of another file."""
     hashed = hashlib.sha256()
     with path.open("rb") as file:
-        head = file.read(9)
-        torchs = head[:4] == files.ZIP or (head[:1] == files.PICKLE and head[8:] != b"{")
-        file.seek(0 if torchs else 8 + int.from_bytes(head[:8], "little"))
+        file.seek(0 if files.is_torch(path) else 8 + int.from_bytes(file.read(8), "little"))
         while block := file.read(1 << 20):
             hashed.update(block)
     return hashed.hexdigest()[:12]

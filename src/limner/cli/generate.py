@@ -87,6 +87,10 @@ def generate_command(
             "--lora", metavar="FILE[:WEIGHT]", help="A LoRA or its kin; may be given again. FILE:0.8,mid_block=0.5"
         ),
     ] = None,
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option("--embedding", metavar="FILE", help="A learned word, said in the prompt by the name of its file."),
+    ] = None,
     settings: Annotated[
         Path | None, typer.Option("-C", "--settings", help="Redo what this picture's metadata says; flags override it.")
     ] = None,
@@ -135,9 +139,9 @@ def generate_command(
     pipe = _load(name, device, prediction)
     from limner import pipeline
 
-    if lora or adapters:
+    if lora or embedding or adapters:
         folders = (Path(), *([settings.parent] if settings else []))
-        for sentence in _attach(pipe, lora or [], adapters, folders):
+        for sentence in _attach(pipe, [*(lora or []), *(embedding or [])], adapters, folders):
             print(f"limner: {sentence}", file=sys.stderr)
     request = pipeline.prepare(pipe.system, **asked, batch=batch, image=image)
     paths = [] if output == "-" else _paths(output, request)
@@ -183,11 +187,11 @@ def _remembered(path: Path, image: Path | None, model: str | None) -> dict[str, 
     return {k: v for k, v in settings.items() if k != "limner"}
 
 
-def _attach(pipe: Pipeline, lora: list[str], remembered: list[dict[str, Any]], folders: tuple[Path, ...]) -> list[str]:
+def _attach(pipe: Pipeline, files: list[str], remembered: list[dict[str, Any]], folders: tuple[Path, ...]) -> list[str]:
     """Put adapters on: those asked for, and those of a picture, which are known by their hash. Returns what to tell."""
     from limner.adapters import asking, attaching
 
-    asked, told = asking.resolve([asking.parse(text) for text in lora], remembered, folders)
+    asked, told = asking.resolve([asking.parse(text) for text in files], remembered, folders)
     return told + asking.attach(attaching.stack(pipe.system), asked)
 
 

@@ -12,6 +12,7 @@ XL those of the layer before without it, from two towers side by side.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -168,12 +169,24 @@ class CLIPTextEncoder(CLIPText):
                 f"{config.vocabulary} and {self.config.eot}: they are not of one model"
             )
         self.tokenizer, self.skip, self.normed = tokenizer, skip, normed
+        self.learned: dict[str, list[int]] = {}
 
     def tokenize(self, prompts: list[str]) -> Int[Tensor, "b l"]:
         """Prompts between their marks, filled up or cut to `context`; `words_cut` says what is lost."""
         context, bot, eot = self.config.context, self.tokenizer.bot, self.tokenizer.eot
-        rows = [[bot, *ids[: context - 2], eot] for ids in self.tokenizer.encode(prompts, marked=False)]
+        texts = [[i for _, ids in self.pieces(prompt) for i in ids] for prompt in prompts]
+        rows = [[bot, *ids[: context - 2], eot] for ids in texts]
         return torch.tensor([row + [self.config.pad] * (context - len(row)) for row in rows])
+
+    def pieces(self, prompt: str) -> list[tuple[str, list[int]]]:
+        """The parts of a prompt with their ids: each word of `learned` (a name in lower case -> its ids), which may
+        begin with "embedding:", and what lies between."""
+        if not self.learned:
+            return [(prompt, self.tokenizer.encode([prompt], marked=False)[0])]
+        names = "|".join(re.escape(name) for name in sorted(self.learned, key=len, reverse=True))
+        parts = re.split(rf"(?:\bembedding:)?(?<!\w)({names})(?!\w)", prompt, flags=re.IGNORECASE)
+        between = iter(self.tokenizer.encode(parts[::2], marked=False))
+        return [(part, self.learned[part.lower()] if i % 2 else next(between)) for i, part in enumerate(parts)]
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -186,7 +199,13 @@ class CLIPTextEncoder(CLIPText):
 
     def words_cut(self, prompt: str) -> str:
         """The end of `prompt` that does not fit, "" when all does."""
-        return self.tokenizer.beyond(prompt, self.config.context - 2)
+        room, pieces = self.config.context - 2, self.pieces(prompt) if self.learned else [(prompt, [])]
+        for i, (text, ids) in enumerate(pieces[:-1]):
+            if len(ids) > room:
+                begin = text if i % 2 else self.tokenizer.beyond(text, room)
+                return begin + "".join(rest for rest, _ in pieces[i + 1 :])
+            room -= len(ids)
+        return self.tokenizer.beyond(pieces[-1][0], room)
 
 
 class CLIPTowers(nn.ModuleList):
