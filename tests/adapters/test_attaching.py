@@ -204,6 +204,16 @@ def _delta(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     return alpha / len(down) * up @ down
 
 
+def test_a_file_is_not_changed_by_its_use(models, system, style, tmp_path):
+    """A whole difference in float32 is used as it lies in the file, and again when another adapter comes."""
+    rows = {"unet": chosen(models("sd1")[1], "unet", ("attn1.to_q",))}
+    zoo.file(tmp_path / "full.safetensors", rows, zoo.full, zoo.kohya)
+    stack(system).attach(tmp_path / "full.safetensors", 0.5)
+    once = states(system)
+    stack(system).attach(style(), 0)
+    assert all(torch.equal(parameter, once[name]) for name, parameter in system.named_parameters())
+
+
 def test_half_precision_rounds_once(models, style):
     """Ten adapters of which each alone is lost in the rounding of float16 are not lost together."""
     folder = models("sd1")[0]

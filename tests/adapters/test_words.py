@@ -105,7 +105,7 @@ def test_words_and_lora_stand_side_by_side(folder, tmp_path):
     save_file(
         {f"{key}.lora_down.weight": vectors(2), f"{key}.lora_up.weight": vectors(128, 2)}, tmp_path / "x.safetensors"
     )
-    files = [kohya(tmp_path / "one", vectors(1)), tmp_path / "x.safetensors", kohya(tmp_path / "two", vectors(2))]
+    files = [kohya(tmp_path / "one", vectors(1)), tmp_path / "x.safetensors", kohya(tmp_path / "Two", vectors(2))]
     systems = [catalog.load(folder) for _ in range(2)]
     for system, order in zip(systems, (files, files[::-1]), strict=True):
         for file in order:

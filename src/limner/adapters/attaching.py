@@ -75,7 +75,6 @@ class Attached:
     adapter: Adapter | Words
     weight: float
     blocks: Mapping[str, float]
-    report: Report
 
     def strength(self, module: str) -> float:
         path = module.removeprefix("network.")
@@ -115,13 +114,14 @@ class Stack:
             if weight != 1 or blocks:
                 raise UsageError(f"{adapter.name} is a learned word, which has no weight but what the prompt gives it")
             count = len(adapter.vectors[0])
-            report = Report(adapter.name, adapter.hash, (TEXTUAL,), (), (), count, count, (), {})
-            self._change([*self.on, Attached(adapter, 1.0, {}, report)])
-            return report
+            self._change([*self.on, Attached(adapter, 1.0, {})])
+            return Report(adapter.name, adapter.hash, (TEXTUAL,), (), (), count, count, (), {})
         _check(adapter, weight, blocks)
-        found = Attached(adapter, float(weight), blocks, self._report(adapter))
-        self._change([*self.on, found])
-        return found.report
+        changes = self._change([*self.on, Attached(adapter, float(weight), blocks)], new=adapter)
+        return Report(
+            adapter.name, adapter.hash, adapter.kinds, adapter.programs, adapter.ranks, adapter.matched, adapter.total,
+            adapter.unknown, changes,
+        )  # fmt: skip
 
     def detach(self, name: str | None = None) -> None:
         """Take the adapter of this name off, or all. Raises UsageError for one that is not on."""
@@ -144,21 +144,36 @@ class Stack:
         return {name: self.hidden.get((module, name), tensor) for name, tensor in found.items()}
 
     @torch.no_grad()
-    def _change(self, on: list[Attached]) -> None:
-        """Make the system one with the adapters `on`. Whole or not at all: new weights are put in when all are made."""
+    def _change(self, on: list[Attached], new: Adapter | None = None) -> dict[str, float]:
+        """Make the system one with the adapters `on`. Whole or not at all: new weights are put in when all are made.
+
+        Returns what `new`, one of them, changes (see `Report`). Raises FileProblem if that is nothing.
+        """
+        squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # block -> of differences, of weights
         modules = {module for one in on for module in one.adapter.entries}
         made: dict[tuple[str, str], nn.Parameter] = {}
         for module in sorted(modules):
             own = self.own(module)
             sums: dict[str, Tensor] = {}
             for one in on:
-                strength = one.strength(module) if module in one.adapter.entries else 0.0
-                if strength and isinstance(one.adapter, Adapter):
-                    for name, delta in difference(one.adapter, module, own).items():
+                if not isinstance(one.adapter, Adapter) or module not in one.adapter.entries:
+                    continue
+                strength = one.strength(module)
+                if not strength and one.adapter is not new:
+                    continue
+                for name, delta in difference(one.adapter, module, own).items():
+                    if one.adapter is new:
+                        both = squares[block(module)]
+                        both[0] += torch.linalg.vector_norm(delta).item() ** 2
+                        both[1] += torch.linalg.vector_norm(own[name], dtype=torch.float32).item() ** 2
+                    if strength:
                         sums[name] = sums[name].add_(delta, alpha=strength) if name in sums else delta * strength
             for name, delta in sums.items():
                 whole = (own[name].float() + delta).to(own[name].dtype)
                 made[module, name] = nn.Parameter(whole, requires_grad=own[name].requires_grad)
+        changes = {name: math.sqrt(d / max(w, 1e-30)) for name, (d, w) in sorted(squares.items()) if d}
+        if new is not None and not changes:
+            raise FileProblem(f"{new.path} would do nothing: every difference that it makes is 0; was it trained?")
         learned = [one.adapter for one in on if isinstance(one.adapter, Words)]
         if learned or self._learned():
             rows = [f"text_encoder.{i}.{TABLE}" for i in range(len(self.system.text_encoder))]  # type: ignore[arg-type]
@@ -175,6 +190,7 @@ class Stack:
         for (module, name), parameter in made.items():
             setattr(self.system.get_submodule(module), name, parameter)
         self.on = on
+        return changes
 
     def _learned(self) -> list[Words]:
         return [one.adapter for one in self.on if isinstance(one.adapter, Words)]
@@ -184,24 +200,6 @@ class Stack:
         said = " ".join(texts).lower()
         unsaid = [word.name for word in self._learned() if not any(name.lower() in said for name in word.names)]
         return [f"{name} is a learned word that the prompt does not say" for name in unsaid]
-
-    @torch.no_grad()
-    def _report(self, adapter: Adapter) -> Report:
-        """Raises FileProblem for an adapter that would do nothing, or harm."""
-        squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for module in adapter.entries:
-            own = self.own(module)
-            for name, delta in difference(adapter, module, own).items():
-                sums = squares[block(module)]
-                sums[0] += delta.square().sum().item()
-                sums[1] += own[name].float().square().sum().item()
-        changes = {name: math.sqrt(d / max(w, 1e-30)) for name, (d, w) in squares.items()}
-        if not any(changes.values()):
-            raise FileProblem(f"{adapter.path} would do nothing: every difference that it makes is 0; was it trained?")
-        return Report(
-            adapter.name, adapter.hash, adapter.kinds, adapter.programs, adapter.ranks, adapter.matched, adapter.total,
-            adapter.unknown, {name: change for name, change in sorted(changes.items()) if change},
-        )  # fmt: skip
 
 
 def difference(adapter: Adapter, module: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
