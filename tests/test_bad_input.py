@@ -49,7 +49,7 @@ def refused(limner, here):
         ("the negative prompt has 10000 characters", ["fox", "-n", "x" * 10_000]),
         ("asks for the wildcard 'animals'", ["a __animals__"]),
         ("no wildcard '../x'", ["a __../x__", "--wildcards", "."]),
-        ("the lora 'ink' with weight 0.8", ["a <lora:ink:0.8>"]),
+        ("'<lora:ink:0.8>' is within a choice, where none is read", ["a {<lora:ink:0.8>|fox}"]),
         ("no prompt dialect 'a111'. Did you mean 'a1111'", ["fox", "--prompt-dialect", "a111"]),
         ("clip_skip is 0: give a whole number from 1", ["fox", "--clip-skip", "0"]),
         ("more than 100 deep", ["{" * 200]),
@@ -125,7 +125,7 @@ def test_a_device_that_is_not_here_is_named_in_python_too(tiny_model, name):
 def test_keywords_are_shown_and_a_slip_names_the_nearest(tiny_model):
     pipe = pipeline.load(tiny_model, "cpu")
     known = set(inspect.signature(pipeline.check).parameters) - {"defaults", "grid"}
-    assert set(inspect.signature(pipe.generate).parameters) == known
+    assert set(inspect.signature(pipe.generate).parameters) == known | {"lora", "embedding", "adapter_folder"}
     assert set(inspect.signature(pipeline.generate).parameters) == known | {"system"}
     assert "Raises UsageError" in pipe.generate.__doc__
     with pytest.raises(UnknownName, match=r"no keyword 'guidence'\. Did you mean 'guidance'"):
@@ -140,6 +140,22 @@ def test_a_model_that_is_neither_name_nor_path(model):
 
 def test_a_folder_of_wildcards_that_is_none(refused, tiny_model):
     refused(FILE, "no folder of wildcards 'nothing'", "fox", "-m", tiny_model, "--wildcards", "nothing")
+
+
+def test_adapters_of_a_prompt_that_are_not_here(refused, here, tiny_model):
+    missing = r"asks for the lora 'ink', of which there is no file in \."
+    refused(FILE, missing, "a <lora:ink:0.8>", "-m", tiny_model)
+    (here / "ink.safetensors").write_bytes(b"")
+    (here / "empty").mkdir()
+    refused(
+        FILE,
+        r"lora '\.\./ink', of which there is no file in empty",
+        "a <lora:../ink>",
+        "--adapter-folder",
+        "empty",
+        "-m",
+        tiny_model,
+    )
 
 
 def test_weight_files_that_are_none(refused, here, tiny_model):

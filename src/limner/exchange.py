@@ -15,6 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from limner import catalog
+from limner.adapters import files as adapters
+from limner.adapters import words
+from limner.adapters.names import block
 from limner.checkpoints import components, files, folders, single_files
 from limner.checkpoints.foreign import Foreign
 from limner.errors import CheckpointMismatch, FileProblem, UsageError
@@ -31,6 +34,8 @@ def inspect(source: str | Path) -> dict[str, Any]:
     told: dict[str, Any] = {"path": str(path), "kind": "folder of diffusers"}
     if path.is_dir():
         return told | _model(folders.recognise(path))
+    if learned := words.stored(path):
+        return told | {"bytes": path.stat().st_size, "precision": _precision(learned), **_word(learned)}
     tensors, metadata = files.read(path)
     told |= {"bytes": path.stat().st_size, "tensors": len(tensors), "precision": _precision(tensors)}
     if files.CONFIG_KEY in metadata:
@@ -41,6 +46,8 @@ def inspect(source: str | Path) -> dict[str, Any]:
         return told | _model(single_files.recognise(path, tensors))
     except CheckpointMismatch as error:
         part = components.recognise({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        if adapter := _adapter(path):
+            return told | {"kind": part.what if part else "adapter", "needs": components.MODEL} | adapter
         if part is None:
             return told | {"kind": "unknown", "first": sorted(tensors)[:3], "problem": str(error)}
         return told | {"kind": part.what, "needs": part.needs or "a program that draws with it", "problem": str(error)}
@@ -98,6 +105,37 @@ def _model(found: Foreign) -> dict[str, Any]:
         "assumed": list(found.assumed),
         "beside": found.beside,
         **problem,
+    }
+
+
+def _word(learned: Mapping[str, Tensor]) -> dict[str, Any]:
+    name = words.base(learned)
+    vectors = [str(len(tensor) if tensor.dim() > 1 else 1) for tensor in learned.values()]
+    return {"kind": "textual inversion", "needs": components.MODEL, "vectors": vectors, "base": [name] if name else []}
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    """Of an adapter: what it is made of and for, nothing for another file."""
+    contents = adapters.contents_of(path)
+    if not adapters.is_adapter(contents):
+        return {}
+    try:
+        found = adapters.bases(contents)
+    except CheckpointMismatch as error:
+        return {"problem": str(error)}
+    if not found:
+        return {"problem": "it fits no model that Limner knows"}
+    best = found[0][1]
+    return {
+        "kind": "/".join(best.kinds),
+        "spelling": "/".join(best.programs),
+        "base": [name for name, _ in found],
+        "modules": len(best.entries),
+        "rank": [str(rank) for rank in best.ranks],
+        "alpha": [f"{alpha:g}" for alpha in best.alphas],
+        "keys": f"{best.matched} of {best.total} known",
+        "blocks": sorted({block(module) for module in best.entries}),
+        "hash": best.hash,
     }
 
 

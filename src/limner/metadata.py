@@ -47,6 +47,13 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "strength": (float, 0, 1),
     "prompt_dialect": (str, 1, 50),
     "clip_skip": (int, 1, 1000),
+    "adapters": (list, 1, 100),  # each as `ADAPTER`: of LoRA and its kin, with a weight; without, a learned word
+}
+ADAPTER: dict[str, tuple[type, float, float]] = {
+    "name": (str, 1, 200),  # of its file; never a path
+    "hash": (str, 1, 64),
+    "weight": (float, -100, 100),
+    "blocks": (dict, 1, 1000),  # factors of blocks
 }
 
 XMP = (
@@ -200,7 +207,12 @@ def to_infotext(settings: dict[str, Any]) -> str:
         "Denoising strength": f"{settings['strength']:.12g}" if "strength" in settings else None,
         "Version": f"limner {settings['limner']}" if "limner" in settings else None,
     }
-    lines = [settings.get("prompt", "")]
+    adapters = settings.get("adapters", [])
+    for key, weighted in (("Lora hashes", True), ("TI hashes", False)):
+        hashes = [f"{one['name']}: {one['hash']}" for one in adapters if ("weight" in one) is weighted]
+        pairs[key] = ", ".join(hashes) or None
+    tags = "".join(f" <lora:{one['name']}:{one['weight']:.12g}>" for one in adapters if "weight" in one)
+    lines = [settings.get("prompt", "") + tags]
     if settings.get("negative"):
         lines.append(f"Negative prompt: {settings['negative']}")
     lines.append(", ".join(f"{key}: {_quote(str(value))}" for key, value in pairs.items() if value is not None))
@@ -211,6 +223,7 @@ def _quote(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:"\n') else value
 
 
+TAG = re.compile(r"\s*<lora:([^:<>]{1,200})(?::(-?[\d.]{1,20}))?>")
 PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
@@ -233,6 +246,13 @@ def from_infotext(text: str) -> dict[str, Any]:
     for key, (name, kind) in numbers.items():
         if key in pairs:
             settings[name] = kind(pairs[key])
+    hashes = dict(row.rpartition(": ")[::2] for row in pairs.get("Lora hashes", "").split(", "))
+    adapters = [
+        {"name": name, "hash": hashes.get(name) or "?", "weight": float(weight or 1)}
+        for name, weight in TAG.findall(settings["prompt"])
+    ]
+    if adapters:
+        settings |= {"adapters": adapters, "prompt": TAG.sub("", settings["prompt"])}
     if "Size" in pairs:
         width, height = pairs["Size"].split("x")
         settings |= {"width": int(width), "height": int(height)}
@@ -292,14 +312,25 @@ def _from_json(text: str) -> dict[str, Any]:
 
 def check_settings(settings: dict[str, Any]) -> None:
     """Raise ValueError unless every setting is known, of its type and in its range."""
+    _check(settings, SETTINGS)
+    for one in settings.get("adapters", []):
+        if not isinstance(one, dict) or not {"name", "hash"} <= one.keys():
+            raise ValueError(f"{one!r:.40} is no adapter")
+        _check(one, ADAPTER)
+        if not set("/\\:\0").isdisjoint(one["name"]):
+            raise ValueError(f"the name of an adapter is {one['name']!r:.40}, a path")
+        for block, factor in one.get("blocks", {}).items():
+            _check({"name": block, "weight": factor}, ADAPTER)
+
+
+def _check(settings: dict[str, Any], known: dict[str, tuple[type, float, float]]) -> None:
     for name, value in settings.items():
-        if name not in SETTINGS:
+        if name not in known:
             raise ValueError(f"{name[:50]!r} is no setting this version knows")
-        kind, low, high = SETTINGS[name]
+        kind, low, high = known[name]
         fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-        measured = len(value) if isinstance(value, str) else value
+        measured = len(value) if isinstance(value, str | list | dict) else value
         if not fits or not low <= measured <= high:  # NaN is in no range
-            wanted = (
-                f"a text of {low:g} to {high:g} characters" if kind is str else f"{kind.__name__} {low:g} to {high:g}"
-            )
+            what = {"str": "a text of {:g} to {:g} characters", "list": "a list of {:g} to {:g}"}
+            wanted = what.get(kind.__name__, f"{kind.__name__} {{:g}} to {{:g}}").format(low, high)
             raise ValueError(f"{name} is {value!r:.40}, not {wanted}")

@@ -6,7 +6,7 @@ import inspect
 import math
 import secrets
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from limner import __version__, catalog, names, pictures
+from limner.adapters import asking, attaching
 from limner.errors import FileProblem, Ignored, UnknownName, UsageError
 from limner.sampling import samplers, schedules
 from limner.text.prompts import AND, DIALECTS, Wildcards, expand
@@ -32,8 +33,47 @@ class Pipeline:
     def __init__(self, system: System, model: str) -> None:
         self.system, self.model = system, model
 
-    def generate(self, prompt: str, **values: Any) -> list[GeneratedImage]:
-        return generate(self.system, prompt, **values)
+    def generate(
+        self,
+        prompt: str,
+        *,
+        lora: Sequence[Any] = (),
+        embedding: Sequence[Any] = (),
+        adapter_folder: str | Path = "",
+        **values: Any,
+    ) -> list[GeneratedImage]:
+        adapters = attaching.stack(self.system) if hasattr(self.system, "adapters") else None
+        prompt, tags = asking.in_prompt(prompt, (Path(adapter_folder),)) if isinstance(prompt, str) else (prompt, [])
+        if adapters is None or not (lora or embedding or tags):
+            return generate(self.system, prompt, **values)
+        before = list(adapters.on)
+        known = {one.adapter.name for one in before}
+        try:
+            for one in (*lora, *embedding):
+                self.attach(*one) if isinstance(one, tuple | list) else self.attach(one)
+            for tag in tags:
+                if tag.weight is not None or tag.name not in known:
+                    self.attach(tag.path, 1.0 if tag.weight is None else tag.weight, tag.blocks)
+            return generate(self.system, prompt, **values)
+        finally:
+            adapters.restore(before)
+
+    def attach(
+        self, file: str | Path, weight: float = 1.0, blocks: Mapping[str, float] | None = None
+    ) -> attaching.Report:
+        """Add a LoRA or another adapter to the model, by `weight` (-100 to 100); `blocks` are factors of blocks, such
+        as {"mid_block": 0.5}. Returns what it does to the model; warns (Ignored) of what of it will not show.
+
+        Raises FileProblem, CheckpointMismatch for an adapter of another model, UsageError.
+        """
+        report = attaching.stack(self.system).attach(file, weight, blocks)
+        for sentence in report.ignored(weight):
+            warnings.warn(sentence, Ignored, stacklevel=2)
+        return report
+
+    def detach(self, name: str | None = None) -> None:
+        """Take off the adapter of this name (that of its file), or all: the model is what it was, bit for bit."""
+        attaching.stack(self.system).detach(name)
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -88,8 +128,9 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
 
     Keywords, all optional: negative (str), seed (int; random without), batch, width and height in pixels, steps,
     guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], prompt_dialect ("a1111", "comfyui",
-    "plain"), clip_skip from 1, wildcards (folder of .txt files), on_step(done, total). What is left out is the model's
-    default. Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
+    "plain"), clip_skip from 1, wildcards (folder of .txt files), on_step(done, total); with a Pipeline also lora and
+    embedding (files, or (file, weight), for this time only) and adapter_folder, where `<lora:name:weight>` of the prompt
+    is looked for. What is left out is the model's default. Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
     """
     request = prepare(system, prompt=prompt, **values)
     for sentence in ignored(system, request):
@@ -283,6 +324,8 @@ def ignored(system: System, request: Request) -> list[str]:
         told.append("AND composes prompts, not negative ones: it is a word of the negative prompt")
     if request.clip_skip is not None and system.clip_skip is None:
         told.append(f"clip skip has no effect: {system.name} does not read prompts with CLIP")
+    if adapters := getattr(system, "adapters", None):
+        told += adapters.unused(*request.prompts, *request.negatives)
     if request.negative.strip() and request.guidance == 1:
         told.append("the negative prompt has no effect at guidance 1: ask for more guidance")
     if request.image is not None:
@@ -319,6 +362,8 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
         settings["model_hash"] = system.model_hash
     if request.image is not None:
         settings["strength"] = request.strength
+    if adapters := getattr(system, "adapters", None):
+        settings |= {"adapters": adapters.settings()} if adapters.on else {}
     return settings
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from limner import catalog, pipeline, recipes
+from limner import catalog, pictures, pipeline, recipes
 from limner.data.batches import open_batches
 from limner.systems import diffusion
 

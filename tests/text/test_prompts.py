@@ -187,8 +187,11 @@ def test_adapters_are_found_and_taken_out():
     )
     assert prompt.parts[0].at(0)[0][0].text == "a fox  by  "
     assert parse("<lora:a:1> embedding:b", "plain").adapters == (Adapter("lora", "a"),)
-    with pytest.raises(UsageError, match=r"for the lora 'in ink' with weight 0\.8, but no such files are read yet"):
+    with pytest.raises(UsageError, match=r"for the lora 'in ink', and there is none here: add --lora FILE"):
         prompts.refuse(prompt.adapters)
+    with pytest.raises(UsageError, match=r"for the embedding 'bad-hands', and there is none here: add --embedding"):
+        prompts.refuse(prompt.adapters[-1:], {"good-hands"})
+    prompts.refuse(prompt.adapters[-1:], {"bad-hands"})
     assert parse("a < b, <3 and <b>").adapters == ()
     for tag in ("<lora:a:much>", "<lora:a:1:2:3>", "<lora:a:nan>", "<lora:a:1e9>", "<lora:a:>"):
         with pytest.raises(UsageError, match=r"is not <lora:name:weight>|absurd"):

@@ -60,10 +60,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         found = f"{path} is a folder" if path.is_dir() else f"no file {path}"
         raise FileProblem(f"{found}: give the path of a .safetensors file")
     try:
-        with path.open("rb") as opened:
-            head = opened.read(9)
-        if head[:4] == ZIP or (head[:1] == PICKLE and head[8:] != b"{"):
-            return _read_torch(path, mmap=head[:4] == ZIP), {}
+        if is_torch(path):
+            return _read_torch(path), {}
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
@@ -71,15 +69,29 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileProblem(f"{path} is not a whole safetensors file ({reason}): download or train it again") from error
 
 
-def _read_torch(path: Path, mmap: bool) -> dict[str, Tensor]:
-    """The tensors of a file of `torch.save`, through torch's reader that runs no code in it."""
+def is_torch(path: Path) -> bool:
+    """Whether a file begins as those of `torch.save` do."""
+    with path.open("rb") as opened:
+        head = opened.read(9)
+    return head[:4] == ZIP or (head[:1] == PICKLE and head[8:] != b"{")
+
+
+def unpickled(path: Path) -> Any:
+    """What is in a file of `torch.save`, through torch's reader that runs no code in it. Raises FileProblem."""
+    with path.open("rb") as opened:
+        mapped = opened.read(4) == ZIP
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # the reader raises many kinds
         reason = "more than tensors in it" if "weights_only" in str(error).lower() else "not whole"
         raise FileProblem(
             f"{path} is not opened ({reason}): it may run code; have a program you trust make a .safetensors of it"
         ) from error
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of `torch.save`."""
+    stored = unpickled(path)
     stored = stored.get("state_dict", stored) if isinstance(stored, dict) else stored
     rows = stored.items() if isinstance(stored, dict) else ()
     if not rows or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in rows):

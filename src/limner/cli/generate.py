@@ -102,6 +102,20 @@ def generate_command(
             help="With -i, above 0: a little keeps the picture, 1 forgets it; icons wants 0.75 to 0.95. [default: 0.8]",
         ),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora", metavar="FILE[:WEIGHT]", help="A LoRA or its kin; may be given again. FILE:0.8,mid_block=0.5"
+        ),
+    ] = None,
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option("--embedding", metavar="FILE", help="A learned word, said in the prompt by the name of its file."),
+    ] = None,
+    adapter_folder: Annotated[
+        Path | None,
+        typer.Option("--adapter-folder", help="Where <lora:NAME:WEIGHT> of a prompt is looked for. [default: here]"),
+    ] = None,
     settings: Annotated[
         Path | None, typer.Option("-C", "--settings", help="Redo what this picture's metadata says; flags override it.")
     ] = None,
@@ -138,7 +152,7 @@ def generate_command(
         "wildcards": wildcards,
     }
     remembered = _remembered(settings, image, model) if settings else {}
-    painted_with = remembered.pop("model_hash", None)
+    painted_with, adapters = remembered.pop("model_hash", None), remembered.pop("adapters", [])
     asked = remembered | {k: v for k, v in flags.items() if v is not None}
     if "prompt" not in asked and image is None:
         raise UsageError('no prompt: say what to paint, such as limner "a red fox"')
@@ -158,6 +172,10 @@ def generate_command(
     pipe = _load(name, device, prediction, dtype)
     from limner import pipeline
 
+    folders = (adapter_folder or Path(), *([settings.parent] if settings else []))
+    asked["prompt"], told = _attach(pipe, asked["prompt"], [*(lora or []), *(embedding or [])], adapters, folders)
+    for sentence in told:
+        print(f"limner: {sentence}", file=sys.stderr)
     request = pipeline.prepare(pipe.system, **asked, batch=batch, image=image)
     paths = [] if output == "-" else _paths(output, request)
     for path in paths:
@@ -203,6 +221,20 @@ def _remembered(path: Path, image: Path | None, model: str | None) -> dict[str, 
     if "strength" in settings and image is None:
         raise UsageError(f"{str(path)!r} was painted over another picture, which it does not hold: add -i PICTURE")
     return {k: v for k, v in settings.items() if k != "limner"}
+
+
+def _attach(
+    pipe: Pipeline, prompt: str, files: list[str], remembered: list[dict[str, Any]], folders: tuple[Path, ...]
+) -> tuple[str, list[str]]:
+    """Put adapters on: those asked for, here and in the prompt, and those of a picture, which are known by their hash.
+    Returns the prompt without them, and what to tell."""
+    if not (files or remembered or "<" in prompt or "embedding:" in prompt):
+        return prompt, []
+    from limner.adapters import asking, attaching
+
+    prompt, tags = asking.in_prompt(prompt, folders)
+    asked, told = asking.resolve([asking.parse(text) for text in files] + tags, remembered, folders)
+    return prompt, told + (asking.attach(attaching.stack(pipe.system), asked) if asked else [])
 
 
 def _same_hash(a: str, b: str) -> bool:

@@ -50,6 +50,8 @@ class DiffusionSystem(nn.Module):
     grid: int
     weights_hash: Callable[[], str] = staticmethod(lambda: "")
     """Where it was read from files: waits for their hash, which is made beside the drawing."""
+    adapters: Any = None
+    """What `limner.adapters` keeps of those attached."""
     task = "text-to-image"
     phases = ("main",)
 
@@ -129,7 +131,7 @@ class DiffusionSystem(nn.Module):
         steps = len(self.sigmas(request)) - 1
         read = {text: parse(text, self.dialect(request), steps, composed) for text in dict.fromkeys(texts)}
         for prompt in read.values():
-            refuse(prompt.adapters)
+            refuse(prompt.adapters, self.text_encoder.learned)
         return [read[text].parts for text in texts]
 
     def dialect(self, request: Request) -> Dialect:

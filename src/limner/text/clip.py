@@ -12,6 +12,7 @@ XL those of the layer before without it, from two towers side by side.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -173,16 +174,27 @@ class CLIPTextEncoder(CLIPText):
                 f"{config.vocabulary} and {self.config.eot}: they are not of one model"
             )
         self.tokenizer, self.skip, self.normed = tokenizer, skip, normed
+        self.learned: dict[str, list[int]] = {}
 
     def tokenize(self, prompts: list[str]) -> Int[Tensor, "b l"]:
         """Prompts between their marks, filled up or cut to `context`, as captions are in training."""
-        return self.marked(self.tokenizer.encode(prompts, marked=False))
+        return self.marked([[i for _, ids in self.pieces(prompt) for i in ids] for prompt in prompts])
 
     def marked(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "b l"]:
         """Ids between their marks, filled up or cut to `context`."""
         context, bot, eot = self.config.context, self.tokenizer.bot, self.tokenizer.eot
         marked = [[bot, *ids[: context - 2], eot] for ids in rows]
         return torch.tensor([row + [self.config.pad] * (context - len(row)) for row in marked])
+
+    def pieces(self, prompt: str) -> list[tuple[str, list[int]]]:
+        """The parts of a prompt with their ids: each word of `learned` (a name in lower case -> its ids), which may
+        begin with "embedding:", and what lies between."""
+        if not self.learned:
+            return [(prompt, self.tokenizer.encode([prompt], marked=False)[0])]
+        names = "|".join(re.escape(name) for name in sorted(self.learned, key=len, reverse=True))
+        parts = re.split(rf"(?:\bembedding:)?(?<!\w)({names})(?!\w)", prompt, flags=re.IGNORECASE)
+        between = iter(self.tokenizer.encode(parts[::2], marked=False))
+        return [(part, self.learned[part.lower()] if i % 2 else next(between)) for i, part in enumerate(parts)]
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -205,7 +217,7 @@ class CLIPTextEncoder(CLIPText):
             pieces = [
                 (word, p.weight) for p in section for word in (p.text.split() if dialect == "comfyui" else [p.text])
             ]
-            ids = self.tokenizer.encode([words for words, _ in pieces], marked=False)
+            ids = [[i for _, row in self.pieces(words) for i in row] for words, _ in pieces]
             runs = [[(token, weight) for token in row] for row, (_, weight) in zip(ids, pieces, strict=True)]
             chunks += chunked(runs, size, comma, whole=dialect == "comfyui") or [()]
         return chunks[:-1] if len(text) > 1 and not chunks[-1] else chunks
@@ -248,6 +260,11 @@ class CLIPTowers(nn.ModuleList):
         self.clip_skip = 1 + config.skip + self.left_out
         """The layer whose states are taken, counted from the last as A1111 and ComfyUI do; SD2's files may lack it."""
         self.clip_skips = range(1 + self.left_out, min(tower.depth for tower in config.towers) + self.left_out + 1)
+
+    @property
+    def learned(self) -> frozenset[str]:
+        """The names, in lower case, of words that adapters taught."""
+        return frozenset(name for tower in self for name in tower.learned)  # type: ignore[union-attr]
 
     def encode(self, prompts: list[str]) -> Conditioning:
         towers = [tower.encode(prompts) for tower in self]  # type: ignore[operator]

@@ -34,6 +34,7 @@ class MiniLM(nn.Module):
 
     dialects: tuple[Dialect, ...] = ("plain",)
     clip_skip = None
+    learned: frozenset[str] = frozenset()
 
     def __init__(self, tokenizer: Path, max_tokens: int = 24) -> None:
         super().__init__()

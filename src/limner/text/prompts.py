@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -83,7 +83,7 @@ def parse(text: str, dialect: Dialect = "a1111", steps: int = 1, composed: bool 
     Raises UsageError for weights beyond ±100 or that are none, more than 16 parts or 256 texts, and brackets more than
     100 deep.
     """
-    text, adapters = _without_adapters(text, dialect)
+    text, adapters = tagged(text, dialect)
     if dialect != "a1111":
         pieces = (Piece(unescaped(text)),) if dialect == "plain" else _weighted(text, dialect)
         return Prompt((Part(((steps, (pieces,)),)),), adapters)
@@ -104,13 +104,15 @@ def parse(text: str, dialect: Dialect = "a1111", steps: int = 1, composed: bool 
     return Prompt(tuple(parts), adapters)
 
 
-def refuse(adapters: Sequence[Adapter]) -> None:
-    """Raises UsageError for the first that a prompt asks for: there is nothing yet to give it to."""
+def refuse(adapters: Sequence[Adapter], learned: Collection[str] = ()) -> None:
+    """Raises UsageError for the first that a prompt still asks for, other than words `learned` (in lower case)."""
     for adapter in adapters:
-        weights = [f"{weight:g}" for weight in (adapter.weight, adapter.second) if weight is not None]
+        if adapter.kind == "embedding" and adapter.name.lower() in learned:
+            continue
+        flag = "--embedding" if adapter.kind == "embedding" else "--lora"
         raise UsageError(
-            f"the prompt asks for the {adapter.kind} {adapter.name!r} with weight {' and '.join(weights)}, but no such "
-            "files are read yet: leave it out"
+            f"the prompt asks for the {adapter.kind} {adapter.name!r}, and there is none here: add {flag} FILE, or "
+            "leave it out"
         )
 
 
@@ -341,7 +343,8 @@ TAG = re.compile(r"<(lora|lyco|hypernet):([^<>:]+)((?::[^<>:]*)*)>")
 EMBEDDING = re.compile(r"\bembedding:([\w./-]+)")
 
 
-def _without_adapters(text: str, dialect: Dialect) -> tuple[str, tuple[Adapter, ...]]:
+def tagged(text: str, dialect: Dialect = "a1111") -> tuple[str, tuple[Adapter, ...]]:
+    """The text without tags, and the adapters that they name; `embedding:name` stays. Raises UsageError."""
     found = []
     for kind, name, said in TAG.findall(text):
         tag = f"<{kind}:{name}{said}>"
@@ -351,7 +354,7 @@ def _without_adapters(text: str, dialect: Dialect) -> tuple[str, tuple[Adapter, 
         found.append(Adapter(kind, name.strip(), *(_weight(value, tag) for value in numbers)))
     text = TAG.sub("", text)
     if dialect != "plain":
-        found += [Adapter("embedding", name) for name in EMBEDDING.findall(text)]
+        found += [Adapter("embedding", name.rstrip("./-")) for name in EMBEDDING.findall(text)]
     return text, tuple(found)
 
 

@@ -1,0 +1,128 @@
+"""What a command line asks of adapters, and what a picture remembers of them, as files to attach."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from limner.adapters import files
+from limner.adapters.attaching import Stack, find
+from limner.errors import FileProblem, UsageError
+from limner.text.prompts import TAG, tagged
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A file, and how much of it: `weight` None is for whoever remembers better, and 1 otherwise."""
+
+    path: Path
+    weight: float | None = None
+    blocks: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.path.name if self.path.is_dir() else self.path.stem
+
+
+def parse(text: str) -> Asked:
+    """FILE[:WEIGHT][,BLOCK=WEIGHT...]; a bare name is of a file in this folder. Raises UsageError, FileProblem."""
+    path, colon, told = text.rpartition(":")
+    if not colon or Path(text).exists() or "/" in told or "\\" in told:
+        return Asked(_file(text))
+    weight, blocks = None, {}
+    for n, part in enumerate(told.split(",")):
+        block, equals, number = part.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError as error:
+            raise UsageError(
+                f"{text!r:.200}: {part!r:.50} is no weight; give FILE:0.8, or FILE:0.8,mid_block=0.5 for one of a block"
+            ) from error
+        if equals:
+            blocks[block] = value
+        elif n == 0:
+            weight = value
+        else:
+            raise UsageError(f"{text!r:.200}: {part!r:.50} does not say of which block it is the weight")
+    return Asked(_file(path), weight, blocks)
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    found = path if text and path.exists() else find(text, (Path(),))
+    if found is None:
+        raise FileProblem(f"no file {text!r:.200}: give the path of a LoRA or of another adapter")
+    return found
+
+
+def in_prompt(prompt: str, folders: tuple[Path, ...]) -> tuple[str, list[Asked]]:
+    """The prompt without `<lora:name:weight>`, and those; and the files of `embedding:name`, which stays. Files are
+    looked for in `folders`; of a learned word that is not there another file may know. Raises UsageError, FileProblem.
+    """
+    for tag in TAG.finditer(prompt):
+        if prompt.count("{", 0, tag.start()) > prompt.count("}", 0, tag.start()):
+            raise UsageError(f"{tag[0][:60]!r} is within a choice, where none is read: put it outside of {{a|b}}")
+    text, found = tagged(prompt)
+    asked = []
+    for one in found:
+        path = find(one.name, folders)
+        if one.kind == "embedding":
+            asked += [Asked(path)] if path else []
+            continue
+        if one.kind == "hypernet":
+            raise UsageError(f"the prompt asks for the hypernetwork {one.name!r}: those are not read")
+        if one.second not in (None, one.weight):
+            raise UsageError(
+                f"the prompt gives {one.name!r} two weights: give one, or --lora FILE:WEIGHT,text_encoder=FACTOR"
+            )
+        if path is None:
+            where = ", ".join(str(folder) for folder in folders)
+            raise FileProblem(f"the prompt asks for the {one.kind} {one.name!r}, of which there is no file in {where}")
+        asked.append(Asked(path, one.weight))
+    return text, list({one.path: one for one in asked}.values())
+
+
+def resolve(
+    asked: Sequence[Asked], remembered: Sequence[Mapping[str, Any]], folders: tuple[Path, ...]
+) -> tuple[list[Asked], list[str]]:
+    """What to attach, and sentences on files that are not those of before.
+
+    `remembered` are settings of a picture. What was asked for goes before what is remembered of the same name; another
+    is taken from `folders` if it lies there with the hash it had. Raises FileProblem for one that does not.
+    """
+    given = {one.name: one for one in asked}
+    found, told = [], []
+    for old in remembered:
+        name, weight, blocks = old["name"], old.get("weight"), old.get("blocks", {})
+        one = given.pop(name, None)
+        if one is None:
+            path = find(name, folders)
+            if path is None or files.digest(path) != old["hash"]:
+                where = f"{path} is another file" if path else "it is not here"
+                flag = "--lora" if "weight" in old else "--embedding"
+                raise FileProblem(
+                    f"painted with the adapter {name!r} (hash {old['hash']}), and {where}: add {flag} FILE"
+                )
+            found.append(Asked(path, weight, blocks))
+        else:
+            if old["hash"] not in ("?", files.digest(files.contents_of(one.path).path)):
+                told.append(f"{one.path} is not the file painted with (hash {old['hash']}): expect another picture")
+            found.append(one if one.weight is not None or one.blocks else Asked(one.path, weight, blocks))
+    return found + list(given.values()), told
+
+
+def attach(stack: Stack, asked: Sequence[Asked]) -> list[str]:
+    """Attach all, or none. Returns a sentence on each, and on what of it does not show."""
+    told = []
+    before = list(stack.on)
+    try:
+        for one in asked:
+            weight = 1.0 if one.weight is None else one.weight
+            report = stack.attach(one.path, weight, one.blocks)
+            told += [str(report), *report.ignored(weight)]
+    except BaseException:
+        stack.restore(before)
+        raise
+    return told

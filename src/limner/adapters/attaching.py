@@ -1,0 +1,246 @@
+"""Adapters on a model and off again: `attach`, `detach`, and a report of what each does.
+
+A model with adapters has W + sum of weight * difference in place of W, every difference computed from W itself in
+float32 and the sum rounded once to W's precision: their order does not matter, and one more loses nothing. W is kept,
+and it is that very tensor that comes back.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limner.adapters import files, kinds, words
+from limner.adapters.files import Adapter
+from limner.adapters.names import block
+from limner.adapters.words import Words
+from limner.errors import FileProblem, UsageError
+
+LARGEST_WEIGHT = 100.0
+TABLE = "text_model.embeddings.token_embedding"
+TEXTUAL = "textual inversion"
+ENDINGS = (".safetensors", ".pt", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an adapter does to a model. `changes` is, for each block, the norm of the difference at weight 1 by that of
+    the weights it is added to; `matched` of `total` keys of the file mean something, `unknown` are the others."""
+
+    name: str
+    hash: str
+    kinds: tuple[str, ...]
+    programs: tuple[str, ...]
+    ranks: tuple[int, ...]
+    matched: int
+    total: int
+    unknown: tuple[str, ...]
+    changes: Mapping[str, float]
+
+    def ignored(self, weight: float = 1.0) -> list[str]:
+        """A sentence for each thing that will not show."""
+        told = [f"{self.name} has weight 0, and changes nothing"] if not weight else []
+        if self.unknown:
+            keys = f"{len(self.unknown)} of its {self.total} keys"
+            told.append(
+                f"{self.name}: {keys} mean nothing in this model and are left out (first: {self.unknown[0]:.200})"
+            )
+        return told
+
+    def __str__(self) -> str:
+        """In one line."""
+        if not self.changes:
+            return f"{self.name}: a learned word of {self.total} vectors; say {self.name} in the prompt"
+        ranks = f", rank {' '.join(map(str, self.ranks))}" if self.ranks else ""
+        most = sorted(self.changes.items(), key=lambda row: -row[1])[:3]
+        told = ", ".join(f"{name} by {change:.2%}" for name, change in most)
+        return (
+            f"{self.name}: {'/'.join(self.kinds)} as {'/'.join(self.programs)} writes it{ranks}, {self.matched} of "
+            f"{self.total} keys; changes {len(self.changes)} blocks, most {told}"
+        )
+
+
+@dataclass(frozen=True)
+class Attached:
+    """An adapter in use: `weight` times what `blocks` says of the block that a module is in, 1 if nothing."""
+
+    adapter: Adapter | Words
+    weight: float
+    blocks: Mapping[str, float]
+
+    def strength(self, module: str) -> float:
+        path = module.removeprefix("network.")
+        fitting = [name for name in self.blocks if f"{path}.".startswith(f"{name}.")]
+        return self.weight * (self.blocks[max(fitting, key=len)] if fitting else 1.0)
+
+    def settings(self) -> dict[str, Any]:
+        """What a picture remembers of it."""
+        if isinstance(self.adapter, Words):
+            return {"name": self.adapter.name, "hash": self.adapter.hash}
+        blocks = {"blocks": dict(self.blocks)} if self.blocks else {}
+        return {"name": self.adapter.name, "hash": self.adapter.hash, "weight": self.weight, **blocks}
+
+
+class Stack:
+    """The adapters on one system, in `on`, and the weights they hide."""
+
+    def __init__(self, system: nn.Module) -> None:
+        self.system = system
+        self.on: list[Attached] = []
+        self.hidden: dict[tuple[str, str], nn.Parameter] = {}
+
+    def attach(self, path: str | Path, weight: float = 1.0, blocks: Mapping[str, float] | None = None) -> Report:
+        """Add the adapter in a file, `weight` (-100 to 100) times what it does; `blocks` are factors of blocks, such as
+        {"mid_block": 0.5}, of which the longest name that a module begins with counts.
+
+        Raises FileProblem for what is no adapter, is damaged or would do nothing, CheckpointMismatch for one of another
+        model, UsageError for a weight or block that cannot be, or a name that is attached already.
+        """
+        path = Path(path)
+        learned = words.stored(path) if not path.is_dir() else {}
+        adapter = words.read(path, learned, self.system) if learned else files.read(path, self.system)
+        if any(other.adapter.name == adapter.name for other in self.on):
+            raise UsageError(f"an adapter {adapter.name!r} is attached already: detach it first")
+        blocks = dict(blocks or {})
+        if isinstance(adapter, Words):
+            if weight != 1 or blocks:
+                raise UsageError(f"{adapter.name} is a learned word, which has no weight but what the prompt gives it")
+            count = len(adapter.vectors[0])
+            self._change([*self.on, Attached(adapter, 1.0, {})])
+            return Report(adapter.name, adapter.hash, (TEXTUAL,), (), (), count, count, (), {})
+        _check(adapter, weight, blocks)
+        changes = self._change([*self.on, Attached(adapter, float(weight), blocks)], new=adapter)
+        return Report(
+            adapter.name, adapter.hash, adapter.kinds, adapter.programs, adapter.ranks, adapter.matched, adapter.total,
+            adapter.unknown, changes,
+        )  # fmt: skip
+
+    def detach(self, name: str | None = None) -> None:
+        """Take the adapter of this name off, or all. Raises UsageError for one that is not on."""
+        kept = [] if name is None else [one for one in self.on if one.adapter.name != name]
+        if name is not None and len(kept) == len(self.on):
+            names = ", ".join(one.adapter.name for one in self.on) or "none"
+            raise UsageError(f"no adapter {name!r} is attached; attached: {names}")
+        self._change(kept)
+
+    def restore(self, on: list[Attached]) -> None:
+        """As it was when `on` was all."""
+        self._change(on)
+
+    def settings(self) -> list[dict[str, Any]]:
+        return [one.settings() for one in self.on]
+
+    def own(self, module: str) -> dict[str, Tensor]:
+        """The weight and bias of a module without any adapter."""
+        found = files.base(self.system.get_submodule(module))
+        return {name: self.hidden.get((module, name), tensor) for name, tensor in found.items()}
+
+    @torch.no_grad()
+    def _change(self, on: list[Attached], new: Adapter | None = None) -> dict[str, float]:
+        """Make the system one with the adapters `on`. Whole or not at all: new weights are put in when all are made.
+
+        Returns what `new`, one of them, changes (see `Report`). Raises FileProblem if that is nothing.
+        """
+        squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # block -> of differences, of weights
+        modules = {module for one in on for module in one.adapter.entries}
+        made: dict[tuple[str, str], nn.Parameter] = {}
+        for module in sorted(modules):
+            own = self.own(module)
+            sums: dict[str, Tensor] = {}
+            for one in on:
+                if not isinstance(one.adapter, Adapter) or module not in one.adapter.entries:
+                    continue
+                strength = one.strength(module)
+                if not strength and one.adapter is not new:
+                    continue
+                for name, delta in difference(one.adapter, module, own).items():
+                    if one.adapter is new:
+                        both = squares[block(module)]
+                        both[0] += torch.linalg.vector_norm(delta).item() ** 2
+                        both[1] += torch.linalg.vector_norm(own[name], dtype=torch.float32).item() ** 2
+                    if strength:
+                        sums[name] = sums[name].add_(delta, alpha=strength) if name in sums else delta * strength
+            for name, delta in sums.items():
+                whole = (own[name].float() + delta).to(own[name].dtype)
+                made[module, name] = nn.Parameter(whole, requires_grad=own[name].requires_grad)
+        changes = {name: math.sqrt(d / max(w, 1e-30)) for name, (d, w) in sorted(squares.items()) if d}
+        if new is not None and not changes:
+            raise FileProblem(f"{new.path} would do nothing: every difference that it makes is 0; was it trained?")
+        learned = [one.adapter for one in on if isinstance(one.adapter, Words)]
+        if learned or self._learned():
+            rows = [f"text_encoder.{i}.{TABLE}" for i in range(len(self.system.text_encoder))]  # type: ignore[arg-type]
+            tables = [made.get((row, "weight"), self.own(row)["weight"]) for row in rows]
+            put = words.put(self.system, learned, tables)
+            made |= {
+                (row, "weight"): nn.Parameter(t, requires_grad=False)
+                for row, t in zip(rows, put, strict=True)
+                if learned
+            }
+        for (module, name), parameter in self.hidden.items():
+            setattr(self.system.get_submodule(module), name, parameter)
+        self.hidden = {key: getattr(self.system.get_submodule(key[0]), key[1]) for key in made}
+        for (module, name), parameter in made.items():
+            setattr(self.system.get_submodule(module), name, parameter)
+        self.on = on
+        return changes
+
+    def _learned(self) -> list[Words]:
+        return [one.adapter for one in self.on if isinstance(one.adapter, Words)]
+
+    def unused(self, *texts: str) -> list[str]:
+        """A sentence for each learned word that none of `texts` says."""
+        said = " ".join(texts).lower()
+        unsaid = [word.name for word in self._learned() if not any(name.lower() in said for name in word.names)]
+        return [f"{name} is a learned word that the prompt does not say" for name in unsaid]
+
+
+def difference(adapter: Adapter, module: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an adapter adds to the `own` weight and bias of a module, in float32 where they are.
+
+    Raises FileProblem where that is no number.
+    """
+    entry = adapter.entries[module]
+    parts = {name: part.to(own["weight"].device, torch.float32) for name, part in entry.parts.items()}
+    found = kinds.difference(entry.kind, parts, entry.scale, own)
+    if not all(delta.isfinite().all() for delta in found.values()):
+        raise FileProblem(
+            f"{adapter.path}: what {next(iter(entry.keys.values()))} makes is no number (NaN): it is damaged"
+        )
+    return found
+
+
+def _check(adapter: Adapter, weight: float, blocks: Mapping[str, float]) -> None:
+    for name, value in (("weight", weight), *blocks.items()):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_WEIGHT:
+            limits = f"-{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
+            raise UsageError(f"the {name} of {adapter.name} is {value!r:.40}: give a number from {limits}")
+    paths = [module.removeprefix("network.") for module in adapter.entries]
+    for name in blocks:
+        if not any(f"{path}.".startswith(f"{name}.") for path in paths):
+            known = sorted({block(module) for module in adapter.entries})
+            near = difflib.get_close_matches(name, known, n=1) or known
+            raise UsageError(f"{adapter.name} changes no block {name!r:.80}; it changes {', '.join(near)}")
+
+
+def stack(system: Any) -> Stack:
+    """The adapters on `system`. Raises UsageError for a system that takes none."""
+    if not hasattr(system, "adapters"):
+        raise UsageError(f"{system.name} takes no adapters: they are for models that draw from words")
+    if system.adapters is None:
+        system.adapters = Stack(system)
+    return system.adapters
+
+
+def find(name: str, folders: tuple[Path, ...]) -> Path | None:
+    """The file of an adapter of this name in one of `folders`; `name` is no path."""
+    if Path(name).name != name or "\\" in name:
+        return None
+    return next((f for d in folders for e in ENDINGS if (f := d / f"{name}{e}").is_file()), None)

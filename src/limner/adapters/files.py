@@ -1,0 +1,341 @@
+"""An adapter's file: its tensors sorted by module and part, read with the names and shapes of the model it is for.
+
+Nothing is taken on trust: every key must mean a module of the model, every part must fit its weight, ranks and alphas
+must be numbers that can be. A file for another model is refused by that model's name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limner import catalog
+from limner.adapters import kinds
+from limner.adapters.kinds import Kind, Scale
+from limner.adapters.names import spellings
+from limner.checkpoints import files
+from limner.errors import CheckpointMismatch, FileProblem
+
+LARGEST_RANK, LARGEST_ALPHA, LARGEST_JSON = 16_384, 1e6, 4_000_000
+MOST_UNKNOWN = 0.1
+"""A file of which more is unknown is refused; less is told."""
+BASES = ("sd1", "sd2", "sdxl", "sdxl-refiner", "icons")
+PEFT_FILE, PEFT_CONFIG, DIFFUSERS_CONFIG = "adapter_model.safetensors", "adapter_config.json", "lora_adapter_metadata"
+
+
+def _endings() -> dict[str, str]:
+    """How the name of a tensor ends -> which part of an adapter it is."""
+    found = {".alpha": "alpha", ".dora_scale": "dora", ".lora_mid.weight": "mid", ".on_input": "on_input"}
+    for new, kohya, early in (("A", "down", "down"), ("B", "up", "up")):
+        for ending in (f".lora_{new}", f".lora_{new}.default", f".lora_{kohya}", f"_lora.{early}", f".lora.{early}",
+                       f".lora_linear_layer.{early}"):  # fmt: skip
+            found[f"{ending}.weight"] = kohya
+            if kohya == "up":
+                found[f"{ending}.bias"] = "up_bias"
+    for adapter in ("", ".default"):
+        found[f".lora_magnitude_vector{adapter}"] = found[f".lora_magnitude_vector{adapter}.weight"] = "magnitude"
+        found[f".ia3_l{adapter}"] = "factor"
+        found |= {f".hada_{part}{adapter}": part for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
+        found |= {f".lokr_w{part}{adapter}": f"k{part}" for part in ("1", "1_a", "1_b", "2", "2_a", "2_b")}
+        found[f".lokr_t2{adapter}"] = "tk2"
+    found |= {f".{part}.weight": part for part in ("a1", "a2", "b1", "b2")}
+    found |= {f".{part}": part for part in ("w_norm", "b_norm", "diff", "diff_b", "rescale")}
+    return found | {".oft_blocks": "blocks", ".weight": "weight"}
+
+
+ENDINGS = _endings()
+LONGEST_FIRST = sorted(ENDINGS, key=len, reverse=True)
+
+
+def split(key: str, names: Container[str]) -> tuple[str, str]:
+    """The spelling of a module and the part that a key means, "" for a key of no adapter. `names` are all keys: a
+    weight is IA3's only beside its mark."""
+    ending = next((ending for ending in LONGEST_FIRST if key.endswith(ending)), "")
+    spelling = key.removesuffix(ending)
+    if not ending or (ending == ".weight" and f"{spelling}.on_input" not in names):
+        return key, ""
+    return spelling, ENDINGS[ending]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a file holds for one module of ours, `module`; `keys` are the names of `parts` there."""
+
+    module: str
+    kind: Kind
+    parts: Mapping[str, Tensor]
+    keys: Mapping[str, str]
+    scale: Scale
+
+    @property
+    def rank(self) -> int:
+        """0 for kinds without."""
+        return next((self.parts[part].shape[axis] for part, axis in self.kind.rank if part in self.parts), 0)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A file read for a model: `entries` by module, and the keys that mean nothing there."""
+
+    path: Path
+    name: str
+    hash: str
+    entries: Mapping[str, Entry]
+    programs: tuple[str, ...]
+    total: int
+    unknown: tuple[str, ...]
+
+    @property
+    def matched(self) -> int:
+        return self.total - len(self.unknown)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(title for title, _ in Counter(_title(entry) for entry in self.entries.values()).most_common())
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(sorted({entry.rank for entry in self.entries.values()} - {0}))
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        return tuple(sorted({e.scale.alpha for e in self.entries.values() if e.scale.alpha is not None}))
+
+
+def _title(entry: Entry) -> str:
+    return "DoRA" if entry.kind.title == "LoRA" and entry.parts.keys() & set(kinds.DECOMPOSED) else entry.kind.title
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The tensors and settings of an adapter's file, not yet read for a model."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def scale(self, program_path: str, alpha: float | None) -> Scale:
+        """Of a module as the file spells it: its own alpha, or what the settings of PEFT say of it."""
+        prefix = next((p for p in self.settings if program_path.startswith(f"{p}.")), "")
+        told = self.settings.get(prefix)
+        if alpha is not None or told is None:
+            return Scale(alpha)
+        patterns = told.get("alpha_pattern")
+        for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+            if f".{program_path}".endswith(f".{pattern}"):
+                return Scale(self.number("alpha_pattern", value), bool(told.get("use_rslora")))
+        found = told.get("lora_alpha", told.get("alpha"))
+        return Scale(None if found is None else self.number("lora_alpha", found), bool(told.get("use_rslora")))
+
+    def number(self, name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_ALPHA:
+            raise CheckpointMismatch(f"{self.path}: {name} is {value!r:.40}, not a number up to {LARGEST_ALPHA:g}")
+        return float(value)
+
+
+# -------------------------------------------------------------------- reading
+
+
+def contents_of(path: str | Path) -> Contents:
+    """The contents of a file, or of a folder of PEFT. Raises FileProblem."""
+    path = Path(path)
+    if (path / PEFT_FILE).is_file():
+        path = path / PEFT_FILE
+    tensors, metadata = files.read(path)
+    settings: dict[str, Any] = {}
+    beside = path.parent / PEFT_CONFIG
+    if DIFFUSERS_CONFIG in metadata:
+        for name, value in _json(metadata[DIFFUSERS_CONFIG], path).items():
+            part, _, setting = name.partition(".")
+            settings.setdefault(part, {})[setting] = value
+    elif path.name == PEFT_FILE and beside.is_file() and beside.stat().st_size < LARGEST_JSON:
+        settings["base_model"] = _json(beside.read_text(encoding="utf-8", errors="replace"), beside)
+    return Contents(path, tensors, settings)
+
+
+def _json(text: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileProblem(f"{path}: its settings of PEFT are not JSON") from error
+    if not isinstance(found, dict):
+        raise FileProblem(f"{path}: its settings of PEFT are not a JSON object")
+    return found
+
+
+def digest(path: Path) -> str:
+    """The first 12 digits of the SHA-256 of a safetensors file's tensors, without its header (A1111's and CivitAI's
+    AutoV3); of the whole of another file."""
+    hashed = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(0 if files.is_torch(path) else 8 + int.from_bytes(file.read(8), "little"))
+        while block := file.read(1 << 20):
+            hashed.update(block)
+    return hashed.hexdigest()[:12]
+
+
+def is_adapter(contents: Contents) -> bool:
+    """Whether any of its keys can be of one."""
+    return any(split(key, contents.tensors)[1] for key in contents.tensors)
+
+
+def read(path: str | Path, system: nn.Module) -> Adapter:
+    """The adapter in a file, for `system` (a `DiffusionSystem`, on any device).
+
+    Raises FileProblem, and CheckpointMismatch where it is for another model: by that one's name if it is known.
+    """
+    contents = contents_of(path)
+    adapter, misfit = survey(contents, system)
+    if misfit or len(adapter.unknown) > MOST_UNKNOWN * adapter.total or not adapter.entries:
+        raise CheckpointMismatch(_refusal(contents, adapter, misfit, system))
+    return adapter
+
+
+def survey(contents: Contents, system: nn.Module) -> tuple[Adapter, str]:
+    """What of a file means something in `system`, and a sentence on the first part that does not fit, "" if all do.
+
+    Raises CheckpointMismatch for what fits no model: a rank or alpha that cannot be, parts that make no kind.
+    """
+    table = spellings(system)
+    groups: dict[str, dict[str, str]] = {}  # module -> part -> key
+    programs: Counter[str] = Counter()
+    unknown = []
+    for key in contents.tensors:
+        spelling, part = split(key, contents.tensors)
+        found = table.get(spelling) if part else None
+        if found is None:
+            unknown.append(key)
+            continue
+        parts = groups.setdefault(found.module, {})
+        if part in parts:
+            raise CheckpointMismatch(f"{contents.path}: {parts[part]} and {key} mean the same")
+        parts[part] = key
+        programs[found.program] += 1
+    entries, misfit = {}, ""
+    owners = dict(system.named_modules())
+    for module, keys in groups.items():
+        entry = _entry(contents, module, keys)
+        problem = _problem(entry, base(owners[module]))
+        if problem:
+            unknown += keys.values()
+            misfit = misfit or problem
+        else:
+            entries[module] = entry
+    path = contents.path
+    name = path.parent.name if path.name == PEFT_FILE else path.stem
+    return (
+        Adapter(
+            path, name, digest(path), entries, tuple(p for p, _ in programs.most_common()), len(contents.tensors),
+            tuple(unknown),
+        ),
+        misfit,
+    )  # fmt: skip
+
+
+def base(module: nn.Module) -> dict[str, Tensor]:
+    """The weight and the bias of a module, as it has them now."""
+    found = {name: getattr(module, name, None) for name in ("weight", "bias")}
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+
+
+def _entry(contents: Contents, module: str, keys: dict[str, str]) -> Entry:
+    """Raises CheckpointMismatch for parts that are not one adapter, or numbers that cannot be."""
+    path = contents.path
+    parts = {part: contents.tensors[key] for part, key in keys.items()}
+    alpha = None
+    for part in ("alpha", "on_input"):
+        if part in parts and (parts[part].numel() != 1 or not math.isfinite(number := parts[part].double().item())):
+            raise CheckpointMismatch(f"{path}: {keys[part]} is {_brief(parts[part])}, where one number is wanted")
+        if part in parts and part == "alpha":
+            alpha = contents.number(keys["alpha"], number)
+    parts.pop("alpha", None)
+    if "weight" in parts and "on_input" in parts:
+        parts["columns" if parts.pop("on_input") else "rows"] = parts.pop("weight")
+    kind = kinds.find(frozenset(parts))
+    if kind is None:
+        first = next(iter(keys.values()))
+        raise CheckpointMismatch(
+            f"{path}: {first} and the {len(keys) - 1} tensors beside it are not one of "
+            f"{', '.join(kind.title for kind in kinds.KINDS)}: is the file whole?"
+        )
+    for part, tensor in parts.items():
+        key = keys.get(part, keys.get("weight", part))
+        if not tensor.is_floating_point():
+            raise CheckpointMismatch(f"{path}: {key} is of {tensor.dtype}, which are no fractions")
+    spelling = split(next(iter(keys.values())), contents.tensors)[0].removeprefix("base_model.model.unet.")
+    entry = Entry(module, kind, parts, keys, contents.scale(spelling, alpha))
+    if kind.rank and not 0 < entry.rank <= LARGEST_RANK and not (kind.title == "LoKr" and entry.rank == 0):
+        raise CheckpointMismatch(f"{path}: {next(iter(keys.values()))} has rank {entry.rank}, not 1 to {LARGEST_RANK}")
+    return entry
+
+
+def _brief(tensor: Tensor) -> str:
+    return f"{tensor.item()}" if tensor.numel() == 1 else f"of shape {tuple(tensor.shape)}"
+
+
+def _problem(entry: Entry, own: Mapping[str, Tensor]) -> str:
+    """Why an entry does not fit the weight it is for, "" if it does; nothing is computed."""
+    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in own.items()}
+    parts = {name: torch.empty(t.shape, device="meta", dtype=torch.float32) for name, t in entry.parts.items()}
+    try:
+        kinds.difference(entry.kind, parts, entry.scale, meta)
+    except (RuntimeError, ValueError, IndexError) as error:
+        shapes = ", ".join(
+            f"{key} {tuple(entry.parts[part].shape)}" for part, key in entry.keys.items() if part in entry.parts
+        )
+        reason = f": {error}" if isinstance(error, ValueError) else ""
+        return f"{shapes} does not fit {entry.module}, which is {tuple(own['weight'].shape)} in the model{reason}"
+    return ""
+
+
+# -------------------------------------------------------------------- whose
+
+
+@lru_cache(maxsize=len(BASES))
+def _bare(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return catalog.build(catalog.entry(name).config)
+
+
+def bases(contents: Contents) -> list[tuple[str, Adapter]]:
+    """The models of the catalogue that all of a file but a few keys means something in, the best first."""
+    found = []
+    for name in BASES:
+        adapter, misfit = survey(contents, _bare(name))
+        if adapter.entries and not misfit and len(adapter.unknown) <= MOST_UNKNOWN * adapter.total:
+            found.append((name, adapter))
+    return sorted(found, key=lambda row: len(row[1].unknown))
+
+
+def _refusal(contents: Contents, adapter: Adapter, misfit: str, system: nn.Module) -> str:
+    """One line: what a file that does not fit is, or the first thing in it that does not."""
+    fits = [name for name, _ in bases(contents)]
+    own = str(getattr(system, "name", "this model"))
+    begin = f"{contents.path} does not fit {own}"
+    if fits and own not in fits:
+        names = " or ".join(f"{name} ({catalog.entry(name).family})" for name in fits)
+        return f"{begin}: it was made for {names}; {adapter.matched} of its {adapter.total} keys fit here"
+    if misfit:
+        return f"{begin}: {misfit}"
+    if not is_adapter(contents):
+        first = min(contents.tensors, default="none")
+        return f"{contents.path} is no adapter: of its {adapter.total} keys (first: {first:.100}) none is of one"
+    first = adapter.unknown[0]
+    spelling, part = split(first, contents.tensors)
+    near = difflib.get_close_matches(spelling, spellings(system), n=1, cutoff=0.6)
+    hint = f"; nearest: {near[0]}{first[len(spelling) :]}" if near and part else ""
+    return (
+        f"{begin}: {len(adapter.unknown)} of its {adapter.total} keys mean no module of {own} "
+        f"(first: {first:.200}{hint})"
+    )
