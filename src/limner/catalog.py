@@ -368,8 +368,7 @@ def recognise(path: Path, prediction: Literal["eps", "v"] | None = None) -> Fore
         return replace(found, prediction=prediction or found.prediction)
     tensors, metadata = files.read(path)
     if files.CONFIG_KEY not in metadata:
-        if (path.parent / "manifest.json").is_file() and path.parent.parent.name == "checkpoints":
-            run = path.parent.parent.parent
+        if (run := run_of(path)) is not None:
             raise FileProblem(
                 f"{path} is of a checkpoint, which only training reads (--resume {run}, or init_from={path}): to draw, "
                 f"finish the run and give -m {run}"
@@ -378,6 +377,14 @@ def recognise(path: Path, prediction: Literal["eps", "v"] | None = None) -> Fore
     if prediction is not None:
         raise UsageError(f"{path} is a file of Limner's own, which says what it predicts: leave prediction out")
     return None
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run that this file of a checkpoint is of, None for any other file."""
+    folder = path.absolute().parent
+    if folder.parent.name != "checkpoints" or not (folder / "manifest.json").is_file():
+        return None
+    return Path(os.path.relpath(folder.parent.parent))
 
 
 def fitted(found: Foreign) -> AutoencodingSystem | DiffusionSystem:

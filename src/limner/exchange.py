@@ -41,6 +41,8 @@ def inspect(source: str | Path) -> dict[str, Any]:
     if files.CONFIG_KEY in metadata:
         config = catalog.parse(files.config_in(metadata, path), path)
         return told | {"kind": "file of limner", "model": config.name, "family": config.family}
+    if (run := catalog.run_of(path)) is not None:
+        return told | {"kind": "checkpoint of a training run", "needs": f"the run to finish, then -m {run}"}
     told["kind"] = "single file"
     try:
         return told | _model(single_files.recognise(path, tensors))

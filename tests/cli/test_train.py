@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageStat
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from limner import catalog, recipes
@@ -76,11 +76,14 @@ def test_painting_with_a_run_that_was_stopped_asks_to_resume(limner, here):
 
 
 @pytest.mark.parametrize("name", ["ema", "model"])
-def test_painting_with_a_checkpoint_says_what_to_give(limner, here, trained, name):
+def test_painting_with_a_checkpoint_says_what_to_give(limner, here, trained, monkeypatch, name):
     result = limner("fox", "-m", f"run/checkpoints/step-000003/{name}.safetensors")
     assert (result.code, result.out, result.err.count("\n")) == (3, "", 1)
     assert "is of a checkpoint, which only training reads" in result.err
     assert "finish the run and give -m run" in result.err
+    monkeypatch.chdir("run/checkpoints/step-000003")
+    assert "give -m ../.." in limner("fox", "-m", f"{name}.safetensors").err
+    assert "the run to finish, then -m ../.." in limner("inspect", f"{name}.safetensors").out
 
 
 def test_a_run_that_never_saved_starts_anew(limner, here, trained):
@@ -307,11 +310,14 @@ def test_every_tiny_recipe_is_trained_and_draws_by_commands_alone(here, name):
     assert final == f"run/final/{name}.safetensors"
     losses = [json.loads(line)["loss"] for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
-    Image.new("RGBA", (32, 32), "red").save("red.png")
-    words = ("-i", "red.png") if "autoencoder" in name else ("outlined blue square",)
+    disc = Image.new("RGBA", (32, 32))
+    ImageDraw.Draw(disc).ellipse((6, 6, 26, 26), fill=(225, 40, 45, 255))
+    disc.save("disc.png")
+    words = ("-i", "disc.png") if "autoencoder" in name else ("solid red circle",)
     (path,) = limner("generate", *words, "-m", "run", "--seed", "0").splitlines()
-    red, green, blue = ImageStat.Stat(Image.open(path).convert("RGBA").convert("RGBa").convert("RGBA")).mean[:3]
-    assert (red > 200 > 60 > max(green, blue)) if "autoencoder" in name else (blue > 1.5 * red and blue > green)
+    red, green, blue, alpha = (np.array(Image.open(path)) / 255.0).transpose(2, 0, 1)
+    assert abs(alpha - (np.array(disc)[..., 3] > 0)).mean() < 0.15  # a disc, about where it should be
+    assert (red * alpha).sum() > 1.1 * max((green * alpha).sum(), (blue * alpha).sum())
 
 
 def test_ctrl_c_saves_and_ends_with_130(limner, here, monkeypatch):
