@@ -129,8 +129,10 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     Keywords, all optional: negative (str), seed (int; random without), batch, width and height in pixels, steps,
     guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], prompt_dialect ("a1111", "comfyui",
     "plain"), clip_skip from 1, wildcards (folder of .txt files), on_step(done, total); with a Pipeline also lora and
-    embedding (files, or (file, weight), for this time only) and adapter_folder, where `<lora:name:weight>` of the prompt
-    is looked for. What is left out is the model's default. Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
+    embedding (files, or (file, weight), for this time only) and adapter_folder, where `<lora:name:weight>` of the
+    prompt is looked for. What is left out is the model's default.
+
+    Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
     """
     request = prepare(system, prompt=prompt, **values)
     for sentence in ignored(system, request):
