@@ -82,6 +82,9 @@ class Painter(torch.nn.Module):
     def condition(self, prompts, request, negatives):
         return prompts
 
+    def given(self, request, count):
+        return {}
+
     def sample(self, cond, request, noise):
         self.seen += cond
         blank = torch.zeros(4, SIZE, SIZE)

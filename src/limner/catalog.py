@@ -243,8 +243,9 @@ def build(
             f"max_tokens={config.max_tokens}: a prompt has 3 tokens, with its two marks, to {minilm_positions}"
         )
     channels = "channels" if isinstance(network, JointDiTConfig) else "in_channels"
-    if (found := getattr(network, channels)) != latent:
-        more = "; models that see a mask, a picture or depth too are not drawn with yet" if found > latent else ""
+    inpaints = channels == "in_channels" and config.autoencoder.image_channels == 3
+    if (found := getattr(network, channels)) != latent and not (inpaints and found == 2 * latent + 1):
+        more = "; models that see a picture or depth beside them are not drawn with yet" if found > latent else ""
         raise UsageError(f"network.{channels}={found}, but the autoencoder's latents have {latent}{more}")
     text_width = minilm_width if text == "minilm" else text.width
     if network.text_width != text_width:
@@ -422,9 +423,11 @@ def config_of(found: Foreign) -> DiffusionConfig:
     row = CATALOG[name].config
     assert isinstance(row, DiffusionConfig)
     side = found.size or row.defaults.width
+    inpaints = network.in_channels > found.autoencoder.latent_channels
     defaults = replace(
         row.defaults, width=side, height=side, min_size=min(side, row.defaults.min_size),
-        sampler=found.sampler or row.defaults.sampler, schedule=found.schedule or row.defaults.schedule,
+        strength=1.0 if inpaints else row.defaults.strength, sampler=found.sampler or row.defaults.sampler,
+        schedule=found.schedule or row.defaults.schedule,
     )  # fmt: skip
     return replace(
         row, network=network, autoencoder=found.autoencoder, text_encoder=text, interpolant=found.noise,

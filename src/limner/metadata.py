@@ -45,6 +45,7 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "sampler": (str, 1, 100),
     "schedule": (str, 1, 100),
     "strength": (float, 0, 1),
+    "mask_blur": (float, 0, 100),
     "prompt_dialect": (str, 1, 50),
     "clip_skip": (int, 1, 1000),
     "adapters": (list, 1, 100),  # each as `ADAPTER`: of LoRA and its kin, with a weight; without, a learned word
@@ -205,6 +206,7 @@ def to_infotext(settings: dict[str, Any]) -> str:
         "Clip skip": skip if (skip := settings.get("clip_skip", 1)) > 1 else None,
         "Prompt dialect": settings.get("prompt_dialect"),
         "Denoising strength": f"{settings['strength']:.12g}" if "strength" in settings else None,
+        "Mask blur": f"{settings['mask_blur']:.12g}" if "mask_blur" in settings else None,
         "Version": f"limner {settings['limner']}" if "limner" in settings else None,
     }
     adapters = settings.get("adapters", [])
@@ -243,6 +245,7 @@ def from_infotext(text: str) -> dict[str, Any]:
     }
     numbers = {"Steps": ("steps", int), "Seed": ("seed", int), "CFG scale": ("guidance", float)}
     numbers |= {"Denoising strength": ("strength", float), "Clip skip": ("clip_skip", int)}
+    numbers["Mask blur"] = ("mask_blur", float)
     for key, (name, kind) in numbers.items():
         if key in pairs:
             settings[name] = kind(pairs[key])

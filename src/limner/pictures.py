@@ -85,10 +85,27 @@ def open_mask(source: str | Path | Image.Image, image: Image.Image) -> Image.Ima
     return grey
 
 
+def expanded(
+    image: Image.Image, by: tuple[int, int, int, int], mask: Image.Image | None = None
+) -> tuple[Image.Image, Image.Image]:
+    """The RGBA picture with so many pixels more at the left, top, right and bottom, its edges drawn out there, and a
+    mask that is white there and elsewhere what `mask` is, or black."""
+    left, top, right, bottom = by
+    pixels = np.asarray(image)
+    wide = np.pad(pixels, ((top, bottom), (left, right), (0, 0)), mode="edge")
+    whole = Image.new("L", (wide.shape[1], wide.shape[0]), 255)
+    whole.paste(mask if mask is not None else 0, (left, top, left + image.width, top + image.height))
+    return Image.fromarray(wide), whole
+
+
+def mask_tensor(mask: Image.Image, width: int, height: int) -> Tensor:
+    """A mask as `fit` makes it, (1, 1, height, width) in [0, 1]."""
+    return torch.from_numpy(np.array(fit(mask, width, height), dtype=np.float32))[None, None] / 255
+
+
 def to_latents(mask: Image.Image, width: int, height: int, factor: int) -> Tensor:
     """(1, 1, height / factor, width / factor), 1 for each latent of which a pixel may change, else 0."""
-    pixels = torch.from_numpy(np.array(fit(mask, width, height), dtype=np.float32))[None, None] / 255
-    return (F.max_pool2d(pixels, factor) > 0).float()
+    return (F.max_pool2d(mask_tensor(mask, width, height), factor) > 0).float()
 
 
 def softened(mask: Image.Image, blur: float) -> np.ndarray:

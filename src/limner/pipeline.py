@@ -23,6 +23,8 @@ from limner.text.prompts import AND, DIALECTS, Wildcards, expand
 from limner.types import Defaults, GeneratedImage, OnStep, Request, System
 
 MAX_SEED = 2**63 - 1
+MASK_BLUR = 4.0
+MOST_ADDED = 4096
 CHUNK = 8
 """Pictures drawn at once; a larger batch goes in turns, so memory does not grow with it."""
 
@@ -57,6 +59,20 @@ class Pipeline:
             return generate(self.system, prompt, **values)
         finally:
             adapters.restore(before)
+
+    def edit(
+        self,
+        image: str | Path | Image.Image,
+        prompt: str,
+        *,
+        expand: tuple[int, int, int, int] | None = None,
+        **values: Any,
+    ) -> list[GeneratedImage]:
+        """Paint over a picture in its own size, to the nearest that the model draws: `generate` with `image`. `expand`
+        adds pixels to the left, top, right and bottom, which are painted, and keeps the rest."""
+        picture, mask = canvas(image, expand, values.pop("mask", None))
+        size = dict(zip(("width", "height"), size_of(self.system, picture), strict=True))
+        return self.generate(prompt, image=picture, mask=mask, **{**size, **values})
 
     def attach(
         self, file: str | Path, weight: float = 1.0, blocks: Mapping[str, float] | None = None
@@ -127,10 +143,11 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     """Pictures of `prompt`, one for each seed from `seed` on.
 
     Keywords, all optional: negative (str), seed (int; random without), batch, width and height in pixels, steps,
-    guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], prompt_dialect ("a1111", "comfyui",
-    "plain"), clip_skip from 1, wildcards (folder of .txt files), on_step(done, total); with a Pipeline also lora and
-    embedding (files, or (file, weight), for this time only) and adapter_folder, where `<lora:name:weight>` of the
-    prompt is looked for. What is left out is the model's default.
+    guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], mask (as image, white where it is
+    painted, while the rest is kept bit for bit) with mask_blur in pixels, prompt_dialect ("a1111", "comfyui", "plain"),
+    clip_skip from 1, wildcards (folder of .txt files), on_step(done, total); with a Pipeline also lora and embedding
+    (files, or (file, weight), for this time only) and adapter_folder, where `<lora:name:weight>` of the prompt is
+    looked for. What is left out is the model's default.
 
     Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
     """
@@ -140,9 +157,40 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     seeds = [request.seed + i for i in range(request.batch)]
     images = draw(system, list(request.prompts), seeds, request, negatives=list(request.negatives))
     return [
-        GeneratedImage(pictures.to_pil(x), seed, {**describe(system, request, place), "seed": seed})
+        GeneratedImage(finished(x, request), seed, {**describe(system, request, place), "seed": seed})
         for place, (x, seed) in enumerate(zip(images, seeds, strict=True))
     ]
+
+
+def canvas(
+    image: str | Path | Image.Image, expand: tuple[int, int, int, int] | None, mask: str | Path | Image.Image | None
+) -> tuple[Image.Image, Image.Image | None]:
+    """The picture to edit and the mask, after `expand`. Raises UsageError, ImageProblem."""
+    picture = pictures.open_image(image)
+    found = None if mask is None else pictures.open_mask(mask, picture)
+    if expand is None:
+        return picture, found
+    if len(expand) != 4 or not all(isinstance(n, int) and 0 <= n <= MOST_ADDED for n in expand) or not any(expand):
+        raise UsageError(
+            f"expand is {expand!r}: give pixels for left, top, right and bottom, 0 to {MOST_ADDED}, not all 0"
+        )
+    return pictures.expanded(picture, expand, found)
+
+
+def size_of(system: System, picture: Image.Image) -> tuple[int, int]:
+    """The width and height nearest to those of a picture, in its shape, that the system draws."""
+    low, high, grid = system.defaults.min_size, system.defaults.max_size, system.grid
+    scale = min(high / max(picture.size), max(1.0, low / min(picture.size)))
+    return tuple(min(max(round(n * scale / grid) * grid, low), high) for n in picture.size)  # type: ignore[return-value]
+
+
+def finished(image: Tensor, request: Request) -> Image.Image:
+    """The picture drawn, with what a mask keeps of the one given."""
+    picture = pictures.to_pil(image)
+    if request.mask is None:
+        return picture
+    assert request.image is not None
+    return pictures.paste(picture, request.image, request.mask, request.mask_blur)
 
 
 @torch.inference_mode()
@@ -166,11 +214,8 @@ def draw(
         noise = noise_source(some, device)
         # 2. the words
         cond = system.condition(words, request, negatives[begin : begin + chunk])
-        # 3. from noise, or from the latents of the picture given, to latents
-        begun: dict[str, Any] = {}
-        if request.image is not None:
-            picture = pictures.to_tensor(request.image, request.width, request.height).to(device)
-            begun["start"] = system.encode(picture).expand(len(words), -1, -1, -1)  # type: ignore[attr-defined]
+        # 3. from noise, or from the picture given, to latents
+        begun = system.given(request, len(words))
         told = replace(request, on_step=_overall(request.on_step, turn, len(turns)))
         latents = system.sample(cond, told, noise, **begun)
         # 4. latents to pixels
@@ -222,6 +267,8 @@ def check(
     schedule: str | None = None,
     image: str | Path | Image.Image | None = None,
     strength: float | None = None,
+    mask: str | Path | Image.Image | None = None,
+    mask_blur: float | None = None,
     prompt_dialect: str | None = None,
     clip_skip: int | None = None,
     wildcards: str | Path | None = None,
@@ -242,6 +289,12 @@ def check(
     if image is not None:
         image = pictures.open_image(image)
         strength = _number("strength", defaults.strength if strength is None else strength, 0, 1, above=True)
+    if mask is not None:
+        if not isinstance(image, Image.Image):
+            raise UsageError("a mask says where to paint over a picture, but no picture was given: add -i IMAGE")
+        mask = pictures.open_mask(mask, image)
+    elif mask_blur is not None:
+        raise UsageError("mask_blur is how softly a mask ends, but no mask was given: add --mask IMAGE")
     sizes = [
         _size(name, default if value is None else value, defaults, grid)
         for name, value, default in (("width", width, defaults.width), ("height", height, defaults.height))
@@ -283,6 +336,8 @@ def check(
         schedule=schedule,
         image=image,
         strength=strength,
+        mask=mask,
+        mask_blur=_number("mask_blur", MASK_BLUR if mask_blur is None else mask_blur, 0, 100),
         on_step=on_step,
     )
 
@@ -364,6 +419,8 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
         settings["model_hash"] = system.model_hash
     if request.image is not None:
         settings["strength"] = request.strength
+    if request.mask is not None:
+        settings["mask_blur"] = request.mask_blur
     if adapters := getattr(system, "adapters", None):
         settings |= {"adapters": adapters.settings()} if adapters.on else {}
     return settings

@@ -87,7 +87,8 @@ class Request:
     """A picture asked for, complete: `pipeline.prepare` has filled in the model's defaults and checked every value.
 
     `prompts` and `negatives` are those of each picture of the batch, expanded by its seed. `prompt_dialect` and
-    `clip_skip` are None where the model's own will do."""
+    `clip_skip` are None where the model's own will do. `mask` has the size of `image`, white where it is painted, and
+    its edges fade over `mask_blur` pixels."""
 
     prompt: str
     negative: str
@@ -101,6 +102,8 @@ class Request:
     schedule: str
     image: Image.Image | None = None
     strength: float | None = None
+    mask: Image.Image | None = None
+    mask_blur: float = 0.0
     prompts: tuple[str, ...] = ()
     negatives: tuple[str, ...] = ()
     prompt_dialect: str | None = None
@@ -179,7 +182,11 @@ class System(Protocol):
         """What a prompt keeps for steps that do not come."""
         ...
 
-    def sample(self, cond: Any, request: Request, noise: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+    def given(self, request: Request, count: int) -> dict[str, Tensor]:
+        """What `sample` is given, as keywords, of the picture and the mask of a request, for `count` pictures."""
+        ...
+
+    def sample(self, cond: Any, request: Request, noise: Callable[[tuple[int, ...]], Tensor], **given: Any) -> Tensor:
         """Latents of one picture a row; `noise(shape)` draws fresh noise for every row, shape without the batch."""
         ...
 

@@ -102,6 +102,13 @@ def generate_command(
             help="With -i, above 0: a little keeps the picture, 1 forgets it; icons wants 0.75 to 0.95. [default: 0.8]",
         ),
     ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option("--mask", help="With -i: white where to paint; what is black is kept, bit for bit."),
+    ] = None,
+    mask_blur: Annotated[
+        float | None, typer.Option("--mask-blur", help="Pixels over which the painting fades in. [default: 4]")
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -135,6 +142,43 @@ def generate_command(
     [a:b:0.5], [a|b], AND, at any length. What no option says, the model's defaults do; the sizes and defaults below are
     those of icons.
     """
+    paint(**locals())
+
+
+def paint(
+    *,
+    prompt: str | None = None,
+    output: str | None = None,
+    model: str | None = None,
+    negative: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int | None = None,
+    sampler: str | None = None,
+    schedule: str | None = None,
+    batch: int = 1,
+    dialect: str | None = None,
+    clip_skip: int | None = None,
+    wildcards: Path | None = None,
+    image: Path | None = None,
+    strength: float | None = None,
+    mask: Path | None = None,
+    mask_blur: float | None = None,
+    lora: list[str] | None = None,
+    embedding: list[str] | None = None,
+    adapter_folder: Path | None = None,
+    settings: Path | None = None,
+    dtype: str = "auto",
+    prediction: str | None = None,
+    device: str = "auto",
+    as_json: bool = False,
+    dry_run: bool = False,
+    expand: tuple[int, int, int, int] | None = None,
+    keep_size: bool = False,
+) -> None:
+    """What `generate` and `edit` do; `keep_size` takes the size of `image`, and `expand` adds pixels at its sides."""
     flags = {
         "prompt": prompt,
         "model": model,
@@ -147,11 +191,12 @@ def generate_command(
         "sampler": sampler,
         "schedule": schedule,
         "strength": strength,
+        "mask_blur": mask_blur,
         "prompt_dialect": dialect,
         "clip_skip": clip_skip,
         "wildcards": wildcards,
     }
-    remembered = _remembered(settings, image, model) if settings else {}
+    remembered = _remembered(settings, image, mask, model) if settings else {}
     painted_with, adapters = remembered.pop("model_hash", None), remembered.pop("adapters", [])
     asked = remembered | {k: v for k, v in flags.items() if v is not None}
     if "prompt" not in asked and image is None:
@@ -176,7 +221,14 @@ def generate_command(
     asked["prompt"], told = _attach(pipe, asked["prompt"], [*(lora or []), *(embedding or [])], adapters, folders)
     for sentence in told:
         print(f"limner: {sentence}", file=sys.stderr)
-    request = pipeline.prepare(pipe.system, **asked, batch=batch, image=image)
+    given: dict[str, Any] = {"image": image, "mask": mask}
+    if expand is not None or keep_size:
+        assert image is not None
+        given["image"], given["mask"] = pipeline.canvas(image, expand, mask)
+        for name, side in zip(("width", "height"), pipeline.size_of(pipe.system, given["image"]), strict=True):
+            asked.setdefault(name, side)
+    request = pipeline.prepare(pipe.system, **asked, batch=batch, **given)
+    given["image"] = request.image
     paths = [] if output == "-" else _paths(output, request)
     for path in paths:
         metadata.check_writable(path, size=4 * request.width * request.height * request.batch)
@@ -194,7 +246,7 @@ def generate_command(
     print(f"seed {request.seed}, {pipe.system.name} on {pipeline.computes(pipe.system)}", file=sys.stderr)
     with _progress() as on_step, warnings.catch_warnings():
         warnings.simplefilter("ignore", Ignored)  # told above
-        pictures = pipe.generate(**asked, batch=batch, image=request.image, on_step=on_step)
+        pictures = pipe.generate(**asked, batch=batch, **given, on_step=on_step)
     if output == "-":
         sys.stdout.buffer.write(metadata.encode_png(pictures[0].image, pictures[0].settings))
         return
@@ -208,7 +260,7 @@ def generate_command(
         print(*saved, sep="\n")
 
 
-def _remembered(path: Path, image: Path | None, model: str | None) -> dict[str, Any]:
+def _remembered(path: Path, image: Path | None, mask: Path | None, model: str | None) -> dict[str, Any]:
     """The settings in `path` that can be asked for again. Weights are never loaded because a picture names them."""
     from limner import catalog
 
@@ -220,6 +272,8 @@ def _remembered(path: Path, image: Path | None, model: str | None) -> dict[str, 
         )
     if "strength" in settings and image is None:
         raise UsageError(f"{str(path)!r} was painted over another picture, which it does not hold: add -i PICTURE")
+    if "mask_blur" in settings and mask is None:
+        raise UsageError(f"{str(path)!r} was painted under a mask, which it does not hold: add --mask MASK")
     return {k: v for k, v in settings.items() if k != "limner"}
 
 

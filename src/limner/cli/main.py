@@ -23,6 +23,7 @@ from typer.exceptions import TyperException
 import limner
 from limner.cli.convert import convert_command
 from limner.cli.data import data_command
+from limner.cli.edit import edit_command
 from limner.cli.evaluate import evaluate_command
 from limner.cli.generate import STYLES, generate_command
 from limner.cli.inspect import inspect_command
@@ -32,6 +33,7 @@ from limner.errors import INTERRUPTED, FileProblem, LimnerError, OutOfMemory, Us
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate_command,
+    "edit": edit_command,
     "models": models_command,
     "recipes": recipes_command,
     "inspect": inspect_command,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from limner import pictures
 from limner.errors import UsageError
 from limner.nn.convolution import ChannelToSpace, ResidualBlock, SpaceToChannel
 from limner.text.prompts import Dialect
@@ -113,6 +114,14 @@ class AutoencodingSystem(nn.Module):
         """The latents of the picture given, or standard normal ones: the prior of a variational autoencoder."""
         shape = (self.autoencoder.channels, request.height // self.grid, request.width // self.grid)
         return noise(shape) if start is None else start
+
+    def given(self, request: Request, count: int) -> dict[str, Tensor]:
+        """What `sample` is given of the picture of a request, for `count` pictures."""
+        if request.image is None:
+            return {}
+        picture = pictures.to_tensor(request.image, request.width, request.height)
+        device = next(self.autoencoder.parameters()).device
+        return {"start": self.encode(picture.to(device)).expand(count, -1, -1, -1)}
 
     def encode(self, images: Images) -> Latents:
         with torch.no_grad():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from limner import pictures
 from limner.errors import UsageError
 from limner.models.unet import micro_conditioning
 from limner.sampling import samplers, schedules
@@ -74,6 +75,8 @@ class DiffusionSystem(nn.Module):
         self.text_encoder = text_encoder.requires_grad_(False)
         self.interpolant, self.prediction, self.caption_dropout = interpolant, prediction, caption_dropout
         self.grid = self.autoencoder.factor
+        self.beside = getattr(network.config, "in_channels", self.autoencoder.channels) - self.autoencoder.channels
+        """Channels that the network sees beside the latents."""
         self.dialects: tuple[Dialect, ...] = text_encoder.dialects  # type: ignore[assignment]
         self.clip_skip: int | None = text_encoder.clip_skip  # type: ignore[assignment]
 
@@ -180,7 +183,7 @@ class DiffusionSystem(nn.Module):
     def words_unreached(self, text: str, request: Request) -> list[str]:
         return unreached(text, len(self.sigmas(request)) - 1) if self.dialect(request) == "a1111" else []
 
-    def denoiser(self, prompts: Prompts, guidance: float) -> Denoise:
+    def denoiser(self, prompts: Prompts, guidance: float, beside: Tensor | None = None) -> Denoise:
         """The denoiser a solver asks, guided within the model's interval: a row of the network for each part and the
         negative prompt of a picture there, one row elsewhere and with guidance 1 if there is nothing to compose."""
         first = next(self.network.parameters())
@@ -191,6 +194,8 @@ class DiffusionSystem(nn.Module):
 
         def predict(x: Tensor, sigma: float, cond: Conditioning) -> Tensor:
             seen = self.interpolant.input_scale(sigma) * x
+            if beside is not None:
+                seen = torch.cat([seen, beside.repeat(len(x) // len(beside), 1, 1, 1)], dim=1)
             t = torch.full((len(x),), self.interpolant.time(sigma), device=x.device)
             output = self.network(seen.to(dtype), t, cond).to(x.dtype)
             return self.prediction.to_x0(output, x, self.interpolant.alpha(sigma), sigma)
@@ -207,21 +212,55 @@ class DiffusionSystem(nn.Module):
         both = guided(pair, classifier_free(guidance))
         return within(self.defaults.guidance_interval, both, plain, self.interpolant)
 
+    def given(self, request: Request, count: int) -> dict[str, Tensor]:
+        """What `sample` is given of the picture and the mask of a request, for `count` pictures."""
+        device, found = next(self.network.parameters()).device, {}
+        width, height = request.width, request.height
+        picture = None
+        if request.image is not None:
+            picture = pictures.to_tensor(request.image, width, height).to(device)
+            found["start"] = self.encode(picture)
+        if self.beside:
+            found["beside"] = self.seen(picture, request)
+        elif request.mask is not None:
+            found["paint"] = pictures.to_latents(request.mask, width, height, self.grid).to(device)
+        return {name: value.expand(count, -1, -1, -1) for name, value in found.items()}
+
+    def seen(self, picture: Tensor | None, request: Request) -> Latents:
+        """What an inpainting network sees beside x: the mask, and the latents of the picture without what is under it
+        (1, 1 + channels, h, w). Without a mask, or a picture, all is to be painted."""
+        width, height = request.width, request.height
+        device = next(self.network.parameters()).device
+        mask = torch.ones(1, 1, height, width, device=device)
+        kept = torch.zeros(1, 3, height, width, device=device)
+        if picture is not None and request.mask is not None:
+            mask = (pictures.mask_tensor(request.mask, width, height).to(device) >= 0.5).float()
+            kept = (picture[:, :3] + 1 - picture[:, 3:]) * (1 - mask)
+        small = F.interpolate(mask, (height // self.grid, width // self.grid), mode="nearest")
+        return torch.cat([small, self.autoencoder.encode(kept)], dim=1)
+
     def sample(
-        self, cond: Turns, request: Request, noise: Callable[[tuple[int, ...]], Tensor], start: Latents | None = None
+        self,
+        cond: Turns,
+        request: Request,
+        noise: Callable[[tuple[int, ...]], Tensor],
+        start: Latents | None = None,
+        paint: Tensor | None = None,
+        beside: Tensor | None = None,
     ) -> Latents:
-        """`start` are latents to begin from (img2img), walked from `request.strength` of the way into noise. What is
+        """`start` are latents to begin from (img2img), walked from `request.strength` of the way into noise; `paint`
+        (b, 1, h, w) is 0 where they stay what they are. `beside` are channels that the network sees beside x. What is
         told changes with the steps done, however often a sampler asks in a step."""
         shape = (self.autoencoder.channels, request.height // self.grid, request.width // self.grid)
         sigmas = self.sigmas(request)
         eps = noise(shape)
-        if start is None:
+        if start is None or (request.mask is not None and request.strength == 1):  # it knows nothing of what was there
             bare = request.sampler in schedules.BARE and request.schedule != "leading"
             x = sigmas[0] * eps if bare else self.interpolant.start(eps, sigmas[0])
         else:
             x = self.interpolant.mix(start, eps, sigmas[0])
         sampler = samplers.get(request.sampler)
-        denoiser = lru_cache(maxsize=1)(lambda turn: self.denoiser(cond[turn][1], request.guidance))
+        denoiser = lru_cache(maxsize=1)(lambda turn: self.denoiser(cond[turn][1], request.guidance, beside))
         steps = 0
 
         def on_step(done: int, total: int) -> None:
@@ -232,7 +271,8 @@ class DiffusionSystem(nn.Module):
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             turn = next(k for k, (until, _) in enumerate(cond) if steps < until)
-            return denoiser(turn)(x, sigma)
+            x0 = denoiser(turn)(x, sigma)
+            return x0 if paint is None else torch.lerp(start, x0, paint)  # type: ignore[arg-type]
 
         x = sampler(denoise, x, sigmas, self.interpolant, noise=lambda: noise(shape), on_step=on_step)
         return self.interpolant.input_scale(sigmas[-1]) * x

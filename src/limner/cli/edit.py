@@ -1,0 +1,53 @@
+"""`limner edit`: paint over a picture in its own size, under a mask, or beyond its edges."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from limner.cli.generate import generate_command, paint
+
+SHARED = (
+    "output", "model", "negative", "steps", "guidance", "seed", "sampler", "schedule", "batch", "dialect", "clip_skip",
+    "wildcards", "strength", "mask", "mask_blur", "lora", "embedding", "adapter_folder", "dtype", "prediction",
+    "device", "as_json", "dry_run",
+)  # fmt: skip
+OWN: dict[str, tuple[Any, Any]] = {
+    "image": (Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or WebP.")], inspect.Parameter.empty),
+    "prompt": (Annotated[str, typer.Argument(help="What to paint.")], inspect.Parameter.empty),
+    "expand": (
+        Annotated[
+            tuple[int, int, int, int] | None,
+            typer.Option(help="Pixels to add at the left, top, right and bottom, and to paint.", metavar="L T R B"),
+        ],
+        None,
+    ),
+}
+
+
+def edit_command(**options: Any) -> None:
+    """Paint PROMPT over IMAGE in its own size, and print the path of the PNG.
+
+    With --mask only where that is white; with --expand beyond its edges. What is not painted is kept, bit for bit.
+    """
+    paint(**options, keep_size=True)
+
+
+def _as_generate() -> None:
+    """Its options are those of `generate` that mean something here, and its own."""
+    hints = get_type_hints(generate_command, include_extras=True)
+    theirs = inspect.signature(generate_command).parameters
+    rows = OWN | {name: (hints[name], theirs[name].default) for name in SHARED}
+    edit_command.__annotations__ = {name: kind for name, (kind, _) in rows.items()} | {"return": None}
+    edit_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for name, (kind, default) in rows.items()
+        ]
+    )
+
+
+_as_generate()
