@@ -46,6 +46,12 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "schedule": (str, 1, 100),
     "strength": (float, 0, 1),
     "mask_blur": (float, 0, 100),
+    "guidance_kind": (str, 1, 50),
+    "guidance_rescale": (float, 0, 1),
+    "guidance_mimic": (float, 0, 100),
+    "guidance_interval": (list, 2, 2),
+    "variation": (float, 0, 1),
+    "variation_seed": (int, 0, 2**63 - 1),
     "prompt_dialect": (str, 1, 50),
     "clip_skip": (int, 1, 1000),
     "adapters": (list, 1, 100),  # each as `ADAPTER`: of LoRA and its kin, with a weight; without, a learned word
@@ -56,6 +62,14 @@ ADAPTER: dict[str, tuple[type, float, float]] = {
     "weight": (float, -100, 100),
     "blocks": (dict, 1, 1000),  # factors of blocks
 }
+
+NUMBERS = {
+    "Mask blur": "mask_blur",
+    "Variation seed": "variation_seed",
+    "Variation seed strength": "variation",
+    "CFG Rescale phi": "guidance_rescale",
+    "Mimic scale": "guidance_mimic",
+}  # infotext -> setting
 
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
@@ -206,7 +220,8 @@ def to_infotext(settings: dict[str, Any]) -> str:
         "Clip skip": skip if (skip := settings.get("clip_skip", 1)) > 1 else None,
         "Prompt dialect": settings.get("prompt_dialect"),
         "Denoising strength": f"{settings['strength']:.12g}" if "strength" in settings else None,
-        "Mask blur": f"{settings['mask_blur']:.12g}" if "mask_blur" in settings else None,
+        **{key: f"{settings[name]:.12g}" if name in settings else None for key, name in NUMBERS.items()},
+        "Guidance kind": settings.get("guidance_kind"),
         "Version": f"limner {settings['limner']}" if "limner" in settings else None,
     }
     adapters = settings.get("adapters", [])
@@ -245,7 +260,7 @@ def from_infotext(text: str) -> dict[str, Any]:
     }
     numbers = {"Steps": ("steps", int), "Seed": ("seed", int), "CFG scale": ("guidance", float)}
     numbers |= {"Denoising strength": ("strength", float), "Clip skip": ("clip_skip", int)}
-    numbers["Mask blur"] = ("mask_blur", float)
+    numbers |= {key: (name, int if name.endswith("seed") else float) for key, name in NUMBERS.items()}
     for key, (name, kind) in numbers.items():
         if key in pairs:
             settings[name] = kind(pairs[key])

@@ -19,6 +19,7 @@ from limner import __version__, catalog, names, pictures
 from limner.adapters import asking, attaching
 from limner.errors import FileProblem, Ignored, UnknownName, UsageError
 from limner.sampling import samplers, schedules
+from limner.sampling.guidance import WAYS
 from limner.text.prompts import AND, DIALECTS, Wildcards, expand
 from limner.types import Defaults, GeneratedImage, OnStep, Request, System
 
@@ -27,6 +28,12 @@ MASK_BLUR = 4.0
 MOST_ADDED = 4096
 CHUNK = 8
 """Pictures drawn at once; a larger batch goes in turns, so memory does not grow with it."""
+
+
+SELDOM = {
+    "guidance_kind": "cfg", "guidance_rescale": 0.0, "guidance_mimic": 0.0, "guidance_interval": None, "variation": 0.0,
+}  # fmt: skip
+"""What a picture remembers only where it was asked for, and what is said by leaving it out."""
 
 
 class Pipeline:
@@ -145,7 +152,9 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     Keywords, all optional: negative (str), seed (int; random without), batch, width and height in pixels, steps,
     guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], mask (as image, white where it is
     painted, while the rest is kept bit for bit) with mask_blur in pixels, prompt_dialect ("a1111", "comfyui", "plain"),
-    clip_skip from 1, wildcards (folder of .txt files), on_step(done, total); with a Pipeline also lora and embedding
+    clip_skip from 1, wildcards (folder of .txt files), guidance_kind ("cfg", "apg", "cfg_zero"), guidance_rescale 0 to
+    1, guidance_mimic (a scale), guidance_interval (low, high, of the noise), variation 0 to 1 towards the noise of
+    variation_seed, on_step(done, total); with a Pipeline also lora and embedding
     (files, or (file, weight), for this time only) and adapter_folder, where `<lora:name:weight>` of the prompt is
     looked for. What is left out is the model's default.
 
@@ -154,7 +163,7 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     request = prepare(system, prompt=prompt, **values)
     for sentence in ignored(system, request):
         warnings.warn(sentence, Ignored, stacklevel=3)
-    seeds = [request.seed + i for i in range(request.batch)]
+    seeds = [request.seed + (0 if request.variation else i) for i in range(request.batch)]
     images = draw(system, list(request.prompts), seeds, request, negatives=list(request.negatives))
     return [
         GeneratedImage(finished(x, request), seed, {**describe(system, request, place), "seed": seed})
@@ -212,6 +221,9 @@ def draw(
         words, some = prompts[begin : begin + chunk], seeds[begin : begin + chunk]
         # 1. one noise source a picture, so that a picture does not depend on its neighbours
         noise = noise_source(some, device)
+        if request.variation:
+            others = [request.variation_seed + begin + k for k in range(len(some))]
+            noise = varied(noise, noise_source(others, device), request.variation)
         # 2. the words
         cond = system.condition(words, request, negatives[begin : begin + chunk])
         # 3. from noise, or from the picture given, to latents
@@ -236,6 +248,33 @@ def noise_source(seeds: list[int], device: torch.device | str) -> Callable[[tupl
     depends on its seed alone, not on batch, device or precision."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return lambda shape: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+
+def varied(
+    noise: Callable[[tuple[int, ...]], Tensor], other: Callable[[tuple[int, ...]], Tensor], share: float
+) -> Callable[[tuple[int, ...]], Tensor]:
+    """`noise` whose first draw is turned towards that of `other`, by `share` of the angle between them (slerp), picture
+    by picture: so its variance stays what it was."""
+    first = True
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        nonlocal first
+        eps, first, turned = noise(shape), False, first
+        return slerp(eps, other(shape), share) if turned else eps
+
+    return draw
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """From a to b along the great circle (Shoemake 1985), each row of (b, ...) by itself."""
+    one, two = (x.flatten(1).double() for x in (a, b))
+    angle = torch.cosine_similarity(one, two).clamp(-1, 1).acos()
+    if (angle < 1e-4).any():  # the same noise
+        return torch.lerp(a, b, share)
+    shape = (-1, *[1] * (a.dim() - 1))
+    weights = (torch.sin(part * angle) / torch.sin(angle) for part in (1 - share, share))
+    near, far = (w.view(shape).to(a.dtype) for w in weights)
+    return near * a + far * b
 
 
 # -------------------------------------------------------------------- requests
@@ -269,6 +308,12 @@ def check(
     strength: float | None = None,
     mask: str | Path | Image.Image | None = None,
     mask_blur: float | None = None,
+    guidance_kind: str | None = None,
+    guidance_rescale: float | None = None,
+    guidance_mimic: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    variation: float | None = None,
+    variation_seed: int | None = None,
     prompt_dialect: str | None = None,
     clip_skip: int | None = None,
     wildcards: str | Path | None = None,
@@ -305,6 +350,11 @@ def check(
     schedule = schedules.settle(schedule, sampler)
     seed = _whole("seed", secrets.randbelow(2**32) if seed is None else seed, 0, MAX_SEED - 100_000)
     batch = _whole("batch", 1 if batch is None else batch, 1, 1024)
+    if variation_seed is not None and not variation:
+        raise UsageError("variation_seed is of the noise to turn towards, by variation, which is 0: give 0 to 1 of it")
+    kind = "cfg" if guidance_kind is None else guidance_kind
+    if kind not in WAYS:
+        raise UnknownName("guidance kind", str(kind), WAYS)
     if prompt_dialect is not None and prompt_dialect not in DIALECTS:
         raise UnknownName("prompt dialect", str(prompt_dialect), DIALECTS)
     if not isinstance(wildcards, str | Path | None):
@@ -338,6 +388,12 @@ def check(
         strength=strength,
         mask=mask,
         mask_blur=_number("mask_blur", MASK_BLUR if mask_blur is None else mask_blur, 0, 100),
+        guidance_kind=kind,
+        guidance_rescale=_number("guidance_rescale", guidance_rescale or 0, 0, 1),
+        guidance_mimic=_number("guidance_mimic", guidance_mimic or 0, 0, 100),
+        guidance_interval=None if guidance_interval is None else _interval(guidance_interval),
+        variation=_number("variation", variation or 0, 0, 1),
+        variation_seed=_whole("variation_seed", variation_seed or 0, 0, MAX_SEED - 100_000),
         on_step=on_step,
     )
 
@@ -383,6 +439,9 @@ def ignored(system: System, request: Request) -> list[str]:
         told.append(f"clip skip has no effect: {system.name} does not read prompts with CLIP")
     if adapters := getattr(system, "adapters", None):
         told += adapters.unused(*request.prompts, *request.negatives)
+    kinds = [name for name in SELDOM if name.startswith("guidance") and getattr(request, name) != SELDOM[name]]
+    if kinds and request.guidance == 1:
+        told.append(f"{' and '.join(kinds)} have no effect at guidance 1: ask for more guidance")
     if request.negative.strip() and request.guidance == 1:
         told.append("the negative prompt has no effect at guidance 1: ask for more guidance")
     if request.image is not None:
@@ -411,6 +470,11 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
     settings: dict[str, Any] = {"limner": __version__, "model": system.name}
     settings |= {"prompt": request.prompts[place], "negative": request.negatives[place]}
     settings |= {name: getattr(request, name) for name in kept}
+    for name, nothing in SELDOM.items():
+        if (value := getattr(request, name)) != nothing:
+            settings[name] = list(value) if isinstance(value, tuple) else value
+    if request.variation:
+        settings["variation_seed"] = request.variation_seed + place
     if len(system.dialects) > 1:
         settings["prompt_dialect"] = request.prompt_dialect or system.dialects[0]
     if system.clip_skip is not None:
@@ -442,6 +506,15 @@ def _number(name: str, value: Any, low: float, high: float, above: bool = False)
     if not fits or isinstance(value, bool):
         raise UsageError(f"{name} is {value!r}: give a number {'above' if above else 'from'} {low}, at most {high}")
     return float(value)
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise UsageError(f"guidance_interval is {value!r:.50}: give two rising numbers from 0 to 1")
+    low, high = (_number("guidance_interval", end, 0, 1) for end in value)
+    if low > high:
+        raise UsageError(f"guidance_interval is {low:g} to {high:g}: give two rising numbers from 0 to 1")
+    return low, high
 
 
 def _size(name: str, value: Any, defaults: Defaults, grid: int) -> int:

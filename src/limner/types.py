@@ -88,7 +88,9 @@ class Request:
 
     `prompts` and `negatives` are those of each picture of the batch, expanded by its seed. `prompt_dialect` and
     `clip_skip` are None where the model's own will do. `mask` has the size of `image`, white where it is painted, and
-    its edges fade over `mask_blur` pixels."""
+    its edges fade over `mask_blur` pixels. `guidance_kind`, `_rescale` and `_mimic` are `way`, `rescale` and `mimic` of
+    `limner.sampling.guidance.Guidance`. `variation` is how much of the first noise is that of `variation_seed` + place;
+    all pictures have the same seed then."""
 
     prompt: str
     negative: str
@@ -104,6 +106,12 @@ class Request:
     strength: float | None = None
     mask: Image.Image | None = None
     mask_blur: float = 0.0
+    guidance_kind: str = "cfg"
+    guidance_rescale: float = 0.0
+    guidance_mimic: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
+    variation: float = 0.0
+    variation_seed: int = 0
     prompts: tuple[str, ...] = ()
     negatives: tuple[str, ...] = ()
     prompt_dialect: str | None = None

@@ -12,8 +12,9 @@ from limner.cli.generate import generate_command, paint
 
 SHARED = (
     "output", "model", "negative", "steps", "guidance", "seed", "sampler", "schedule", "batch", "dialect", "clip_skip",
-    "wildcards", "strength", "mask", "mask_blur", "lora", "embedding", "adapter_folder", "dtype", "prediction",
-    "device", "as_json", "dry_run",
+    "wildcards", "strength", "mask", "mask_blur", "variation", "variation_seed", "guidance_kind",
+    "guidance_rescale", "guidance_mimic", "guidance_interval", "lora", "embedding", "adapter_folder", "dtype",
+    "prediction", "device", "as_json", "dry_run",
 )  # fmt: skip
 OWN: dict[str, tuple[Any, Any]] = {
     "image": (Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or WebP.")], inspect.Parameter.empty),
@@ -29,9 +30,10 @@ OWN: dict[str, tuple[Any, Any]] = {
 
 
 def edit_command(**options: Any) -> None:
-    """Paint PROMPT over IMAGE in its own size, and print the path of the PNG.
+    """Paint PROMPT over IMAGE in its own size.
 
-    With --mask only where that is white; with --expand beyond its edges. What is not painted is kept, bit for bit.
+    Prints the path of the PNG. With --mask only where that is white; with --expand beyond its edges. What is not
+    painted is kept, bit for bit.
     """
     paint(**options, keep_size=True)
 

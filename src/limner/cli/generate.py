@@ -109,6 +109,23 @@ def generate_command(
     mask_blur: Annotated[
         float | None, typer.Option("--mask-blur", help="Pixels over which the painting fades in. [default: 4]")
     ] = None,
+    variation: Annotated[
+        float | None, typer.Option("--variation", help="A picture like that of the seed: 0.1 is near, 1 is another.")
+    ] = None,
+    variation_seed: Annotated[int | None, typer.Option("--variation-seed", help="Which of them. [default: 0]")] = None,
+    guidance_kind: Annotated[
+        str | None, typer.Option("--guidance-kind", help="cfg, apg (no burnt colours) or cfg_zero. [default: cfg]")
+    ] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option("--guidance-rescale", help="0 to 1: takes back contrast that guidance adds.")
+    ] = None,
+    guidance_mimic: Annotated[
+        float | None, typer.Option("--guidance-mimic", help="Keep to the range of colours of this guidance.")
+    ] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option("--guidance-interval", metavar="LOW HIGH", help="Guide only at these levels of noise, 0 to 1."),
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -166,6 +183,12 @@ def paint(
     strength: float | None = None,
     mask: Path | None = None,
     mask_blur: float | None = None,
+    variation: float | None = None,
+    variation_seed: int | None = None,
+    guidance_kind: str | None = None,
+    guidance_rescale: float | None = None,
+    guidance_mimic: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
     lora: list[str] | None = None,
     embedding: list[str] | None = None,
     adapter_folder: Path | None = None,
@@ -192,6 +215,12 @@ def paint(
         "schedule": schedule,
         "strength": strength,
         "mask_blur": mask_blur,
+        "variation": variation,
+        "variation_seed": variation_seed,
+        "guidance_kind": guidance_kind,
+        "guidance_rescale": guidance_rescale,
+        "guidance_mimic": guidance_mimic,
+        "guidance_interval": guidance_interval,
         "prompt_dialect": dialect,
         "clip_skip": clip_skip,
         "wildcards": wildcards,

@@ -16,7 +16,7 @@ from limner import pictures
 from limner.errors import UsageError
 from limner.models.unet import micro_conditioning
 from limner.sampling import samplers, schedules
-from limner.sampling.guidance import classifier_free, composed, guided, within
+from limner.sampling.guidance import Combine, Guidance, combining, composed, guided, within
 from limner.sampling.interpolants import Interpolant
 from limner.sampling.predictions import Prediction
 from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, unreached
@@ -183,9 +183,12 @@ class DiffusionSystem(nn.Module):
     def words_unreached(self, text: str, request: Request) -> list[str]:
         return unreached(text, len(self.sigmas(request)) - 1) if self.dialect(request) == "a1111" else []
 
-    def denoiser(self, prompts: Prompts, guidance: float, beside: Tensor | None = None) -> Denoise:
-        """The denoiser a solver asks, guided within the model's interval: a row of the network for each part and the
-        negative prompt of a picture there, one row elsewhere and with guidance 1 if there is nothing to compose."""
+    def denoiser(
+        self, prompts: Prompts, combine: Combine | None, interval: tuple[float, float], beside: Tensor | None = None
+    ) -> Denoise:
+        """The denoiser a solver asks, guided by `combine` (None is not at all) within an `interval`: a row of the
+        network for each part and the negative prompt of a picture there, one row elsewhere and without guidance if
+        there is nothing to compose."""
         first = next(self.network.parameters())
         dtype, count = first.dtype, len(prompts.parts) + 1
         told = [c.map(lambda v: v.to(dtype) if v.is_floating_point() else v) for c in (*prompts.parts, prompts.uncond)]
@@ -207,10 +210,9 @@ class DiffusionSystem(nn.Module):
         def plain(x: Tensor, sigma: float) -> Tensor:
             return predict(x, sigma, told[0]) if prompts.alone else pair(x, sigma)[0]
 
-        if guidance == 1:
+        if combine is None:
             return plain
-        both = guided(pair, classifier_free(guidance))
-        return within(self.defaults.guidance_interval, both, plain, self.interpolant)
+        return within(interval, guided(pair, combine), plain, self.interpolant)
 
     def given(self, request: Request, count: int) -> dict[str, Tensor]:
         """What `sample` is given of the picture and the mask of a request, for `count` pictures."""
@@ -260,7 +262,9 @@ class DiffusionSystem(nn.Module):
         else:
             x = self.interpolant.mix(start, eps, sigmas[0])
         sampler = samplers.get(request.sampler)
-        denoiser = lru_cache(maxsize=1)(lambda turn: self.denoiser(cond[turn][1], request.guidance, beside))
+        interval = request.guidance_interval or self.defaults.guidance_interval
+        combine = None if request.guidance == 1 else self.combine(request)
+        denoiser = lru_cache(maxsize=1)(lambda turn: self.denoiser(cond[turn][1], combine, interval, beside))
         steps = 0
 
         def on_step(done: int, total: int) -> None:
@@ -276,6 +280,14 @@ class DiffusionSystem(nn.Module):
 
         x = sampler(denoise, x, sigmas, self.interpolant, noise=lambda: noise(shape), on_step=on_step)
         return self.interpolant.input_scale(sigmas[-1]) * x
+
+    def combine(self, request: Request) -> Combine:
+        """The guidance that a request asks for, which may remember: one for each drawing."""
+        way = Guidance(
+            scale=request.guidance, way=request.guidance_kind, rescale=request.guidance_rescale,  # type: ignore[arg-type]
+            mimic=request.guidance_mimic,
+        )  # fmt: skip
+        return combining(way, self.prediction, self.interpolant)
 
     def encode(self, images: Images) -> Latents:
         """Transparency goes onto white where the autoencoder knows none."""

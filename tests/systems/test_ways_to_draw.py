@@ -1,0 +1,113 @@
+"""Guidance and variations as they are asked for."""
+
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from limner import catalog, metadata, pipeline
+from limner.errors import Ignored, UnknownName, UsageError
+
+from . import stable_diffusion
+
+TOLD = {"seed": 3, "steps": 3}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return catalog.load(stable_diffusion.sd1(tmp_path_factory.mktemp("sd1")))
+
+
+def pixels(system, **told) -> np.ndarray:
+    return np.asarray(pipeline.generate(system, "a red fox", **TOLD | told)[0].image).astype(float)
+
+
+def test_rescaled_guidance_draws_what_diffusers_draws(tmp_path):
+    folder = stable_diffusion.sd1(tmp_path)
+    diffusers.utils.logging.set_verbosity_error()
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    wanted = pipe(
+        "a red fox", num_inference_steps=10, guidance_scale=7.0, guidance_rescale=0.7, output_type="latent",
+        generator=torch.Generator().manual_seed(3),
+    ).images  # fmt: skip
+    system = catalog.load(folder)
+    request = pipeline.prepare(
+        system, prompt="a red fox", seed=3, steps=10, guidance=7.0, guidance_rescale=0.7, sampler="euler"
+    )
+    with torch.inference_mode():
+        ours = system.sample(system.condition(["a red fox"], request), request, pipeline.noise_source([3], "cpu"))
+    assert (ours - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"guidance_kind": "apg"},
+        {"guidance_kind": "cfg_zero"},
+        {"guidance_rescale": 0.7},
+        {"guidance_mimic": 2.0},
+        {"guidance_interval": (0.2, 0.8)},
+        {"variation": 0.3, "variation_seed": 5},
+    ],
+)
+def test_each_way_draws_something_else_remembers_it_and_redoes_it(tiny, told, tmp_path):
+    plain = pixels(tiny)
+    (picture,) = pipeline.generate(tiny, "a red fox", **TOLD | told)
+    assert np.abs(np.asarray(picture.image).astype(float) - plain).max() > 2
+    path = picture.save(tmp_path / "x.png")
+    settings = metadata.read_settings(path)
+    remembered = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    assert told.items() <= remembered.items()
+    again = {k: v for k, v in remembered.items() if k not in ("limner", "model", "model_hash")}
+    prompt = again.pop("prompt")
+    assert pipeline.generate(tiny, prompt, **again)[0].image.tobytes() == picture.image.tobytes()
+
+
+def test_what_was_not_asked_for_is_not_remembered(tiny):
+    (picture,) = pipeline.generate(tiny, "a red fox", **TOLD)
+    assert not picture.settings.keys() & {*pipeline.SELDOM, "variation_seed"}
+
+
+def test_variations_are_of_one_seed_and_grow_with_their_share(tiny):
+    plain = pixels(tiny)
+    near, far, other = (
+        np.abs(pixels(tiny, variation=share, variation_seed=9) - plain).mean() for share in (0.05, 0.3, 1.0)
+    )
+    assert 0 < near < far < other
+    assert np.array_equal(pixels(tiny, variation=1.0, variation_seed=9), pixels(tiny, seed=9))
+    batch = pipeline.generate(tiny, "a red fox", **TOLD, variation=0.2, variation_seed=9, batch=2)
+    assert [p.seed for p in batch] == [3, 3]
+    assert [p.settings["variation_seed"] for p in batch] == [9, 10]
+    alone = pipeline.generate(tiny, "a red fox", **TOLD, variation=0.2, variation_seed=10)[0]
+    assert np.abs(np.asarray(alone.image).astype(int) - np.asarray(batch[1].image)).max() <= 1
+
+
+def test_a_turned_noise_keeps_its_variance_and_its_angle():
+    a, b = (torch.randn(3, 4, 32, 32, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    for share in (0.0, 0.25, 0.5, 1.0):
+        turned = pipeline.slerp(a, b, share)
+        assert (turned.flatten(1).std(1) - 1).abs().max() < 0.03
+        whole, part = (torch.cosine_similarity(a.flatten(1), x.flatten(1)).acos() for x in (b, turned))
+        assert torch.allclose(part, share * whole, atol=1e-3)
+    assert torch.equal(pipeline.slerp(a, a, 0.5), a)
+
+
+def test_amounts_that_cannot_be(tiny):
+    for told, message in (
+        ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5: give a number from 0, at most 1"),
+        ({"guidance_interval": (0.8, 0.2)}, "two rising numbers"),
+        ({"guidance_interval": 0.5}, "two rising numbers"),
+        ({"variation": 2}, "variation is 2"),
+        ({"variation_seed": 3}, "by variation, which is 0"),
+        ({"variation": 0.1, "variation_seed": -1}, "variation_seed is -1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            pipeline.prepare(tiny, prompt="fox", **told)
+    with pytest.raises(UnknownName, match="Did you mean 'cfg_zero'"):
+        pipeline.prepare(tiny, prompt="fox", guidance_kind="cfg-zero")
+    with pytest.warns(Ignored, match="guidance_rescale have no effect at guidance 1"):
+        pipeline.generate(tiny, "fox", **TOLD, guidance=1, guidance_rescale=0.5)
