@@ -52,6 +52,9 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "guidance_interval": (list, 2, 2),
     "variation": (float, 0, 1),
     "variation_seed": (int, 0, 2**63 - 1),
+    "hires": (float, 1, 16),
+    "hires_strength": (float, 0, 1),
+    "hires_steps": (int, 1, 1000),
     "prompt_dialect": (str, 1, 50),
     "clip_skip": (int, 1, 1000),
     "adapters": (list, 1, 100),  # each as `ADAPTER`: of LoRA and its kin, with a weight; without, a learned word
@@ -69,6 +72,8 @@ NUMBERS = {
     "Variation seed strength": "variation",
     "CFG Rescale phi": "guidance_rescale",
     "Mimic scale": "guidance_mimic",
+    "Hires upscale": "hires",
+    "Hires steps": "hires_steps",
 }  # infotext -> setting
 
 XMP = (
@@ -208,6 +213,7 @@ def _cannot_write(path: Path, error: OSError) -> FileProblem:
 def to_infotext(settings: dict[str, Any]) -> str:
     """Settings as web UI writes them: the prompt, "Negative prompt: ...", then one line of `Key: value` pairs."""
     size = f"{settings['width']}x{settings['height']}" if {"width", "height"} <= settings.keys() else None
+    over = settings.get("strength", settings.get("hires_strength"))
     pairs = {
         "Steps": settings.get("steps"),
         "Sampler": names.title(settings["sampler"], names.SAMPLERS) if "sampler" in settings else None,
@@ -219,7 +225,7 @@ def to_infotext(settings: dict[str, Any]) -> str:
         "Model": settings.get("model"),
         "Clip skip": skip if (skip := settings.get("clip_skip", 1)) > 1 else None,
         "Prompt dialect": settings.get("prompt_dialect"),
-        "Denoising strength": f"{settings['strength']:.12g}" if "strength" in settings else None,
+        "Denoising strength": f"{over:.12g}" if over is not None else None,
         **{key: f"{settings[name]:.12g}" if name in settings else None for key, name in NUMBERS.items()},
         "Guidance kind": settings.get("guidance_kind"),
         "Version": f"limner {settings['limner']}" if "limner" in settings else None,
@@ -260,7 +266,9 @@ def from_infotext(text: str) -> dict[str, Any]:
     }
     numbers = {"Steps": ("steps", int), "Seed": ("seed", int), "CFG scale": ("guidance", float)}
     numbers |= {"Denoising strength": ("strength", float), "Clip skip": ("clip_skip", int)}
-    numbers |= {key: (name, int if name.endswith("seed") else float) for key, name in NUMBERS.items()}
+    numbers |= {key: (name, int if name.endswith(("seed", "steps")) else float) for key, name in NUMBERS.items()}
+    if "Hires upscale" in pairs:  # the strength is that of the second pass
+        numbers["Denoising strength"] = ("hires_strength", float)
     for key, (name, kind) in numbers.items():
         if key in pairs:
             settings[name] = kind(pairs[key])

@@ -154,9 +154,9 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     painted, while the rest is kept bit for bit) with mask_blur in pixels, prompt_dialect ("a1111", "comfyui", "plain"),
     clip_skip from 1, wildcards (folder of .txt files), guidance_kind ("cfg", "apg", "cfg_zero"), guidance_rescale 0 to
     1, guidance_mimic (a scale), guidance_interval (low, high, of the noise), variation 0 to 1 towards the noise of
-    variation_seed, on_step(done, total); with a Pipeline also lora and embedding
-    (files, or (file, weight), for this time only) and adapter_folder, where `<lora:name:weight>` of the prompt is
-    looked for. What is left out is the model's default.
+    variation_seed, hires (a factor above 1) with hires_strength and hires_steps, on_step(done, total); with a Pipeline
+    also lora and embedding (files, or (file, weight), for this time only) and adapter_folder, where
+    `<lora:name:weight>` of the prompt is looked for. What is left out is the model's default.
 
     Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
     """
@@ -228,12 +228,29 @@ def draw(
         cond = system.condition(words, request, negatives[begin : begin + chunk])
         # 3. from noise, or from the picture given, to latents
         begun = system.given(request, len(words))
-        told = replace(request, on_step=_overall(request.on_step, turn, len(turns)))
+        passes = 1 if request.hires == 1 else 2
+        told = replace(request, on_step=_overall(request.on_step, passes * turn, passes * len(turns)))
         latents = system.sample(cond, told, noise, **begun)
+        if passes > 1:  # and again over what was drawn, enlarged
+            told = larger(system, request, _overall(request.on_step, passes * turn + 1, passes * len(turns)))
+            size = (told.height, told.width)
+            drawn = torch.nn.functional.interpolate(system.decode(latents).clamp(-1, 1), size, mode="bicubic")
+            cond = system.condition(words, told, negatives[begin : begin + chunk])
+            begun = system.given(told, len(words)) | {"start": system.encode(drawn.clamp(-1, 1))}  # type: ignore[attr-defined]
+            latents = system.sample(cond, told, noise, **begun)
         # 4. latents to pixels
         images.append(whole(system.decode(latents).clamp(-1, 1).float().cpu(), system.name))
     # 5. settings are attached by `generate`
     return torch.cat(images)
+
+
+def larger(system: System, request: Request, on_step: OnStep | None = None) -> Request:
+    """The second pass of a request: its size times `hires`, to the nearest that the system draws."""
+    width, height = (round(n * request.hires / system.grid) * system.grid for n in (request.width, request.height))
+    return replace(
+        request, width=width, height=height, steps=request.hires_steps, strength=request.hires_strength,
+        on_step=on_step,
+    )  # fmt: skip
 
 
 def whole(images: Tensor, name: str) -> Tensor:
@@ -287,6 +304,17 @@ def prepare(system: System, **values: Any) -> Request:
         raise UnknownName("keyword", name, list(known)[2:])
     request = check(system.defaults, system.grid, **values)
     system.check(request)
+    if request.hires != 1:
+        last = larger(system, request)
+        if max(last.width, last.height) > system.defaults.max_size or (last.width, last.height) == (
+            request.width,
+            request.height,
+        ):
+            raise UsageError(
+                f"hires {request.hires:g} gives {last.width} x {last.height} pixels: the sides must grow, and be at "
+                f"most {system.defaults.max_size}"
+            )
+        system.check(last)
     return request
 
 
@@ -314,6 +342,9 @@ def check(
     guidance_interval: tuple[float, float] | None = None,
     variation: float | None = None,
     variation_seed: int | None = None,
+    hires: float | None = None,
+    hires_strength: float | None = None,
+    hires_steps: int | None = None,
     prompt_dialect: str | None = None,
     clip_skip: int | None = None,
     wildcards: str | Path | None = None,
@@ -352,6 +383,15 @@ def check(
     batch = _whole("batch", 1 if batch is None else batch, 1, 1024)
     if variation_seed is not None and not variation:
         raise UsageError("variation_seed is of the noise to turn towards, by variation, which is 0: give 0 to 1 of it")
+    if hires is None and (hires_strength is not None or hires_steps is not None):
+        raise UsageError(
+            "hires_strength and hires_steps are of a second, larger pass: ask for it with hires, such as 2"
+        )
+    if hires is not None and image is not None:
+        raise UsageError(
+            "hires enlarges what is drawn from nothing: to enlarge a picture ask for a larger width and height"
+        )
+    steps = _whole("steps", defaults.steps if steps is None else steps, 1, 1000)
     kind = "cfg" if guidance_kind is None else guidance_kind
     if kind not in WAYS:
         raise UnknownName("guidance kind", str(kind), WAYS)
@@ -380,7 +420,7 @@ def check(
         batch=batch,
         width=sizes[0],
         height=sizes[1],
-        steps=_whole("steps", defaults.steps if steps is None else steps, 1, 1000),
+        steps=steps,
         guidance=_number("guidance", defaults.guidance if guidance is None else guidance, 0, 100),
         sampler=sampler,
         schedule=schedule,
@@ -393,6 +433,9 @@ def check(
         guidance_mimic=_number("guidance_mimic", guidance_mimic or 0, 0, 100),
         guidance_interval=None if guidance_interval is None else _interval(guidance_interval),
         variation=_number("variation", variation or 0, 0, 1),
+        hires=_number("hires", 1 if hires is None else hires, 1, 16),
+        hires_strength=_number("hires_strength", 0.5 if hires_strength is None else hires_strength, 0, 1, above=True),
+        hires_steps=_whole("hires_steps", steps if hires_steps is None else hires_steps, 1, 1000),
         variation_seed=_whole("variation_seed", variation_seed or 0, 0, MAX_SEED - 100_000),
         on_step=on_step,
     )
@@ -473,6 +516,8 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
     for name, nothing in SELDOM.items():
         if (value := getattr(request, name)) != nothing:
             settings[name] = list(value) if isinstance(value, tuple) else value
+    if request.hires != 1:
+        settings |= {name: getattr(request, name) for name in ("hires", "hires_strength", "hires_steps")}
     if request.variation:
         settings["variation_seed"] = request.variation_seed + place
     if len(system.dialects) > 1:

@@ -90,7 +90,8 @@ class Request:
     `clip_skip` are None where the model's own will do. `mask` has the size of `image`, white where it is painted, and
     its edges fade over `mask_blur` pixels. `guidance_kind`, `_rescale` and `_mimic` are `way`, `rescale` and `mimic` of
     `limner.sampling.guidance.Guidance`. `variation` is how much of the first noise is that of `variation_seed` + place;
-    all pictures have the same seed then."""
+    all pictures have the same seed then. `hires` times the size is what is drawn in the end: over what was drawn first,
+    with a strength and steps of its own."""
 
     prompt: str
     negative: str
@@ -112,6 +113,9 @@ class Request:
     guidance_interval: tuple[float, float] | None = None
     variation: float = 0.0
     variation_seed: int = 0
+    hires: float = 1.0
+    hires_strength: float = 0.5
+    hires_steps: int = 1
     prompts: tuple[str, ...] = ()
     negatives: tuple[str, ...] = ()
     prompt_dialect: str | None = None

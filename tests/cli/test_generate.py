@@ -81,8 +81,9 @@ def test_the_drawing_is_that_of_the_pipeline(limner, here, tiny_model):
     assert metadata.read_settings(here / path) == image.settings
     assert {name: image.settings[name] for name in wanted} == wanted
     assert image.settings["limner"] == __version__
-    others = {"strength", "mask_blur", "prompt_dialect", "clip_skip", "adapters"}
-    assert metadata.SETTINGS.keys() - image.settings.keys() == others | pipeline.SELDOM.keys() | {"variation_seed"}
+    others = {"strength", "mask_blur", "prompt_dialect", "clip_skip", "adapters", "variation_seed"}
+    others |= {"hires", "hires_strength", "hires_steps"}
+    assert metadata.SETTINGS.keys() - image.settings.keys() == others | pipeline.SELDOM.keys()
 
 
 def test_aliases_mean_the_same(limner, here, tiny_model):

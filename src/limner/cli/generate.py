@@ -113,6 +113,13 @@ def generate_command(
         float | None, typer.Option("--variation", help="A picture like that of the seed: 0.1 is near, 1 is another.")
     ] = None,
     variation_seed: Annotated[int | None, typer.Option("--variation-seed", help="Which of them. [default: 0]")] = None,
+    hires: Annotated[
+        float | None, typer.Option("--hires", help="Then draw so many times larger over it, such as 2.")
+    ] = None,
+    hires_strength: Annotated[
+        float | None, typer.Option("--hires-strength", help="How much of it anew. [default: 0.5]")
+    ] = None,
+    hires_steps: Annotated[int | None, typer.Option("--hires-steps", help="[default: those of --steps]")] = None,
     guidance_kind: Annotated[
         str | None, typer.Option("--guidance-kind", help="cfg, apg (no burnt colours) or cfg_zero. [default: cfg]")
     ] = None,
@@ -185,6 +192,9 @@ def paint(
     mask_blur: float | None = None,
     variation: float | None = None,
     variation_seed: int | None = None,
+    hires: float | None = None,
+    hires_strength: float | None = None,
+    hires_steps: int | None = None,
     guidance_kind: str | None = None,
     guidance_rescale: float | None = None,
     guidance_mimic: float | None = None,
@@ -217,6 +227,9 @@ def paint(
         "mask_blur": mask_blur,
         "variation": variation,
         "variation_seed": variation_seed,
+        "hires": hires,
+        "hires_strength": hires_strength,
+        "hires_steps": hires_steps,
         "guidance_kind": guidance_kind,
         "guidance_rescale": guidance_rescale,
         "guidance_mimic": guidance_mimic,
