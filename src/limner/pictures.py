@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, UnidentifiedImageError
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +24,7 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise ImageProblem(f"{path} has {file.width} x {file.height} pixels, more than 64 million: shrink it")
-            return file.convert("RGBA")
+            return ImageOps.exif_transpose(file).convert("RGBA")  # as cameras mean it
     except LimnerError:
         raise
     except FileNotFoundError as error:

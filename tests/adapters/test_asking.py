@@ -68,6 +68,12 @@ def test_a_prompt_asks_for_a_lora_as_a_flag_does(limner, here, tiny_model, style
         pipe.generate("fox<hypernet:style:1>", adapter_folder="loras", **told)
 
 
+def test_a_dry_run_names_the_adapters(limner, here, tiny_model, style):
+    done = limner("generate", "fox", "-m", tiny_model, *TOLD, "--lora", f"{style}:0.5", "--dry-run")
+    assert done.code == 0, done.err
+    assert "adapters    style:0.5\n" in done.out
+
+
 def test_c_redoes_it_from_the_file_at_hand(limner, here, tiny_model, style):
     limner("fox", "-m", tiny_model, *TOLD, "--lora", "style:0.5,blocks.0=-2", "-o", "styled.png")
     assert limner("generate", "-C", "styled.png", "-m", tiny_model, "-o", "again.png").code == 0

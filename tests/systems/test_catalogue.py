@@ -177,6 +177,16 @@ def test_a_little_strength_keeps_the_picture_and_a_lot_does_not():
     assert distance(0.05) < distance(1.0) / 2
 
 
+def test_a_picture_of_a_camera_held_sideways_is_turned(tmp_path):
+    from PIL import Image
+
+    picture = Image.new("RGB", (64, 32))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "phone.jpg", exif=exif)
+    assert pictures.open_image(tmp_path / "phone.jpg").size == (32, 64)
+
+
 def test_pixels_survive_the_way_to_a_tensor_and_back():
     import numpy as np
     from PIL import Image

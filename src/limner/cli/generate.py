@@ -424,4 +424,11 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(plan, indent=2))
         return
     for key, value in plan.items():
-        print(f"{key:11} {', '.join(value) if isinstance(value, list) else value}")
+        print(f"{key:11} {', '.join(map(_short, value)) if isinstance(value, list) else value}")
+
+
+def _short(value: Any) -> str:
+    """An adapter as it is asked for, or anything else."""
+    if not isinstance(value, dict):
+        return str(value)
+    return value["name"] + (f":{value['weight']:g}" if "weight" in value else "")

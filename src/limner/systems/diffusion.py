@@ -291,7 +291,7 @@ class DiffusionSystem(nn.Module):
 
     def encode(self, images: Images) -> Latents:
         """Transparency goes onto white where the autoencoder knows none."""
-        if self.autoencoder.config.image_channels == 3:
+        if self.autoencoder.config.image_channels == 3 and images.shape[1] == 4:
             images = images[:, :3] + 1 - images[:, 3:]
         with torch.no_grad():
             return self.autoencoder.encode(images)

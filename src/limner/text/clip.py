@@ -276,8 +276,9 @@ class CLIPTowers(nn.ModuleList):
 
     @torch.no_grad()
     def read(self, groups: Sequence[Sequence[Text]], dialect: Dialect, clip_skip: int | None) -> Conditioning:
-        """A row for each text of each group. The texts of a group get as many chunks as the longest, with empty ones;
-        where groups differ, the rest is zeros that the mask hides. `pooled` is that of the first chunk.
+        """A row for each text of each group. The texts of a group get as many chunks as the longest, with empty ones
+        (A1111), or keep their own (ComfyUI); where rows differ, the rest is zeros that the mask hides. `pooled` is that
+        of the first chunk.
 
         A1111's weights multiply a chunk's states, whose mean is then restored; ComfyUI's go from the states of the
         empty prompt through the state at the same place. Raises UsageError for a clip skip not in `clip_skips`.
@@ -285,7 +286,8 @@ class CLIPTowers(nn.ModuleList):
         skip = self.checked(clip_skip) - 1 - self.left_out
         chunks = {text: [tower.chunks(text, dialect) for tower in self] for group in groups for text in group}  # type: ignore[operator]
         texts = [text for group in groups for text in group]
-        counts = [max(len(some) for text in group for some in chunks[text]) for group in groups for _ in group]
+        own = {text: max(map(len, some)) for text, some in chunks.items()}
+        counts = [own[t] if dialect == "comfyui" else max(own[u] for u in group) for group in groups for t in group]
         sides = []
         for k, tower in enumerate(self):
             rows = [[*chunks[t][k], *[()] * (n - len(chunks[t][k]))] for t, n in zip(texts, counts, strict=True)]
