@@ -202,3 +202,19 @@ def test_prompts_that_cannot_be_are_refused_in_a_line(sd1, told, message):
 def test_ten_thousand_characters_are_drawn(sd1):
     (picture,) = pipeline.generate(sd1, "fox, " * 2000, steps=1, seed=1)
     assert len(picture.settings["prompt"]) == 10_000
+
+
+def test_what_changes_at_every_step_is_read_when_it_is_its_turn_and_parts_go_one_by_one(sd1, monkeypatch):
+    """So memory grows neither with the steps nor with the parts of a prompt."""
+    request = pipeline.prepare(sd1, prompt="a [b|c|d|e|f|g] AND h AND i", seed=3, steps=12)
+    read, rows = [], []
+    true_read, true_forward = sd1.text_encoder.read, sd1.network.forward
+    monkeypatch.setattr(sd1.text_encoder, "read", lambda *told: read.append(1) or true_read(*told))
+    monkeypatch.setattr(sd1.network, "forward", lambda x, *told: rows.append(len(x)) or true_forward(x, *told))
+    cond = sd1.condition(["a [b|c|d|e|f|g] AND h AND i"], request)
+    assert len(cond) == 12
+    assert read == []
+    with torch.inference_mode():
+        sd1.sample(cond, request, pipeline.noise_source([3], "cpu"))
+    assert len(read) == 12
+    assert set(rows) == {1}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -38,8 +38,9 @@ class Prompts:
         return self.weights == ((1.0,) * len(self.weights[0]),)
 
 
-Turns = list[tuple[int, Prompts]]
-"""(n, what is told until n steps are done), n rising up to the number of steps."""
+Turns = list[tuple[int, Callable[[], Prompts]]]
+"""(n, what is told until n steps are done, read when it is asked for), n rising up to the number of steps."""
+MOST_KNOWN = 4
 
 
 class DiffusionSystem(nn.Module):
@@ -161,8 +162,8 @@ class DiffusionSystem(nn.Module):
                 tuple(self.sized(part, *size) for part in parts), weights, self.sized(uncond, *size, score=2.5)
             )
 
-        known = {turn: told(turn) for turn in dict.fromkeys(turns.values())}
-        return [(end, known[turn]) for end, turn in turns.items()]
+        known = lru_cache(maxsize=MOST_KNOWN)(told)  # a long prompt that changes at every step would fill the memory
+        return [(end, partial(known, turn)) for end, turn in turns.items()]
 
     def sized(self, cond: Conditioning, width: int, height: int, score: float = 6.0) -> Conditioning:
         """`cond` with what SDXL is told of sizes in pixels, or its refiner of sizes and of how good pictures look."""
@@ -190,9 +191,9 @@ class DiffusionSystem(nn.Module):
         network for each part and the negative prompt of a picture there, one row elsewhere and without guidance if
         there is nothing to compose."""
         first = next(self.network.parameters())
-        dtype, count = first.dtype, len(prompts.parts) + 1
+        dtype = first.dtype
         told = [c.map(lambda v: v.to(dtype) if v.is_floating_point() else v) for c in (*prompts.parts, prompts.uncond)]
-        every = Conditioning.cat(told)
+        every = Conditioning.cat(told) if prompts.alone else told[0]
         weights = torch.tensor(prompts.weights, device=first.device)
 
         def predict(x: Tensor, sigma: float, cond: Conditioning) -> Tensor:
@@ -204,8 +205,11 @@ class DiffusionSystem(nn.Module):
             return self.prediction.to_x0(output, x, self.interpolant.alpha(sigma), sigma)
 
         def pair(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-            *parts, negative = predict(torch.cat([x] * count), sigma, every).chunk(count)
-            return parts[0] if prompts.alone else composed(parts, list(weights), negative), negative
+            if prompts.alone:
+                cond, negative = predict(torch.cat([x, x]), sigma, every).chunk(2)
+                return cond, negative
+            *parts, negative = (predict(x, sigma, some) for some in told)  # one after another, for the memory's sake
+            return composed(parts, list(weights), negative), negative
 
         def plain(x: Tensor, sigma: float) -> Tensor:
             return predict(x, sigma, told[0]) if prompts.alone else pair(x, sigma)[0]
@@ -264,7 +268,7 @@ class DiffusionSystem(nn.Module):
         sampler = samplers.get(request.sampler)
         interval = request.guidance_interval or self.defaults.guidance_interval
         combine = None if request.guidance == 1 else self.combine(request)
-        denoiser = lru_cache(maxsize=1)(lambda turn: self.denoiser(cond[turn][1], combine, interval, beside))
+        denoiser = lru_cache(maxsize=1)(lambda turn: self.denoiser(cond[turn][1](), combine, interval, beside))
         steps = 0
 
         def on_step(done: int, total: int) -> None:
