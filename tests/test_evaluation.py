@@ -85,6 +85,9 @@ class Painter(torch.nn.Module):
     def given(self, request, count):
         return {}
 
+    def widen(self):
+        return False
+
     def sample(self, cond, request, noise):
         self.seen += cond
         blank = torch.zeros(4, SIZE, SIZE)

@@ -119,4 +119,4 @@ class Ignored(UserWarning):
 
 
 class Assumed(UserWarning):
-    """A file does not tell what must be known, and the usual was taken."""
+    """A file does not tell what must be known, or what it tells does not do, and the usual was taken."""

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from limner import __version__, catalog, names, pictures
 from limner.adapters import asking, attaching
-from limner.errors import FileProblem, Ignored, UnknownName, UsageError
+from limner.errors import Assumed, FileProblem, Ignored, UnknownName, UsageError
 from limner.sampling import samplers, schedules
 from limner.sampling.guidance import WAYS
 from limner.text.prompts import AND, DIALECTS, Wildcards, expand
-from limner.types import Defaults, GeneratedImage, OnStep, Request, System
+from limner.types import Defaults, GeneratedImage, Latents, OnStep, Request, System
 
 MAX_SEED = 2**63 - 1
 MASK_BLUR = 4.0
@@ -214,34 +214,47 @@ def draw(
     """Images (n, c, h, w) in [-1, 1] on the CPU for n expanded prompts and seeds, and as many negative prompts, if they
     are not that of `request`, which says everything else."""
     negatives = negatives or [request.negative] * len(prompts)
-    device = next(system.parameters()).device  # type: ignore[attr-defined]
     turns = range(0, len(prompts), chunk)
     images = []
     for turn, begin in enumerate(turns):
-        words, some = prompts[begin : begin + chunk], seeds[begin : begin + chunk]
-        # 1. one noise source a picture, so that a picture does not depend on its neighbours
-        noise = noise_source(some, device)
-        if request.variation:
-            others = [request.variation_seed + begin + k for k in range(len(some))]
-            noise = varied(noise, noise_source(others, device), request.variation)
-        # 2. the words
-        cond = system.condition(words, request, negatives[begin : begin + chunk])
-        # 3. from noise, or from the picture given, to latents
-        begun = system.given(request, len(words))
-        passes = 1 if request.hires == 1 else 2
-        told = replace(request, on_step=_overall(request.on_step, passes * turn, passes * len(turns)))
-        latents = system.sample(cond, told, noise, **begun)
-        if passes > 1:  # and again over what was drawn, enlarged
-            told = larger(system, request, _overall(request.on_step, passes * turn + 1, passes * len(turns)))
-            size = (told.height, told.width)
-            drawn = torch.nn.functional.interpolate(system.decode(latents).clamp(-1, 1), size, mode="bicubic")
-            cond = system.condition(words, told, negatives[begin : begin + chunk])
-            begun = system.given(told, len(words)) | {"start": system.encode(drawn.clamp(-1, 1))}  # type: ignore[attr-defined]
-            latents = system.sample(cond, told, noise, **begun)
+        some = slice(begin, begin + chunk)
+        told = replace(
+            request,
+            variation_seed=request.variation_seed + begin,
+            on_step=_overall(request.on_step, turn, len(turns)),
+        )
+        latents = to_latents(system, prompts[some], negatives[some], seeds[some], told)
+        if not latents.isfinite().all() and system.widen():
+            name = system.name
+            warnings.warn(f"{name} overflows in half precision: its network computes in fp32 from here on", Assumed, 4)
+            latents = to_latents(system, prompts[some], negatives[some], seeds[some], told)
         # 4. latents to pixels
         images.append(whole(system.decode(latents).clamp(-1, 1).float().cpu(), system.name))
     # 5. settings are attached by `generate`
     return torch.cat(images)
+
+
+def to_latents(system: System, prompts: list[str], negatives: list[str], seeds: list[int], request: Request) -> Latents:
+    """Latents of pictures that are drawn at once."""
+    device = next(system.parameters()).device  # type: ignore[attr-defined]
+    # 1. one noise source a picture, so that a picture does not depend on its neighbours
+    noise = noise_source(seeds, device)
+    if request.variation:
+        others = [request.variation_seed + place for place in range(len(seeds))]
+        noise = varied(noise, noise_source(others, device), request.variation)
+    # 2. the words
+    cond = system.condition(prompts, request, negatives)
+    # 3. from noise, or from the picture given, to latents
+    begun = system.given(request, len(prompts))
+    if request.hires == 1:
+        return system.sample(cond, request, noise, **begun)
+    first = replace(request, on_step=_overall(request.on_step, 0, 2))
+    small = system.decode(system.sample(cond, first, noise, **begun)).clamp(-1, 1)
+    # and again over what was drawn, enlarged
+    second = larger(system, request, _overall(request.on_step, 1, 2))
+    drawn = torch.nn.functional.interpolate(small, (second.height, second.width), mode="bicubic").clamp(-1, 1)
+    begun = system.given(second, len(prompts)) | {"start": system.encode(drawn)}  # type: ignore[attr-defined]
+    return system.sample(system.condition(prompts, second, negatives), second, noise, **begun)
 
 
 def larger(system: System, request: Request, on_step: OnStep | None = None) -> Request:

@@ -194,6 +194,10 @@ class System(Protocol):
         """What a prompt keeps for steps that do not come."""
         ...
 
+    def widen(self) -> bool:
+        """Compute in float32 what was computed in half precision; False if nothing was."""
+        ...
+
     def given(self, request: Request, count: int) -> dict[str, Tensor]:
         """What `sample` is given, as keywords, of the picture and the mask of a request, for `count` pictures."""
         ...

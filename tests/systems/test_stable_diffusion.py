@@ -165,6 +165,22 @@ def test_a_gpu_computes_in_half_precision_a_processor_in_float32_unless_told(sd1
         pipeline.load(sd1.folder, dtype="half")
 
 
+def test_a_network_that_overflows_in_half_precision_draws_in_float32_and_says_so(sd1, tmp_path, limner, here):
+    """Its first layer is made so large that float16 cannot hold what comes out, and the next one small again."""
+    system = catalog.load(sd1.folder)
+    with torch.no_grad():
+        system.network.conv_in.weight *= 3e4
+        system.network.conv_in.bias *= 3e4
+    catalog.save(system, catalog.config_of(folders.recognise(sd1.folder)), here / "loud.safetensors")
+    told = ("a red fox", "-m", "loud.safetensors", "-s", 3, "--steps", 2)
+    half, whole = (limner(*told, "--dtype", dtype, "-o", f"{dtype}.png") for dtype in ("fp16", "fp32"))
+    assert half.code == 0, half.err
+    assert "overflows in half precision: its network computes in fp32 from here on" in half.err
+    assert "overflows" not in whole.err
+    one, other = (np.asarray(Image.open(f"{dtype}.png")).astype(int) for dtype in ("fp16", "fp32"))
+    assert np.abs(one - other).mean() < 8  # its weights were rounded
+
+
 def drawn_by_diffusers(pipe: Any, guidance: float = 5.0, **told: Any) -> torch.Tensor:
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.published)
     told |= {"generator": torch.Generator().manual_seed(3), "output_type": "latent", "num_inference_steps": 10}

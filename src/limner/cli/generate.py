@@ -286,9 +286,13 @@ def paint(
         _print_plan(_plan(pipe, request, paths), as_json)
         return
     print(f"seed {request.seed}, {pipe.system.name} on {pipeline.computes(pipe.system)}", file=sys.stderr)
-    with _progress() as on_step, warnings.catch_warnings():
+    with _progress() as on_step, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("ignore", Ignored)  # told above
+        warnings.simplefilter("always", Assumed)
         pictures = pipe.generate(**asked, batch=batch, **given, on_step=on_step)
+    for warning in warned:
+        if issubclass(warning.category, Assumed):
+            print(f"limner: {warning.message}", file=sys.stderr)
     if output == "-":
         sys.stdout.buffer.write(metadata.encode_png(pictures[0].image, pictures[0].settings))
         return

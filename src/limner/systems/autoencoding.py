@@ -115,6 +115,9 @@ class AutoencodingSystem(nn.Module):
         shape = (self.autoencoder.channels, request.height // self.grid, request.width // self.grid)
         return noise(shape) if start is None else start
 
+    def widen(self) -> bool:
+        return False
+
     def given(self, request: Request, count: int) -> dict[str, Tensor]:
         """What `sample` is given of the picture of a request, for `count` pictures."""
         if request.image is None:

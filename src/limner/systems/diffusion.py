@@ -115,6 +115,20 @@ class DiffusionSystem(nn.Module):
 
     # ---------------------------------------------------------------- sampling
 
+    def widen(self) -> bool:
+        """Make the network and the text encoder compute in float32; False if they did."""
+        parts = (self.network, self.text_encoder)
+        if all(p.dtype == torch.float32 for part in parts for p in part.parameters()):
+            return False
+        on = list(self.adapters.on) if self.adapters else []
+        if on:
+            self.adapters.restore([])
+        for part in parts:
+            part.float()
+        if on:
+            self.adapters.restore(on)
+        return True
+
     def check(self, request: Request) -> None:
         if not all(prompt.strip() for prompt in request.prompts):
             raise UsageError("the prompt is empty: say what to draw")
