@@ -426,7 +426,7 @@ def test_settings_reach_the_drawing_and_the_report_names_them_all(pack, judge, t
     )
     assert {(r.steps, r.guidance, r.sampler) for r in asked} == {(7, 2.5, "heun")}
     wanted = {"steps": 7, "guidance": 2.5, "sampler": "heun", "schedule": Painter.defaults.schedule}
-    assert report["settings"] == wanted
+    assert report["settings"] == wanted | {"guidance_kind": "cfg", "guidance_rescale": 0.0}
     assert "steps 7, guidance 2.5, sampler heun" in evaluation.table(report)
     with pytest.raises(UnknownName, match="hein"):
         evaluation.evaluate_system(Painter({}), pack, tmp_path, judge_folder=judge, sampler="hein")

@@ -63,7 +63,7 @@ KINDS = {
     "compose_concept": ("prompt accuracy, newly composed thing", 0.65),
 }
 """Each kind of prompt: its words in the table, and the share of what real pictures reach that is aimed at."""
-DRAWING = ("steps", "guidance", "sampler", "schedule")
+DRAWING = ("steps", "guidance", "sampler", "schedule", "guidance_kind", "guidance_rescale")
 """The settings of a drawing that a report names."""
 
 
@@ -567,7 +567,9 @@ def speed_of(
         for run in range(runs):
             command = [sys.executable, "-m", "limner", "generate", GRID_PROMPTS[0], "--model", model, "--seed", "0"]
             command += ["--device", "cpu", "--output", str(Path(folder, f"{run}.png"))]
-            command += [word for name, value in (settings or {}).items() for word in (f"--{name}", str(value))]
+            command += [
+                word for name, value in (settings or {}).items() for word in (f"--{name.replace('_', '-')}", str(value))
+            ]
             started = time.monotonic()
             with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                   preexec_fn=held_to(cores)) as process:  # fmt: skip

@@ -405,7 +405,8 @@ def check(
             "hires enlarges what is drawn from nothing: to enlarge a picture ask for a larger width and height"
         )
     steps = _whole("steps", defaults.steps if steps is None else steps, 1, 1000)
-    kind = "cfg" if guidance_kind is None else guidance_kind
+    kind = defaults.guidance_kind if guidance_kind is None else guidance_kind
+    rescale = defaults.guidance_rescale if guidance_rescale is None else guidance_rescale
     if kind not in WAYS:
         raise UnknownName("guidance kind", str(kind), WAYS)
     if prompt_dialect is not None and prompt_dialect not in DIALECTS:
@@ -442,7 +443,7 @@ def check(
         mask=mask,
         mask_blur=_number("mask_blur", MASK_BLUR if mask_blur is None else mask_blur, 0, 100),
         guidance_kind=kind,
-        guidance_rescale=_number("guidance_rescale", guidance_rescale or 0, 0, 1),
+        guidance_rescale=_number("guidance_rescale", rescale, 0, 1),
         guidance_mimic=_number("guidance_mimic", guidance_mimic or 0, 0, 100),
         guidance_interval=None if guidance_interval is None else _interval(guidance_interval),
         variation=_number("variation", variation or 0, 0, 1),
@@ -495,7 +496,7 @@ def ignored(system: System, request: Request) -> list[str]:
         told.append(f"clip skip has no effect: {system.name} does not read prompts with CLIP")
     if adapters := getattr(system, "adapters", None):
         told += adapters.unused(*request.prompts, *request.negatives)
-    kinds = [name for name in SELDOM if name.startswith("guidance") and getattr(request, name) != SELDOM[name]]
+    kinds = [name for name in SELDOM if "guidance" in name and getattr(request, name) != _usual(system, name)]
     if kinds and request.guidance == 1:
         told.append(f"{' and '.join(kinds)} have no effect at guidance 1: ask for more guidance")
     if request.negative.strip() and request.guidance == 1:
@@ -516,6 +517,12 @@ def ignored(system: System, request: Request) -> list[str]:
     return list(dict.fromkeys(told))
 
 
+def _usual(system: System, name: str) -> Any:
+    """What one of SELDOM is where nothing is said: an interval of the model's own is none that was asked for."""
+    nothing = SELDOM[name]
+    return nothing if nothing is None else getattr(system.defaults, name, nothing)
+
+
 def _brief(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:56] + " ...")
 
@@ -527,7 +534,8 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
     settings |= {"prompt": request.prompts[place], "negative": request.negatives[place]}
     settings |= {name: getattr(request, name) for name in kept}
     for name, nothing in SELDOM.items():
-        if (value := getattr(request, name)) != nothing:
+        value = getattr(request, name)
+        if value != nothing or _usual(system, name) != nothing:
             settings[name] = list(value) if isinstance(value, tuple) else value
     if request.hires != 1:
         settings |= {name: getattr(request, name) for name in ("hires", "hires_strength", "hires_steps")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -72,6 +72,8 @@ class Defaults:
     sampler: str = "euler"
     schedule: str = "uniform"
     strength: float = 0.6
+    guidance_kind: Literal["cfg", "apg", "cfg_zero"] = "cfg"
+    guidance_rescale: float = 0.0
     max_prompt_chars: int = 2000
 
     def __post_init__(self) -> None:
