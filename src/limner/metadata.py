@@ -272,11 +272,15 @@ def from_infotext(text: str) -> dict[str, Any]:
     for key, (name, kind) in numbers.items():
         if key in pairs:
             settings[name] = kind(pairs[key])
-    hashes = dict(row.rpartition(": ")[::2] for row in pairs.get("Lora hashes", "").split(", "))
-    adapters = [
+    hashes, learned = (
+        dict(row.rpartition(": ")[::2] for row in pairs.get(key, "").split(", ") if ": " in row)
+        for key in ("Lora hashes", "TI hashes")
+    )
+    adapters: list[dict[str, Any]] = [
         {"name": name, "hash": hashes.get(name) or "?", "weight": float(weight or 1)}
         for name, weight in TAG.findall(settings["prompt"])
     ]
+    adapters += [{"name": name, "hash": value} for name, value in learned.items()]
     if adapters:
         settings |= {"adapters": adapters, "prompt": TAG.sub("", settings["prompt"])}
     if "Size" in pairs:
@@ -343,10 +347,18 @@ def check_settings(settings: dict[str, Any]) -> None:
         if not isinstance(one, dict) or not {"name", "hash"} <= one.keys():
             raise ValueError(f"{one!r:.40} is no adapter")
         _check(one, ADAPTER)
-        if not set("/\\:\0").isdisjoint(one["name"]):
-            raise ValueError(f"the name of an adapter is {one['name']!r:.40}, a path")
+        if problem := misnamed(one["name"]):
+            raise ValueError(f"the name of an adapter is {one['name']!r:.40}: {problem}")
         for block, factor in one.get("blocks", {}).items():
             _check({"name": block, "weight": factor}, ADAPTER)
+
+
+def misnamed(name: str) -> str:
+    """Why an adapter cannot be called so, "" if it can."""
+    _, least, most = ADAPTER["name"]
+    if not least <= len(name) <= most:
+        return f"{len(name)} characters, not {least} to {most}"
+    return "" if set("/\\:\0").isdisjoint(name) else "a path, or one with a colon"
 
 
 def _check(settings: dict[str, Any], known: dict[str, tuple[type, float, float]]) -> None:

@@ -48,24 +48,33 @@ class Pipeline:
         *,
         lora: Sequence[Any] = (),
         embedding: Sequence[Any] = (),
-        adapter_folder: str | Path = "",
+        adapter_folder: str | Path | None = None,
         **values: Any,
     ) -> list[GeneratedImage]:
-        adapters = attaching.stack(self.system) if hasattr(self.system, "adapters") else None
-        prompt, tags = asking.in_prompt(prompt, (Path(adapter_folder),)) if isinstance(prompt, str) else (prompt, [])
-        if adapters is None or not (lora or embedding or tags):
+        one_file = [[given] if isinstance(given, str | Path) else list(given) for given in (lora, embedding)]
+        asked = [*one_file[0], *one_file[1]]
+        tags: list[Any] = []
+        if isinstance(prompt, str):
+            against = values.get("negative")
+            prompt, tags = asking.in_prompt(
+                prompt, (Path(adapter_folder or ""),), against if isinstance(against, str) else ""
+            )
+        if not hasattr(self.system, "adapters") and not asked:
             return generate(self.system, prompt, **values)
-        before = list(adapters.on)
-        known = {one.adapter.name for one in before}
-        try:
-            for one in (*lora, *embedding):
-                self.attach(*one) if isinstance(one, tuple | list) else self.attach(one)
-            for tag in tags:
-                if tag.weight is not None or tag.name not in known:
-                    self.attach(tag.path, 1.0 if tag.weight is None else tag.weight, tag.blocks)
-            return generate(self.system, prompt, **values)
-        finally:
-            adapters.restore(before)
+        adapters = attaching.stack(self.system)
+        with adapters.lock:  # else another thread's come off while these are drawn with
+            before = list(adapters.on)
+            known = {one.adapter.name for one in before}
+            try:
+                for one in asked:
+                    self.attach(*one) if isinstance(one, tuple | list) else self.attach(one)
+                for tag in tags:
+                    if tag.weight is not None or tag.name not in known:
+                        self.attach(tag.path, 1.0 if tag.weight is None else tag.weight, tag.blocks)
+                return generate(self.system, prompt, **values)
+            finally:
+                if adapters.on != before:
+                    adapters.restore(before)
 
     def edit(
         self,
@@ -89,14 +98,18 @@ class Pipeline:
 
         Raises FileProblem, CheckpointMismatch for an adapter of another model, UsageError.
         """
-        report = attaching.stack(self.system).attach(file, weight, blocks)
+        adapters = attaching.stack(self.system)
+        with adapters.lock:
+            report = adapters.attach(file, weight, blocks)
         for sentence in report.ignored(weight):
             warnings.warn(sentence, Ignored, stacklevel=2)
         return report
 
     def detach(self, name: str | None = None) -> None:
         """Take off the adapter of this name (that of its file), or all: the model is what it was, bit for bit."""
-        attaching.stack(self.system).detach(name)
+        adapters = attaching.stack(self.system)
+        with adapters.lock:
+            adapters.detach(name)
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from limner import exchange, metadata, pipeline
+from limner import catalog, exchange, metadata, pipeline
 from limner.adapters import asking, files
-from limner.errors import FileProblem, Ignored, UsageError
+from limner.errors import CheckpointMismatch, FileProblem, Ignored, UsageError
 
 TOLD = ("-s", 3, "--steps", 2)
 
@@ -224,3 +225,70 @@ def test_a_lora_for_another_model_stops_before_anything_is_drawn(limner, here, t
         "0 of its 2 keys fit here\n"
     )
     assert [path.name for path in here.iterdir()] == ["sd.safetensors"]
+
+
+def test_two_files_of_one_name_or_two_weights_of_one_file_are_refused(limner, here, tiny_model, style):
+    (here / "other").mkdir()
+    _style(here / "other" / "style.safetensors", 1)
+    told = ("generate", "-m", tiny_model, *TOLD)
+    done = limner(*told, "fox", "--lora", "style", "--lora", "other/style.safetensors")
+    assert (done.code, done.out) == (2, "")
+    assert "have one name: give one, or rename it" in done.err
+    done = limner(*told, "fox <lora:style:0.8>", "--lora", "style:0.5")
+    assert (done.code, "style is asked for twice, by 0.5 and 0.8" in done.err) == (2, True)
+    assert limner(*told, "fox <lora:style:0.5>", "--lora", "style", "-o", "a.png").code == 0
+    assert metadata.read_settings(here / "a.png")["adapters"][0]["weight"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["ink v1:2", "x" * 201])
+def test_a_name_that_no_picture_can_remember_is_refused_before_drawing(limner, here, tiny_model, style, name):
+    style.rename(here / f"{name}.safetensors")
+    done = limner("generate", "fox", "-m", tiny_model, *TOLD, "--lora", f"./{name}.safetensors")
+    assert (done.code, done.out) == (2, "")
+    assert "cannot be remembered by a picture" in done.err
+
+
+def test_the_folder_of_peft_is_called_by_its_own_name(here, monkeypatch, tiny_model):
+    (here / "ink").mkdir()
+    _style(here / "ink" / "adapter_model.safetensors", 0)
+    assert files.name_of(here / "ink") == files.name_of(here / "ink" / "adapter_model.safetensors") == "ink"
+    monkeypatch.chdir(here / "ink")
+    assert files.name_of(Path()) == "ink"
+    assert asking.parse(".").name == "ink"
+
+
+def test_a_part_that_is_one_number_is_refused(tiny_model, tmp_path):
+    a, b = torch.randn(2, 64), torch.randn(192, 2)
+    for parts in (
+        {"lora_A.weight": torch.tensor(1.0), "lora_B.weight": b},
+        {"hada_w1_a": b, "hada_w1_b": torch.tensor(1.0), "hada_w2_a": b.clone(), "hada_w2_b": a},
+        {"ia3_l": torch.tensor(1.0)},
+        {"oft_blocks": torch.tensor(1.0)},
+    ):
+        save_file({f"blocks.0.qkv.{name}": value for name, value in parts.items()}, tmp_path / "x.safetensors")
+        with pytest.raises(CheckpointMismatch, match="is one number, where a matrix or a vector is wanted"):
+            pipeline.load(tiny_model).attach(tmp_path / "x.safetensors")
+
+
+def test_adapters_of_two_threads_do_not_meet(tiny_model, here, style):
+    """Each draws with its own alone, and none stays on."""
+    other = _style(here / "other.safetensors", 1)
+    pipe = pipeline.load(tiny_model, "cpu")
+    told = {"seed": 3, "steps": 6}
+    wanted = [pipe.generate("fox", **told, lora=[file])[0] for file in (style, other)]
+    plain = pipe.generate("fox", **told)[0].image.tobytes()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda file: pipe.generate("fox", **told, lora=[file])[0], [style, other] * 4))
+    for picture, same in zip(found, wanted * 4, strict=True):
+        assert picture.image.tobytes() == same.image.tobytes()
+        assert picture.settings == same.settings
+    assert pipe.generate("fox", **told)[0].image.tobytes() == plain
+
+
+def test_a_lone_file_is_one_file_and_an_autoencoder_takes_none(tiny_model, here, style):
+    pipe = pipeline.load(tiny_model, "cpu")
+    listed, alone = (pipe.generate("fox", seed=3, steps=1, lora=given)[0] for given in ([style], str(style)))
+    assert listed.image.tobytes() == alone.image.tobytes()
+    assert pipe.generate("fox<lora:style:1>", seed=3, steps=1, adapter_folder=None)[0].settings == listed.settings
+    with pytest.raises(UsageError, match="takes no adapters"):
+        pipeline.Pipeline(catalog.build(catalog.entry("icons-autoencoder-tiny").config), "x").generate("", lora=style)

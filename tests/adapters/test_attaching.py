@@ -387,7 +387,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "another width": ({"lora_up__weight": lambda t: t[:5]}, ("(5, 3)", "does not fit network.", "it makes (5, 32)")),
     "flat": ({"lora_up__weight": lambda t: t[0]}, ("does not fit",)),
-    "a scalar": ({"lora_up__weight": lambda t: t[0, 0]}, ("does not fit",)),
+    "a scalar": ({"lora_up__weight": lambda t: t[0, 0]}, ("lora_up.weight is one number",)),
     "deep": ({"lora_up__weight": lambda t: t[None]}, ("does not fit",)),
     "whole numbers": ({"lora_up__weight": lambda t: t.to(torch.int32)}, ("lora_up.weight is of torch.int32",)),
     "complex": ({"lora_up__weight": lambda t: t.to(torch.complex64)}, ("lora_up.weight is of torch.complex64",)),

@@ -205,3 +205,33 @@ def test_hostile_words_are_refused(folder, tiny_model, here):
 def test_inspect_opens_words_of_a1111(here):
     told = exchange.inspect(a1111(here / "x", vectors(3, 768)))
     assert (told["kind"], told["base"], told["vectors"]) == ("textual inversion", ["sd1"], ["3"])
+
+
+def test_a_word_against_is_found_in_the_folder_and_its_file_may_be_named(limner, here, folder):
+    kohya(here / "bad", vectors(3))
+    told = ("generate", "-m", folder, "-s", 1, "--steps", 1)
+    done = limner(*told, "a fox", "-n", "embedding:bad", "-o", "a.png")
+    assert done.code == 0, done.err
+    assert metadata.read_settings(here / "a.png")["adapters"][0]["name"] == "bad"
+    assert limner(*told, "a fox", "-n", "embedding:bad.safetensors", "-o", "b.png").code == 0
+    assert limner(*told, "a fox", "-n", "bad", "--embedding", "bad.safetensors", "-o", "c.png").code == 0
+    assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes() == Image.open("c.png").tobytes()
+    assert metadata.from_infotext(Image.open("a.png").info["parameters"])["adapters"][0]["name"] == "bad"
+
+
+def test_letters_that_fold_together_are_words_like_others(folder, tmp_path):
+    system = catalog.load(folder)
+    stack(system).attach(kohya(tmp_path / "kis", vectors(3)))
+    tower = system.text_encoder[0]
+    assert tower.pieces("k\u0131s")[1][1] != tower.learned["kis"]
+    assert tower.pieces("KIS")[1][1] == tower.learned["kis"]
+
+
+def test_a_picture_names_no_files_to_load(limner, here, folder):
+    """Only what was typed is looked for: a prompt that a picture carries may be anybody's."""
+    kohya(here / "bad", vectors(3))
+    picture = Image.new("RGB", (32, 32))
+    settings = {"prompt": "a fox embedding:bad", "negative": "", "steps": 1, "seed": 1, "width": 32, "height": 32}
+    metadata.save_png(picture, settings, here / "crafted.png")
+    done = limner("generate", "-C", "crafted.png", "-m", folder)
+    assert (done.code, "asks for the embedding 'bad', and there is none here" in done.err) == (2, True)

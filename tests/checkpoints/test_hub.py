@@ -109,6 +109,35 @@ def test_what_the_hub_has_not_is_said_in_one_line(served, tmp_path, source, word
     assert words in done.stderr.splitlines()[-1]
 
 
+def test_a_file_is_taken_by_its_name_or_not_at_all(tmp_path, monkeypatch):
+    """Never another one of the same model."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    (tmp_path / "a.safetensors").write_bytes(b"")
+
+    def download(name, file, revision=None, local_files_only=False):
+        if not local_files_only:
+            raise failure
+        if file != "a.safetensors":
+            raise LocalEntryNotFoundError("not here")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    failures = [ConnectionError("down"), LocalEntryNotFoundError("offline")]
+    while failures:
+        failure = failures.pop()
+        assert hub.fetch("hf:o/n/a.safetensors") == tmp_path / "a.safetensors"
+        with pytest.raises(
+            FileProblem, match=r"hf:o/n/b.safetensors is not on this machine, and the Hub does not answer"
+        ):
+            hub.fetch("hf:o/n/b.safetensors")
+    failure = OSError(28, "No space left on device")
+    with pytest.raises(FileProblem, match="cannot be kept on this machine: No space left"):
+        hub.fetch("hf:o/n/a.safetensors")
+
+
 def test_where_nobody_answers_and_nothing_is_kept_it_is_said(tmp_path):
     done = inspected("hf:someone/fox", "http://127.0.0.1:9", tmp_path)
     assert done.returncode == 3

@@ -177,7 +177,7 @@ def test_a_model_that_reads_plainly_says_so():
         ({"prompt": "a (fox:nan)"}, "the weight nan in '\\(fox:nan\\)' is absurd"),
         ({"prompt": "fox", "negative": "(a:1e9)"}, "the weight 1e9"),
         ({"prompt": "{fox|}", "batch": 64}, "the prompt is empty"),
-        ({"prompt": "a <lora:ink:0.8>"}, "the lora 'ink', and there is none here"),
+        ({"prompt": "a <lora:ink:0.8>"}, "the lora 'ink' where no tag is read"),
         ({"prompt": "an embedding:bad"}, "the embedding 'bad'"),
         ({"prompt": "fox", "clip_skip": 3}, "clip skip is 3: this model's text encoder can stop 1 to 2 from its end"),
         ({"prompt": "fox", "clip_skip": 0}, "clip_skip is 0: give a whole number from 1"),

@@ -187,7 +187,7 @@ def test_adapters_are_found_and_taken_out():
     )
     assert prompt.parts[0].at(0)[0][0].text == "a fox  by  "
     assert parse("<lora:a:1> embedding:b", "plain").adapters == (Adapter("lora", "a"),)
-    with pytest.raises(UsageError, match=r"for the lora 'in ink', and there is none here: add --lora FILE"):
+    with pytest.raises(UsageError, match=r"for the lora 'in ink' where no tag is read"):
         prompts.refuse(prompt.adapters)
     with pytest.raises(UsageError, match=r"for the embedding 'bad-hands', and there is none here: add --embedding"):
         prompts.refuse(prompt.adapters[-1:], {"good-hands"})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from limner.adapters import files
-from limner.adapters.attaching import Stack, find
+from limner.adapters.attaching import Stack, candidates, find
 from limner.errors import FileProblem, UsageError
 from limner.text.prompts import TAG, tagged
 
@@ -23,14 +25,15 @@ class Asked:
 
     @property
     def name(self) -> str:
-        return self.path.name if self.path.is_dir() else self.path.stem
+        return files.name_of(self.path)
 
 
-def parse(text: str) -> Asked:
-    """FILE[:WEIGHT][,BLOCK=WEIGHT...]; a bare name is of a file in this folder. Raises UsageError, FileProblem."""
+def parse(text: str, folders: tuple[Path, ...] = (Path(),)) -> Asked:
+    """FILE[:WEIGHT][,BLOCK=WEIGHT...]; a bare name is of a file in `folders`. Raises UsageError, FileProblem."""
     path, colon, told = text.rpartition(":")
-    if not colon or Path(text).exists() or "/" in told or "\\" in told:
-        return Asked(_file(text))
+    whole = os.path.exists(text)  # noqa: PTH110 (Path's may raise)
+    if not colon or whole or "/" in told or "\\" in told:
+        return Asked(_file(text, folders))
     weight, blocks = None, {}
     for n, part in enumerate(told.split(",")):
         block, equals, number = part.rpartition("=")
@@ -46,25 +49,28 @@ def parse(text: str) -> Asked:
             weight = value
         else:
             raise UsageError(f"{text!r:.200}: {part!r:.50} does not say of which block it is the weight")
-    return Asked(_file(path), weight, blocks)
+    return Asked(_file(path, folders), weight, blocks)
 
 
-def _file(text: str) -> Path:
+def _file(text: str, folders: tuple[Path, ...]) -> Path:
     path = Path(text)
-    found = path if text and path.exists() else find(text, (Path(),))
+    found = path if text and os.path.exists(text) else find(text, folders)  # noqa: PTH110 (Path's may raise)
     if found is None:
         raise FileProblem(f"no file {text!r:.200}: give the path of a LoRA or of another adapter")
     return found
 
 
-def in_prompt(prompt: str, folders: tuple[Path, ...]) -> tuple[str, list[Asked]]:
-    """The prompt without `<lora:name:weight>`, and those; and the files of `embedding:name`, which stays. Files are
+def in_prompt(prompt: str, folders: tuple[Path, ...], negative: str = "") -> tuple[str, list[Asked]]:
+    """The prompt without `<lora:name:weight>`, and those; and the files of `embedding:name`, there
+    and in the negative prompt, which stays. Files are
     looked for in `folders`; of a learned word that is not there another file may know. Raises UsageError, FileProblem.
     """
     for tag in TAG.finditer(prompt):
-        if prompt.count("{", 0, tag.start()) > prompt.count("}", 0, tag.start()):
+        before = re.sub(r"\\.", "", prompt[: tag.start()])
+        if before.count("{") > before.count("}"):
             raise UsageError(f"{tag[0][:60]!r} is within a choice, where none is read: put it outside of {{a|b}}")
     text, found = tagged(prompt)
+    found += tuple(one for one in tagged(negative)[1] if one.kind == "embedding")
     asked = []
     for one in found:
         path = find(one.name, folders)
@@ -92,19 +98,32 @@ def resolve(
     `remembered` are settings of a picture. What was asked for goes before what is remembered of the same name; another
     is taken from `folders` if it lies there with the hash it had. Raises FileProblem for one that does not.
     """
-    given = {one.name: one for one in asked}
+    given: dict[str, Asked] = {}
+    for new in asked:
+        other = given.setdefault(new.name, new)
+        if other is new:
+            continue
+        if other.path.resolve() != new.path.resolve():
+            raise UsageError(f"{other.path} and {new.path} have one name: give one, or rename it")
+        if other.weight is not None and new.weight is not None:
+            raise UsageError(f"{new.name} is asked for twice, by {other.weight:g} and {new.weight:g}: once is enough")
+        given[new.name] = other if new.weight is None else replace(other, weight=new.weight)
     found, told = [], []
     for old in remembered:
         name, weight, blocks = old["name"], old.get("weight"), old.get("blocks", {})
         one = given.pop(name, None)
         if one is None:
-            path = find(name, folders)
-            if path is None or files.digest(path) != old["hash"]:
-                where = f"{path} is another file" if path else "it is not here"
+            here = candidates(name, folders)
+            path = next((path for path in here if files.digest(path) == old["hash"]), None)
+            if path is None:
                 flag = "--lora" if "weight" in old else "--embedding"
-                raise FileProblem(
-                    f"painted with the adapter {name!r} (hash {old['hash']}), and {where}: add {flag} FILE"
-                )
+                if old["hash"] == "?":
+                    reason = "and the picture does not say which file that was"
+                else:
+                    reason = f"(hash {old['hash']}), and " + (
+                        f"{here[0]} is another file" if here else "it is not here"
+                    )
+                raise FileProblem(f"painted with the adapter {name!r} {reason}: add {flag} FILE")
             found.append(Asked(path, weight, blocks))
         else:
             if old["hash"] not in ("?", files.digest(files.contents_of(one.path).path)):

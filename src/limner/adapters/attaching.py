@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from limner import metadata
 from limner.adapters import files, kinds, words
 from limner.adapters.files import Adapter
 from limner.adapters.names import block
@@ -27,6 +29,7 @@ from limner.errors import FileProblem, UsageError
 LARGEST_WEIGHT = 100.0
 TABLE = "text_model.embeddings.token_embedding"
 TEXTUAL = "textual inversion"
+LONGEST_NAME = 200
 ENDINGS = (".safetensors", ".pt", ".bin", ".ckpt")
 
 
@@ -95,6 +98,8 @@ class Stack:
     def __init__(self, system: nn.Module) -> None:
         self.system = system
         self.on: list[Attached] = []
+        self.lock = threading.RLock()
+        """Held while adapters change, and while something is drawn with them."""
         self.hidden: dict[tuple[str, str], nn.Parameter] = {}
 
     def attach(self, path: str | Path, weight: float = 1.0, blocks: Mapping[str, float] | None = None) -> Report:
@@ -105,6 +110,8 @@ class Stack:
         model, UsageError for a weight or block that cannot be, or a name that is attached already.
         """
         path = Path(path)
+        if problem := metadata.misnamed(name := files.name_of(path)):
+            raise UsageError(f"an adapter called {name!r:.60} cannot be remembered by a picture ({problem}): rename it")
         learned = words.stored(path) if not path.is_dir() else {}
         adapter = words.read(path, learned, self.system) if learned else files.read(path, self.system)
         if any(other.adapter.name == adapter.name for other in self.on):
@@ -240,7 +247,13 @@ def stack(system: Any) -> Stack:
 
 
 def find(name: str, folders: tuple[Path, ...]) -> Path | None:
-    """The file of an adapter of this name in one of `folders`; `name` is no path."""
-    if Path(name).name != name or "\\" in name:
-        return None
-    return next((f for d in folders for e in ENDINGS if (f := d / f"{name}{e}").is_file()), None)
+    """The file of an adapter of this name in the first of `folders` that has one; `name` is no path."""
+    return next(iter(candidates(name, folders)), None)
+
+
+def candidates(name: str, folders: tuple[Path, ...]) -> list[Path]:
+    """All of them. The ending may be said, as ComfyUI's prompts do."""
+    if Path(name).name != name or "\\" in name or "\0" in name or len(name) > LONGEST_NAME:
+        return []
+    names = [name] if name.endswith(ENDINGS) else [f"{name}{ending}" for ending in ENDINGS]
+    return [file for folder in folders for said in names if (file := folder / said).is_file()]

@@ -32,6 +32,7 @@ MOST_UNKNOWN = 0.1
 """A file of which more is unknown is refused; less is told."""
 BASES = ("sd1", "sd2", "sdxl", "sdxl-refiner", "icons")
 PEFT_FILE, PEFT_CONFIG, DIFFUSERS_CONFIG = "adapter_model.safetensors", "adapter_config.json", "lora_adapter_metadata"
+SCALARS = {"on_input", "k1"}  # parts that may be one number
 
 
 def _endings() -> dict[str, str]:
@@ -164,6 +165,12 @@ def contents_of(path: str | Path) -> Contents:
     return Contents(path, tensors, settings)
 
 
+def name_of(path: Path) -> str:
+    """What an adapter is called: its file without the ending, or PEFT's folder."""
+    path = path.resolve()
+    return path.name if path.is_dir() else path.parent.name if path.name == PEFT_FILE else path.stem
+
+
 def _json(text: str, path: Path) -> dict[str, Any]:
     try:
         found = json.loads(text)
@@ -233,11 +240,10 @@ def survey(contents: Contents, system: nn.Module) -> tuple[Adapter, str]:
         else:
             entries[module] = entry
     path = contents.path
-    name = path.parent.name if path.name == PEFT_FILE else path.stem
     return (
         Adapter(
-            path, name, digest(path), entries, tuple(p for p, _ in programs.most_common()), len(contents.tensors),
-            tuple(unknown),
+            path, name_of(path), digest(path), entries, tuple(p for p, _ in programs.most_common()),
+            len(contents.tensors), tuple(unknown),
         ),
         misfit,
     )  # fmt: skip
@@ -260,6 +266,9 @@ def _entry(contents: Contents, module: str, keys: dict[str, str]) -> Entry:
         if part in parts and part == "alpha":
             alpha = contents.number(keys["alpha"], number)
     parts.pop("alpha", None)
+    for part, tensor in parts.items():
+        if tensor.dim() == 0 and part not in SCALARS:
+            raise CheckpointMismatch(f"{path}: {keys[part]} is one number, where a matrix or a vector is wanted")
     if "weight" in parts and "on_input" in parts:
         parts["columns" if parts.pop("on_input") else "rows"] = parts.pop("weight")
     kind = kinds.find(frozenset(parts))

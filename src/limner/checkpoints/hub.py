@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,7 @@ def fetch(source: str) -> Path:
         EntryNotFoundError,
         GatedRepoError,
         HFValidationError,
+        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -44,12 +46,16 @@ def fetch(source: str) -> Path:
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise FileProblem(f"the Hub has no {source}, or does not show it to you: is it spelt so?") from error
+    except LocalEntryNotFoundError as error:
+        return _kept(name, revision, file, source, error)
     except EntryNotFoundError as error:
         raise FileProblem(f"the Hub has {name}, but no {file or 'such file'} in it") from error
     except FileProblem:
         raise
     except Exception as error:  # of the network: many kinds
-        return _kept(name, revision, source, error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise FileProblem(f"{source} cannot be kept on this machine: {error.strerror}") from error
+        return _kept(name, revision, file, source, error)
 
 
 def choose(names: Collection[str], source: str) -> list[str]:
@@ -84,11 +90,13 @@ def _weights(names: Collection[str]) -> set[str]:
     return set()
 
 
-def _kept(name: str, revision: str | None, source: str, error: Exception) -> Path:
-    """What was fetched before, where the Hub cannot be reached."""
-    from huggingface_hub import snapshot_download
+def _kept(name: str, revision: str | None, file: str | None, source: str, error: Exception) -> Path:
+    """What was fetched before, where the Hub cannot be reached; a file that was asked for by name, or nothing."""
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
+        if file:
+            return Path(hf_hub_download(name, file, revision=revision, local_files_only=True))
         folder = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
         kept = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         wanted = choose(kept, source)

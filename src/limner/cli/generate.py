@@ -260,7 +260,9 @@ def paint(
     from limner import pipeline
 
     folders = (adapter_folder or Path(), *([settings.parent] if settings else []))
-    asked["prompt"], told = _attach(pipe, asked["prompt"], [*(lora or []), *(embedding or [])], adapters, folders)
+    typed, told = _attach(pipe, (prompt, negative), [*(lora or []), *(embedding or [])], adapters, folders)
+    if typed is not None:
+        asked["prompt"] = typed
     for sentence in told:
         print(f"limner: {sentence}", file=sys.stderr)
     given: dict[str, Any] = {"image": image, "mask": mask}
@@ -324,17 +326,24 @@ def _remembered(path: Path, image: Path | None, mask: Path | None, model: str | 
 
 
 def _attach(
-    pipe: Pipeline, prompt: str, files: list[str], remembered: list[dict[str, Any]], folders: tuple[Path, ...]
-) -> tuple[str, list[str]]:
-    """Put adapters on: those asked for, here and in the prompt, and those of a picture, which are known by their hash.
-    Returns the prompt without them, and what to tell."""
-    if not (files or remembered or "<" in prompt or "embedding:" in prompt):
+    pipe: Pipeline,
+    typed: tuple[str | None, str | None],
+    files: list[str],
+    remembered: list[dict[str, Any]],
+    folders: tuple[Path, ...],
+) -> tuple[str | None, list[str]]:
+    """Put adapters on: those asked for, here and in the prompts that were typed, and those of a picture, which are
+    known by their hash; of its prompt none is read. Returns the prompt without them, and what to tell."""
+    prompt, negative = typed
+    said = f"{prompt or ''} {negative or ''}"
+    if not (files or remembered or "<" in said or "embedding:" in said):
         return prompt, []
     from limner.adapters import asking, attaching
 
-    prompt, tags = asking.in_prompt(prompt, folders)
-    asked, told = asking.resolve([asking.parse(text) for text in files] + tags, remembered, folders)
-    return prompt, told + (asking.attach(attaching.stack(pipe.system), asked) if asked else [])
+    text, tags = asking.in_prompt(prompt or "", folders, negative or "")
+    asked, told = asking.resolve([asking.parse(text, folders) for text in files] + tags, remembered, folders)
+    told += asking.attach(attaching.stack(pipe.system), asked) if asked else []
+    return None if prompt is None else text, told
 
 
 def _same_hash(a: str, b: str) -> bool:

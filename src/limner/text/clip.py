@@ -192,9 +192,13 @@ class CLIPTextEncoder(CLIPText):
         if not self.learned:
             return [(prompt, self.tokenizer.encode([prompt], marked=False)[0])]
         names = "|".join(re.escape(name) for name in sorted(self.learned, key=len, reverse=True))
-        parts = re.split(rf"(?:\bembedding:)?(?<!\w)({names})(?!\w)", prompt, flags=re.IGNORECASE)
-        between = iter(self.tokenizer.encode(parts[::2], marked=False))
-        return [(part, self.learned[part.lower()] if i % 2 else next(between)) for i, part in enumerate(parts)]
+        file = r"(?:\.(?:safetensors|pt|bin|ckpt))?"
+        parts = re.split(rf"(?:\bembedding:)?(?<!\w)({names})(?!\w){file}", prompt, flags=re.IGNORECASE)
+        known = [self.learned.get(part.lower()) if i % 2 else None for i, part in enumerate(parts)]
+        words = iter(
+            self.tokenizer.encode([p for p, ids in zip(parts, known, strict=True) if ids is None], marked=False)
+        )
+        return [(part, next(words) if ids is None else ids) for part, ids in zip(parts, known, strict=True)]
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:

@@ -34,7 +34,7 @@ MOST_TEXTS = 256  # over the steps; all are read before the first
 MOST_PICKS = 1000
 LARGEST_FILE, LONGEST_LINE = 10_000_000, 20_000
 
-NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:nan|inf)"
+NUMBER = r"[+-]?(?:\d++\.?\d*+|\.\d++)(?:e[+-]?\d++)?|[+-]?(?:nan|inf)"  # possessive: else long ones take their square
 AND = re.compile(r"\bAND\b")
 
 
@@ -107,13 +107,17 @@ def parse(text: str, dialect: Dialect = "a1111", steps: int = 1, composed: bool 
 def refuse(adapters: Sequence[Adapter], learned: Collection[str] = ()) -> None:
     """Raises UsageError for the first that a prompt still asks for, other than words `learned` (in lower case)."""
     for adapter in adapters:
-        if adapter.kind == "embedding" and adapter.name.lower() in learned:
+        if adapter.kind == "embedding" and without_ending(adapter.name).lower() in learned:
             continue
-        flag = "--embedding" if adapter.kind == "embedding" else "--lora"
-        raise UsageError(
-            f"the prompt asks for the {adapter.kind} {adapter.name!r}, and there is none here: add {flag} FILE, or "
-            "leave it out"
-        )
+        asks = f"the prompt asks for the {adapter.kind} {adapter.name!r}"
+        if adapter.kind == "embedding":
+            raise UsageError(f"{asks}, and there is none here: add --embedding FILE, or leave it out")
+        raise UsageError(f"{asks} where no tag is read (out of a wildcard, or against): say it in the prompt itself")
+
+
+def without_ending(name: str) -> str:
+    """The name of a learned word, whose file ComfyUI's prompts may say whole."""
+    return re.sub(r"\.(safetensors|pt|bin|ckpt)$", "", name)
 
 
 # -------------------------------------------------------------------- brackets
