@@ -349,6 +349,6 @@ def test_a_comma_that_does_not_fit_begins_the_next_chunk():
 
 def test_words_are_not_parted_unless_they_are_long():
     run = lambda n: [(1, 1.0)] * n  # noqa: E731
-    assert [len(c) for c in chunked([run(73), run(3)], 75, whole=True)] == [73, 3]
-    assert [len(c) for c in chunked([run(73), run(8)], 75, whole=True)] == [75, 6]
+    assert [len(c) for c in chunked([run(73), run(3)], 75, solid=[True, True])] == [73, 3]
+    assert [len(c) for c in chunked([run(73), run(8)], 75, solid=[True, False])] == [75, 6]
     assert [len(c) for c in chunked([run(73), run(3)], 75)] == [75, 1]

@@ -204,8 +204,9 @@ class Stack:
 
     def unused(self, *texts: str) -> list[str]:
         """A sentence for each learned word that none of `texts` says."""
-        said = " ".join(texts).lower()
-        unsaid = [word.name for word in self._learned() if not any(name.lower() in said for name in word.names)]
+        tower = self.system.text_encoder[0] if self._learned() else None  # type: ignore[index]
+        said = {part.lower() for text in texts for part, _ in tower.pieces(text)} if tower else set()  # type: ignore[union-attr]
+        unsaid = [word.name for word in self._learned() if said.isdisjoint(name.lower() for name in word.names)]
         return [f"{name} is a learned word that the prompt does not say" for name in unsaid]
 
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from limner.errors import UsageError
 from limner.nn.embeddings import embedding, sent
 from limner.text.bpe import CLIPTokenizer
-from limner.text.prompts import DIALECTS, Dialect, Text, Token, chunked
+from limner.text.prompts import DIALECTS, LONG_WORD, Dialect, Text, Token, chunked
 from limner.types import Conditioning, Tokens
 
 Chunk = tuple[Token, ...]
@@ -221,9 +221,11 @@ class CLIPTextEncoder(CLIPText):
             pieces = [
                 (word, p.weight) for p in section for word in (p.text.split() if dialect == "comfyui" else [p.text])
             ]
-            ids = [[i for _, row in self.pieces(words) for i in row] for words, _ in pieces]
-            runs = [[(token, weight) for token in row] for row, (_, weight) in zip(ids, pieces, strict=True)]
-            chunks += chunked(runs, size, comma, whole=dialect == "comfyui") or [()]
+            found = [(ids, said, weight) for words, weight in pieces for said, ids in self.pieces(words)]
+            runs = [[(token, weight) for token in ids] for ids, _, weight in found]
+            short = LONG_WORD if dialect == "comfyui" else 0  # ComfyUI parts no word of few tokens, A1111 none learned
+            solid = [len(ids) < short or said.lower() in self.learned for ids, said, _ in found]
+            chunks += chunked(runs, size, comma, solid) or [()]
         return chunks[:-1] if len(text) > 1 and not chunks[-1] else chunks
 
     @torch.no_grad()

@@ -479,16 +479,16 @@ LONG_WORD = 8
 
 
 def chunked(
-    runs: Sequence[Sequence[Token]], size: int, comma: int | None = None, whole: bool = False
+    runs: Sequence[Sequence[Token]], size: int, comma: int | None = None, solid: Sequence[bool] = ()
 ) -> list[tuple[Token, ...]]:
     """Tokens in chunks of `size` at most, none for no tokens.
 
-    With `comma`, the id of one, a chunk that is full ends after a comma among its last 20 tokens (A1111). With `whole`,
-    a run of fewer than 8 tokens, which is a word, is not parted (ComfyUI).
+    With `comma`, the id of one, a chunk that is full ends after a comma among its last 20 tokens (A1111). A run that is
+    `solid` is not parted: it goes into the next chunk whole, if it fits there.
     """
     chunks: list[list[Token]] = []
-    for run in runs:
-        if whole and chunks and len(run) < LONG_WORD and len(chunks[-1]) + len(run) > size:
+    for run, whole in zip(runs, solid or [False] * len(runs), strict=True):
+        if whole and chunks and len(run) <= size < len(chunks[-1]) + len(run):
             chunks.append([])
         for token in run:
             if not chunks:
