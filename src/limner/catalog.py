@@ -15,8 +15,10 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from limner.checkpoints import autoencoder as kl
 from limner.checkpoints import files, folders, hub, layouts, single_files
 from limner.checkpoints.foreign import Foreign
+from limner.checkpoints.layouts import Place
 from limner.checkpoints.quantization import quantize
 from limner.errors import Assumed, CheckpointMismatch, FileProblem, UnknownName, UsageError, complaint
 from limner.models.autoencoder import KL_SD1, KL_SDXL, KLAutoencoder, KLConfig
@@ -359,6 +361,37 @@ def load(
     system.weights_hash = beside.submit(files.digest, *([path] if found is None else found.files)).result
     beside.shutdown(wait=False)
     return system.requires_grad_(False).eval().to(device)
+
+
+def put_autoencoder(system: AutoencodingSystem | DiffusionSystem, source: str | Path) -> None:
+    """Give a system the autoencoder in another file: of the original code or diffusers', alone, in a whole model, or a
+    folder with one. No name tells its scale: it is taken for one of the same family.
+
+    Raises FileProblem, CheckpointMismatch.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = next((part for part in (path / "vae", path) if (part / "config.json").is_file()), path)
+        path = folders.weights(path)[0]
+    tensors = files.read(path)[0]
+    for prefix in ("first_stage_model.", "vae.", "autoencoder."):
+        inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        tensors = inside or tensors
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(("loss.", "model_ema."))}
+    own = system.autoencoder
+    if not isinstance(own, KLAutoencoder):
+        raise CheckpointMismatch(f"{system.name} has an autoencoder of another kind than those that files hold alone")
+    layout = kl.ldm_layout(own.config)
+    if any(name.startswith("encoder.down_blocks.") for name in tensors):
+        early = any(".query." in name for name in tensors)
+        layout = kl.early_diffusers_layout(own.config) if early else {name: Place(name) for name in layout}
+    layouts.fit(layout, own.state_dict(), tensors, f"{path}, read as the autoencoder of {system.name}")
+    device = next(own.parameters()).device
+    ours = {name: t.to(device, torch.float32) for name, t in layouts.read(layout, tensors, path).items()}
+    files.assign(own, ours, path)
+    own.requires_grad_(False)
+    system.vae = {"vae": path.parent.name if path.stem == "diffusion_pytorch_model" else path.stem}
+    system.vae["vae_hash"] = files.digest(path)
 
 
 def recognise(path: Path, prediction: Literal["eps", "v"] | None = None) -> Foreign | None:

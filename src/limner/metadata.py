@@ -35,6 +35,8 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "limner": (str, 1, 50),  # version that painted it
     "model": (str, 1, 200),  # a name; never a path
     "model_hash": (str, 1, 64),  # SHA-256 of the weights, or the first digits of it
+    "vae": (str, 1, 200),  # the name of its file
+    "vae_hash": (str, 1, 64),
     "prompt": (str, 0, MAX_PROMPT),
     "negative": (str, 0, MAX_PROMPT),
     "seed": (int, 0, 2**64 - 1),
@@ -223,6 +225,8 @@ def to_infotext(settings: dict[str, Any]) -> str:
         "Size": size,
         "Model hash": settings["model_hash"][:10] if "model_hash" in settings else None,
         "Model": settings.get("model"),
+        "VAE hash": settings.get("vae_hash"),
+        "VAE": settings.get("vae"),
         "Clip skip": skip if (skip := settings.get("clip_skip", 1)) > 1 else None,
         "Prompt dialect": settings.get("prompt_dialect"),
         "Denoising strength": f"{over:.12g}" if over is not None else None,
@@ -286,7 +290,8 @@ def from_infotext(text: str) -> dict[str, Any]:
     if "Size" in pairs:
         width, height = pairs["Size"].split("x")
         settings |= {"width": int(width), "height": int(height)}
-    for key, name in (("Prompt dialect", "prompt_dialect"), ("Model", "model"), ("Model hash", "model_hash")):
+    for key, name in (("Prompt dialect", "prompt_dialect"), ("Model", "model"), ("Model hash", "model_hash"),
+                      ("VAE", "vae"), ("VAE hash", "vae_hash")):  # fmt: skip
         if pairs.get(key):
             settings[name] = pairs[key]
     if "Sampler" in pairs:

@@ -120,10 +120,12 @@ def load(
     device: str = "auto",
     prediction: Literal["eps", "v"] | None = None,
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto",
+    vae: str | Path | None = None,
 ) -> Pipeline:
     """A pipeline by model name, weight file of ours or of Stable Diffusion, folder of a run or of diffusers. `device`
     "auto" takes a CUDA device when there is one; `prediction` is for files that do not say what they predict; `dtype`
-    is what the network computes in, by default what is fastest on the device without harm.
+    is what the network computes in, by default what is fastest on the device without harm; `vae` is
+    a file or folder with another autoencoder.
 
     Raises UsageError for a device that is not here, UnknownName, FileProblem, CheckpointMismatch; warns (Assumed) of
     what a file did not tell.
@@ -134,7 +136,10 @@ def load(
         raise UnknownName("prediction", str(prediction), ("eps", "v"))
     if dtype not in ("auto", *DTYPES):
         raise UnknownName("dtype", str(dtype), ("auto", *DTYPES))
-    return Pipeline(catalog.load(source, find_device(device), prediction, DTYPES.get(dtype)), str(source))  # type: ignore[arg-type]
+    system = catalog.load(source, find_device(device), prediction, DTYPES.get(dtype))
+    if vae is not None:
+        catalog.put_autoencoder(system, vae)
+    return Pipeline(system, str(source))  # type: ignore[arg-type]
 
 
 def computes(system: System) -> str:
@@ -560,6 +565,7 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
         settings["clip_skip"] = request.clip_skip or system.clip_skip
     if system.model_hash:
         settings["model_hash"] = system.model_hash
+    settings |= system.vae
     if request.image is not None:
         settings["strength"] = request.strength
     if request.mask is not None:

@@ -162,6 +162,8 @@ class System(Protocol):
     defaults: Defaults
     model_hash: str
     """The first digits of the weight file's SHA-256, "" for weights that come from no file."""
+    vae: dict[str, str]
+    """`vae` and `vae_hash`, name and hash of an autoencoder that is not the model's own; else nothing."""
     grid: int
     """Width and height must be multiples of this many pixels."""
     dialects: tuple[str, ...]

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from limner import catalog, metadata, pipeline
-from limner.errors import Ignored, UnknownName, UsageError
+from limner.checkpoints import autoencoder as kl
+from limner.checkpoints import layouts
+from limner.errors import CheckpointMismatch, FileProblem, Ignored, UnknownName, UsageError
 
 from . import stable_diffusion
 
@@ -151,3 +154,60 @@ def test_amounts_that_cannot_be(tiny):
         pipeline.prepare(tiny, prompt="fox", guidance_kind="cfg-zero")
     with pytest.warns(Ignored, match="guidance_rescale have no effect at guidance 1"):
         pipeline.generate(tiny, "fox", **TOLD, guidance=1, guidance_rescale=0.5)
+
+
+@pytest.mark.parametrize("spelling", ["diffusers", "early", "ldm", "whole", "folder"])
+def test_another_autoencoder_draws_what_diffusers_draws_with_it(tmp_path, spelling):
+    """One filled with other noise, in the files of every program."""
+    folder = stable_diffusion.sd1(tmp_path)
+    theirs = stable_diffusion.noised(stable_diffusion.autoencoder(0.18215), seed=77)
+    ours = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    layout = kl.ldm_layout(catalog.load(folder).autoencoder.config)
+    path = tmp_path / "other.safetensors"
+    if spelling == "folder":
+        theirs.save_pretrained(tmp_path / "other" / "vae")
+        path = tmp_path / "other"
+    elif spelling == "diffusers":
+        save_file(ours, path)
+    else:
+        rows = kl.early_diffusers_layout(catalog.load(folder).autoencoder.config) if spelling == "early" else layout
+        prefix = "first_stage_model." if spelling == "whole" else ""
+        save_file({prefix + name: t.contiguous() for name, t in layouts.write(rows, ours).items()}, path)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    system = pipeline.load(folder, vae=path).system
+    with torch.no_grad():
+        wanted = theirs.decode(latents / 0.18215).sample
+        found = system.decode(latents)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert not torch.allclose(catalog.load(folder).decode(latents), wanted, atol=0.1)
+    assert system.vae.keys() == {"vae", "vae_hash"}
+
+
+def test_an_autoencoder_that_does_not_fit_is_refused_by_name(tmp_path, tiny_model):
+    folder = stable_diffusion.sd1(tmp_path)
+    theirs = stable_diffusion.autoencoder(0.18215).state_dict()
+    save_file({name: t for name, t in theirs.items() if "mid_block" not in name}, tmp_path / "torn.safetensors")
+    with pytest.raises(CheckpointMismatch, match=r"torn.safetensors, read as the autoencoder of sd1: .* missing"):
+        pipeline.load(folder, vae=tmp_path / "torn.safetensors")
+    with pytest.raises(CheckpointMismatch, match="an autoencoder of another kind"):
+        pipeline.load(tiny_model, vae=folder)
+    with pytest.raises(FileProblem, match="no file"):
+        pipeline.load(folder, vae=tmp_path / "nothing.safetensors")
+
+
+def test_a_picture_names_its_autoencoder_and_strict_takes_warnings_for_errors(limner, here, tmp_path):
+    folder = stable_diffusion.sd1(tmp_path)
+    theirs = stable_diffusion.noised(stable_diffusion.autoencoder(0.18215), seed=77)
+    save_file({name: t.contiguous() for name, t in theirs.state_dict().items()}, here / "other.safetensors")
+    told = ("-m", folder, "-s", 1, "--steps", 1)
+    assert limner("generate", "fox", *told, "--vae", "other.safetensors", "-o", "a.png").code == 0
+    assert metadata.read_settings(here / "a.png")["vae"] == "other"
+    done = limner("generate", "-C", "a.png", "-m", folder)
+    assert (done.code, "painted with the autoencoder 'other': add --vae FILE" in done.err) == (2, True)
+    assert limner("generate", "-C", "a.png", "-m", folder, "--vae", "other.safetensors", "-o", "b.png").code == 0
+    assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes()
+    vain = ("generate", "fox", *told, "-n", "cat", "--guidance", 1, "-o", "c.png")
+    done = limner(*vain, "--strict")
+    assert (done.code, "has no effect at guidance 1: ask for more guidance (--strict)" in done.err) == (2, True)
+    assert not (here / "c.png").exists()
+    assert limner(*vain).code == 0

@@ -132,16 +132,17 @@ def resolve(
     return found + list(given.values()), told
 
 
-def attach(stack: Stack, asked: Sequence[Asked]) -> list[str]:
-    """Attach all, or none. Returns a sentence on each, and on what of it does not show."""
-    told = []
+def attach(stack: Stack, asked: Sequence[Asked]) -> tuple[list[str], list[str]]:
+    """Attach all, or none. Returns a sentence on each, and those on what of it does not show."""
+    done, vain = [], []
     before = list(stack.on)
     try:
         for one in asked:
             weight = 1.0 if one.weight is None else one.weight
             report = stack.attach(one.path, weight, one.blocks)
-            told += [str(report), *report.ignored(weight)]
+            done.append(str(report))
+            vain += report.ignored(weight)
     except BaseException:
         stack.restore(before)
         raise
-    return told
+    return done, vain

@@ -10,7 +10,7 @@ import secrets
 import sys
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -153,6 +153,10 @@ def generate_command(
     dtype: Annotated[
         str, typer.Option("--dtype", help="What the network computes in: fp32, fp16 or bf16; auto is the fastest.")
     ] = "auto",
+    vae: Annotated[
+        Path | None, typer.Option("--vae", help="Another autoencoder of Stable Diffusion: a file, or a folder.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="What would be ignored or assumed is an error.")] = False,
     prediction: Annotated[
         str | None, typer.Option("--prediction", help="eps or v, for a model file that does not say it.")
     ] = None,
@@ -204,6 +208,8 @@ def paint(
     adapter_folder: Path | None = None,
     settings: Path | None = None,
     dtype: str = "auto",
+    vae: Path | None = None,
+    strict: bool = False,
     prediction: str | None = None,
     device: str = "auto",
     as_json: bool = False,
@@ -256,15 +262,23 @@ def paint(
     asked.setdefault("seed", secrets.randbelow(2**32))  # drawn here, so that it can be told before painting
     name = asked.pop("model", DEFAULT_MODEL)
 
-    pipe = _load(name, device, prediction, dtype)
+    painted_vae, vae_hash = asked.pop("vae", None), asked.pop("vae_hash", None)
+    if painted_vae and vae is None:
+        raise UsageError(f"{str(settings)!r} was painted with the autoencoder {painted_vae!r}: add --vae FILE")
+    tell = _told if not strict else _refused
+    pipe = _load(name, device, prediction, dtype, vae, tell)
+    if vae_hash and vae_hash != pipe.system.vae["vae_hash"]:
+        tell(f"{vae} is not the autoencoder painted with (hash {vae_hash}): expect another picture")
     from limner import pipeline
 
     folders = (adapter_folder or Path(), *([settings.parent] if settings else []))
-    typed, told = _attach(pipe, (prompt, negative), [*(lora or []), *(embedding or [])], adapters, folders)
+    typed, done, told = _attach(pipe, (prompt, negative), [*(lora or []), *(embedding or [])], adapters, folders)
     if typed is not None:
         asked["prompt"] = typed
+    for sentence in done:
+        _told(sentence)
     for sentence in told:
-        print(f"limner: {sentence}", file=sys.stderr)
+        tell(sentence)
     given: dict[str, Any] = {"image": image, "mask": mask}
     if expand is not None or keep_size:
         assert image is not None
@@ -277,13 +291,12 @@ def paint(
     for path in paths:
         metadata.check_writable(path, size=4 * request.width * request.height * request.batch)
     if painted_with and not _same_hash(painted_with, pipe.system.model_hash):
-        print(
-            f"limner: {str(settings)!r} was painted with other weights (model hash {painted_with[:10]!r}, "
-            f"here {pipe.system.model_hash!r}): expect another picture",
-            file=sys.stderr,
+        tell(
+            f"{str(settings)!r} was painted with other weights (model hash {painted_with[:10]!r}, "
+            f"here {pipe.system.model_hash!r}): expect another picture"
         )
     for sentence in pipeline.ignored(pipe.system, request):
-        print(f"limner: {sentence}", file=sys.stderr)
+        tell(sentence)
     if dry_run:
         _print_plan(_plan(pipe, request, paths), as_json)
         return
@@ -294,7 +307,7 @@ def paint(
         pictures = pipe.generate(**asked, batch=batch, **given, on_step=on_step)
     for warning in warned:
         if issubclass(warning.category, Assumed):
-            print(f"limner: {warning.message}", file=sys.stderr)
+            tell(str(warning.message))
     if output == "-":
         sys.stdout.buffer.write(metadata.encode_png(pictures[0].image, pictures[0].settings))
         return
@@ -331,19 +344,20 @@ def _attach(
     files: list[str],
     remembered: list[dict[str, Any]],
     folders: tuple[Path, ...],
-) -> tuple[str | None, list[str]]:
+) -> tuple[str | None, list[str], list[str]]:
     """Put adapters on: those asked for, here and in the prompts that were typed, and those of a picture, which are
-    known by their hash; of its prompt none is read. Returns the prompt without them, and what to tell."""
+    known by their hash; of its prompt none is read. Returns the prompt without them, what was done,
+    and what of it will not show."""
     prompt, negative = typed
     said = f"{prompt or ''} {negative or ''}"
     if not (files or remembered or "<" in said or "embedding:" in said):
-        return prompt, []
+        return prompt, [], []
     from limner.adapters import asking, attaching
 
     text, tags = asking.in_prompt(prompt or "", folders, negative or "")
     asked, told = asking.resolve([asking.parse(text, folders) for text in files] + tags, remembered, folders)
-    told += asking.attach(attaching.stack(pipe.system), asked) if asked else []
-    return None if prompt is None else text, told
+    done, vain = asking.attach(attaching.stack(pipe.system), asked) if asked else ([], [])
+    return None if prompt is None else text, done, told + vain
 
 
 def _same_hash(a: str, b: str) -> bool:
@@ -359,7 +373,22 @@ def slug(prompt: str) -> str:
     return short.strip("-") or "picture"
 
 
-def _load(name: str, device: str, prediction: str | None, dtype: str) -> Pipeline:
+def _told(sentence: str) -> None:
+    print(f"limner: {sentence}", file=sys.stderr)
+
+
+def _refused(sentence: str) -> None:
+    raise UsageError(f"{sentence} (--strict)")
+
+
+def _load(
+    name: str,
+    device: str,
+    prediction: str | None,
+    dtype: str,
+    vae: Path | None,
+    tell: Callable[[str], None],
+) -> Pipeline:
     """The pipeline, imported and loaded without looking for garbage: all of it stays, and looking takes 0.2 s. What had
     to be assumed of its file is told on stderr."""
     looking = gc.isenabled()
@@ -368,9 +397,9 @@ def _load(name: str, device: str, prediction: str | None, dtype: str) -> Pipelin
         from limner import pipeline
 
         with warnings.catch_warnings(record=True, action="always", category=Assumed) as assumed:
-            pipe = pipeline.load(name, device, prediction, dtype)  # type: ignore[arg-type]
+            pipe = pipeline.load(name, device, prediction, dtype, vae)  # type: ignore[arg-type]
         for warning in assumed:
-            print(f"limner: {warning.message}", file=sys.stderr)
+            tell(str(warning.message))
         return pipe
     finally:
         if looking:

@@ -26,6 +26,8 @@ class AutoencodingSystem(nn.Module):
 
     autoencoder: Any
     grid: int
+    vae: dict[str, str] = {}  # noqa: RUF012 (put anew, never changed)
+    """What a picture remembers of an autoencoder that is not the model's own."""
     weights_hash: Callable[[], str] = staticmethod(lambda: "")
     """Where it was read from files: waits for their hash, which is made beside the drawing."""
     task = "autoencoding"
