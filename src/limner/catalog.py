@@ -394,6 +394,19 @@ def put_autoencoder(system: AutoencodingSystem | DiffusionSystem, source: str | 
     system.vae["vae_hash"] = files.digest(path)
 
 
+def put_refiner(
+    system: AutoencodingSystem | DiffusionSystem, source: str | Path, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Let the model of another file do the last steps. Raises what `load` does, and CheckpointMismatch for one that
+    cannot go on where this stops."""
+    if not isinstance(system, DiffusionSystem):
+        raise CheckpointMismatch(f"{system.name} draws nothing that a refiner could go on with")
+    refiner = load(source, device, dtype=dtype)
+    if not isinstance(refiner, DiffusionSystem):
+        raise CheckpointMismatch(f"{source} is an autoencoder, not a model that refines")
+    system.refine(refiner)
+
+
 def recognise(path: Path, prediction: Literal["eps", "v"] | None = None) -> Foreign | None:
     """The model of another program at `path`, None for a file of ours. `prediction` says what it predicts, whatever the
     file does. Raises FileProblem, CheckpointMismatch, UsageError."""

@@ -54,6 +54,9 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "guidance_interval": (list, 2, 2),
     "variation": (float, 0, 1),
     "variation_seed": (int, 0, 2**63 - 1),
+    "refiner": (str, 1, 200),
+    "refiner_hash": (str, 0, 64),
+    "switch_at": (float, 0, 1),
     "hires": (float, 1, 16),
     "hires_strength": (float, 0, 1),
     "hires_steps": (int, 1, 1000),
@@ -74,6 +77,7 @@ NUMBERS = {
     "Variation seed strength": "variation",
     "CFG Rescale phi": "guidance_rescale",
     "Mimic scale": "guidance_mimic",
+    "Refiner switch at": "switch_at",
     "Hires upscale": "hires",
     "Hires steps": "hires_steps",
 }  # infotext -> setting
@@ -231,6 +235,7 @@ def to_infotext(settings: dict[str, Any]) -> str:
         "Prompt dialect": settings.get("prompt_dialect"),
         "Denoising strength": f"{over:.12g}" if over is not None else None,
         **{key: f"{settings[name]:.12g}" if name in settings else None for key, name in NUMBERS.items()},
+        "Refiner": f"{settings['refiner']} [{settings['refiner_hash']}]" if "refiner" in settings else None,
         "Guidance kind": settings.get("guidance_kind"),
         "Version": f"limner {settings['limner']}" if "limner" in settings else None,
     }
@@ -287,6 +292,8 @@ def from_infotext(text: str) -> dict[str, Any]:
     adapters += [{"name": name, "hash": value} for name, value in learned.items()]
     if adapters:
         settings |= {"adapters": adapters, "prompt": TAG.sub("", settings["prompt"])}
+    if named := re.fullmatch(r"(.+) \[(\w*)\]", pairs.get("Refiner", "")):
+        settings |= {"refiner": named[1], "refiner_hash": named[2]}
     if "Size" in pairs:
         width, height = pairs["Size"].split("x")
         settings |= {"width": int(width), "height": int(height)}

@@ -25,6 +25,7 @@ from limner.types import Defaults, GeneratedImage, Latents, OnStep, Request, Sys
 
 MAX_SEED = 2**63 - 1
 MASK_BLUR = 4.0
+SWITCH_AT = 0.8
 MOST_ADDED = 4096
 CHUNK = 8
 """Pictures drawn at once; a larger batch goes in turns, so memory does not grow with it."""
@@ -121,11 +122,12 @@ def load(
     prediction: Literal["eps", "v"] | None = None,
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto",
     vae: str | Path | None = None,
+    refiner: str | Path | None = None,
 ) -> Pipeline:
     """A pipeline by model name, weight file of ours or of Stable Diffusion, folder of a run or of diffusers. `device`
     "auto" takes a CUDA device when there is one; `prediction` is for files that do not say what they predict; `dtype`
     is what the network computes in, by default what is fastest on the device without harm; `vae` is
-    a file or folder with another autoencoder.
+    a file or folder with another autoencoder, `refiner` a model that does the last steps.
 
     Raises UsageError for a device that is not here, UnknownName, FileProblem, CheckpointMismatch; warns (Assumed) of
     what a file did not tell.
@@ -139,6 +141,8 @@ def load(
     system = catalog.load(source, find_device(device), prediction, DTYPES.get(dtype))
     if vae is not None:
         catalog.put_autoencoder(system, vae)
+    if refiner is not None:
+        catalog.put_refiner(system, refiner, find_device(device), DTYPES.get(dtype))
     return Pipeline(system, str(source))  # type: ignore[arg-type]
 
 
@@ -172,9 +176,10 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     painted, while the rest is kept bit for bit) with mask_blur in pixels, prompt_dialect ("a1111", "comfyui", "plain"),
     clip_skip from 1, wildcards (folder of .txt files), guidance_kind ("cfg", "apg", "cfg_zero"), guidance_rescale 0 to
     1, guidance_mimic (a scale), guidance_interval (low, high, of the noise), variation 0 to 1 towards the noise of
-    variation_seed, hires (a factor above 1) with hires_strength and hires_steps, on_step(done, total); with a Pipeline
-    also lora and embedding (files, or (file, weight), for this time only) and adapter_folder, where
-    `<lora:name:weight>` of the prompt is looked for. What is left out is the model's default.
+    variation_seed, switch_at (0 to 1, where a refiner takes over), hires (a factor above 1) with hires_strength and
+    hires_steps, on_step(done, total); with a Pipeline also lora and embedding (files, or (file, weight), for this time
+    only) and adapter_folder, where `<lora:name:weight>` of the prompt is looked for. What is left out is the model's
+    default.
 
     Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
     """
@@ -373,6 +378,7 @@ def check(
     guidance_interval: tuple[float, float] | None = None,
     variation: float | None = None,
     variation_seed: int | None = None,
+    switch_at: float | None = None,
     hires: float | None = None,
     hires_strength: float | None = None,
     hires_steps: int | None = None,
@@ -465,6 +471,7 @@ def check(
         guidance_mimic=_number("guidance_mimic", guidance_mimic or 0, 0, 100),
         guidance_interval=None if guidance_interval is None else _interval(guidance_interval),
         variation=_number("variation", variation or 0, 0, 1),
+        switch_at=_number("switch_at", SWITCH_AT if switch_at is None else switch_at, 0, 1),
         hires=_number("hires", 1 if hires is None else hires, 1, 16),
         hires_strength=_number("hires_strength", 0.5 if hires_strength is None else hires_strength, 0, 1, above=True),
         hires_steps=_whole("hires_steps", steps if hires_steps is None else hires_steps, 1, 1000),
@@ -517,6 +524,8 @@ def ignored(system: System, request: Request) -> list[str]:
     kinds = [name for name in SELDOM if "guidance" in name and getattr(request, name) != _usual(system, name)]
     if kinds and request.guidance == 1:
         told.append(f"{' and '.join(kinds)} have no effect at guidance 1: ask for more guidance")
+    if request.switch_at != SWITCH_AT and getattr(system, "refiner", None) is None:
+        told.append("switch_at has no effect without a refiner: add --refiner FILE")
     if request.negative.strip() and request.guidance == 1:
         told.append("the negative prompt has no effect at guidance 1: ask for more guidance")
     if request.image is not None:
@@ -566,6 +575,8 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
     if system.model_hash:
         settings["model_hash"] = system.model_hash
     settings |= system.vae
+    if (refiner := getattr(system, "refiner", None)) is not None:
+        settings |= {"refiner": refiner.name, "refiner_hash": refiner.model_hash, "switch_at": request.switch_at}
     if request.image is not None:
         settings["strength"] = request.strength
     if request.mask is not None:

@@ -93,7 +93,7 @@ class Request:
     its edges fade over `mask_blur` pixels. `guidance_kind`, `_rescale` and `_mimic` are `way`, `rescale` and `mimic` of
     `limner.sampling.guidance.Guidance`. `variation` is how much of the first noise is that of `variation_seed` + place;
     all pictures have the same seed then. `hires` times the size is what is drawn in the end: over what was drawn first,
-    with a strength and steps of its own."""
+    with a strength and steps of its own. `switch_at` is the share of the noise after which a refiner takes over."""
 
     prompt: str
     negative: str
@@ -115,6 +115,7 @@ class Request:
     guidance_interval: tuple[float, float] | None = None
     variation: float = 0.0
     variation_seed: int = 0
+    switch_at: float = 0.8
     hires: float = 1.0
     hires_strength: float = 0.5
     hires_steps: int = 1

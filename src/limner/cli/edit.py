@@ -14,7 +14,7 @@ SHARED = (
     "output", "model", "negative", "steps", "guidance", "seed", "sampler", "schedule", "batch", "dialect", "clip_skip",
     "wildcards", "strength", "mask", "mask_blur", "variation", "variation_seed", "guidance_kind",
     "guidance_rescale", "guidance_mimic", "guidance_interval", "lora", "embedding", "adapter_folder", "dtype",
-    "vae", "strict", "prediction", "device", "as_json", "dry_run",
+    "refiner", "switch_at", "vae", "strict", "prediction", "device", "as_json", "dry_run",
 )  # fmt: skip
 OWN: dict[str, tuple[Any, Any]] = {
     "image": (Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or WebP.")], inspect.Parameter.empty),

@@ -153,6 +153,12 @@ def generate_command(
     dtype: Annotated[
         str, typer.Option("--dtype", help="What the network computes in: fp32, fp16 or bf16; auto is the fastest.")
     ] = "auto",
+    refiner: Annotated[
+        str | None, typer.Option("--refiner", help="A model that does the last steps, such as SDXL's refiner.")
+    ] = None,
+    switch_at: Annotated[
+        float | None, typer.Option("--switch-at", help="The share of the noise before it takes over. [default: 0.8]")
+    ] = None,
     vae: Annotated[
         Path | None, typer.Option("--vae", help="Another autoencoder of Stable Diffusion: a file, or a folder.")
     ] = None,
@@ -208,6 +214,8 @@ def paint(
     adapter_folder: Path | None = None,
     settings: Path | None = None,
     dtype: str = "auto",
+    refiner: str | None = None,
+    switch_at: float | None = None,
     vae: Path | None = None,
     strict: bool = False,
     prediction: str | None = None,
@@ -233,6 +241,7 @@ def paint(
         "mask_blur": mask_blur,
         "variation": variation,
         "variation_seed": variation_seed,
+        "switch_at": switch_at,
         "hires": hires,
         "hires_strength": hires_strength,
         "hires_steps": hires_steps,
@@ -265,8 +274,13 @@ def paint(
     painted_vae, vae_hash = asked.pop("vae", None), asked.pop("vae_hash", None)
     if painted_vae and vae is None:
         raise UsageError(f"{str(settings)!r} was painted with the autoencoder {painted_vae!r}: add --vae FILE")
+    refined, refiner_hash = asked.pop("refiner", None), asked.pop("refiner_hash", None)
+    if refined and refiner is None:
+        raise UsageError(f"{str(settings)!r} was painted with the refiner {refined!r}: add --refiner FILE")
     tell = _told if not strict else _refused
-    pipe = _load(name, device, prediction, dtype, vae, tell)
+    pipe = _load(name, device, prediction, dtype, vae, refiner, tell)
+    if refiner_hash and refiner_hash != pipe.system.refiner.model_hash:  # type: ignore[attr-defined]
+        tell(f"{refiner} is not the refiner painted with (hash {refiner_hash}): expect another picture")
     if vae_hash and vae_hash != pipe.system.vae["vae_hash"]:
         tell(f"{vae} is not the autoencoder painted with (hash {vae_hash}): expect another picture")
     from limner import pipeline
@@ -387,6 +401,7 @@ def _load(
     prediction: str | None,
     dtype: str,
     vae: Path | None,
+    refiner: str | None,
     tell: Callable[[str], None],
 ) -> Pipeline:
     """The pipeline, imported and loaded without looking for garbage: all of it stays, and looking takes 0.2 s. What had
@@ -397,7 +412,7 @@ def _load(
         from limner import pipeline
 
         with warnings.catch_warnings(record=True, action="always", category=Assumed) as assumed:
-            pipe = pipeline.load(name, device, prediction, dtype, vae)  # type: ignore[arg-type]
+            pipe = pipeline.load(name, device, prediction, dtype, vae, refiner)  # type: ignore[arg-type]
         for warning in assumed:
             tell(str(warning.message))
         return pipe

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limner import pictures
-from limner.errors import UsageError
+from limner.errors import CheckpointMismatch, UsageError
 from limner.models.unet import micro_conditioning
 from limner.sampling import samplers, schedules
 from limner.sampling.guidance import Combine, Guidance, combining, composed, guided, within
-from limner.sampling.interpolants import Interpolant
+from limner.sampling.interpolants import Discrete, Interpolant
 from limner.sampling.predictions import Prediction
 from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, unreached
 from limner.types import Conditioning, Defaults, Denoise, Images, Latents, Request
@@ -38,8 +38,8 @@ class Prompts:
         return self.weights == ((1.0,) * len(self.weights[0]),)
 
 
-Turns = list[tuple[int, Callable[[], Prompts]]]
-"""(n, what is told until n steps are done, read when it is asked for), n rising up to the number of steps."""
+Turns = list[tuple[int, Callable[[], Prompts], "DiffusionSystem"]]
+"""(n, what is told until n steps are done, read when it is asked for, who is told), n rising to the number of steps."""
 MOST_KNOWN = 4
 
 
@@ -54,6 +54,7 @@ class DiffusionSystem(nn.Module):
     """What a picture remembers of an autoencoder that is not the model's own."""
     weights_hash: Callable[[], str] = staticmethod(lambda: "")
     """Where it was read from files: waits for their hash, which is made beside the drawing."""
+    refiner: DiffusionSystem | None = None
     adapters: Any = None
     """What `limner.adapters` keeps of those attached."""
     task = "text-to-image"
@@ -119,6 +120,9 @@ class DiffusionSystem(nn.Module):
 
     def widen(self) -> bool:
         """Make the network and the text encoder compute in float32; False if they did."""
+        if self.refiner is not None and self.refiner.widen():
+            self.widen()
+            return True
         parts = (self.network, self.text_encoder)
         if all(p.dtype == torch.float32 for part in parts for p in part.parameters()):
             return False
@@ -139,6 +143,8 @@ class DiffusionSystem(nn.Module):
             self.text_encoder.checked(request.clip_skip)
         self.parsed(request.prompts, request)
         self.parsed(request.negatives, request, composed=False)
+        if self.refiner is not None:
+            self.refiner.check(replace(request, clip_skip=None))
 
     def sigmas(self, request: Request) -> list[float]:
         """What the sampler walks; over a picture, the end of it. Raises UsageError for a schedule that the interpolant
@@ -179,7 +185,37 @@ class DiffusionSystem(nn.Module):
             )
 
         known = lru_cache(maxsize=MOST_KNOWN)(told)  # a long prompt that changes at every step would fill the memory
-        return [(end, partial(known, turn)) for end, turn in turns.items()]
+        mine: Turns = [(end, partial(known, turn), self) for end, turn in turns.items()]
+        if self.refiner is None:
+            return mine
+        switch = self.switch(request)
+        theirs = self.refiner.condition(prompts, replace(request, clip_skip=None), negatives)
+        ends = [min(end, switch) for end, *_ in mine]
+        mine = [(end, *turn[1:]) for end, before, turn in zip(ends, [0, *ends], mine, strict=False) if end > before]
+        return mine + [turn for turn in theirs if turn[0] > switch]
+
+    def switch(self, request: Request) -> int:
+        """How many steps are done before the refiner takes over: those at timesteps of the first `switch_at` of noise,
+        as diffusers counts them."""
+        sigmas = self.sigmas(request)[:-1]
+        if not isinstance(self.interpolant, Discrete):
+            return round(request.switch_at * len(sigmas))
+        last = len(self.interpolant.sigmas)
+        return sum(round(self.interpolant.time(s)) >= round(last - request.switch_at * last) for s in sigmas)
+
+    def refine(self, refiner: DiffusionSystem) -> None:
+        """Let another system do the last steps of a drawing (the ensemble of expert denoisers of Stable Diffusion XL,
+        arXiv:2307.01952, section 2.5). Raises CheckpointMismatch for one of other latents, noise or prediction."""
+        mine, its = (
+            (s.autoencoder.channels, s.grid, s.interpolant.name, s.interpolant.sigma_max, s.prediction.name)
+            for s in (self, refiner)
+        )
+        if mine != its or self.beside or refiner.beside:
+            raise CheckpointMismatch(
+                f"{refiner.name} cannot go on where {self.name} stops: their latents, their noise or what they predict "
+                f"differ ({its} and {mine})"
+            )
+        self.__dict__["refiner"] = refiner  # not a part of this module: it has weights and adapters of its own
 
     def sized(self, cond: Conditioning, width: int, height: int, score: float = 6.0) -> Conditioning:
         """`cond` with what SDXL is told of sizes in pixels, or its refiner of sizes and of how good pictures look."""
@@ -284,7 +320,7 @@ class DiffusionSystem(nn.Module):
         sampler = samplers.get(request.sampler)
         interval = request.guidance_interval or self.defaults.guidance_interval
         combine = None if request.guidance == 1 else self.combine(request)
-        denoiser = lru_cache(maxsize=1)(lambda turn: self.denoiser(cond[turn][1](), combine, interval, beside))
+        denoiser = lru_cache(maxsize=1)(lambda turn: cond[turn][2].denoiser(cond[turn][1](), combine, interval, beside))
         steps = 0
 
         def on_step(done: int, total: int) -> None:
@@ -294,7 +330,7 @@ class DiffusionSystem(nn.Module):
                 request.on_step(done, total)
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
-            turn = next(k for k, (until, _) in enumerate(cond) if steps < until)
+            turn = next(k for k, (until, *_) in enumerate(cond) if steps < until)
             x0 = denoiser(turn)(x, sigma)
             return x0 if paint is None else torch.lerp(start, x0, paint)  # type: ignore[arg-type]
 
