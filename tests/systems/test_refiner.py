@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from limner import metadata, pipeline
 from limner.errors import CheckpointMismatch, Ignored
@@ -77,3 +78,12 @@ def test_what_cannot_go_on_is_refused(folders, tiny_model, tmp_path):
 def test_a_refiner_is_no_part_of_the_model(folders):
     system = pipeline.load(folders[0], refiner=folders[1]).system
     assert not any(name.startswith("refiner") for name in system.state_dict())
+
+
+def test_a_learned_word_of_the_base_is_no_matter_to_the_refiner(folders, tmp_path):
+    pair = {name: torch.randn(2, width) for name, width in (("clip_l", 64), ("clip_g", 128))}
+    save_file(pair, tmp_path / "ink.safetensors")
+    pipe = pipeline.load(folders[0], refiner=folders[1])
+    told = {"seed": 3, "steps": 3}
+    said = pipe.generate("a fox by embedding:ink", **told, embedding=tmp_path / "ink.safetensors")[0]
+    assert said.image.tobytes() != pipe.generate("a fox by", **told)[0].image.tobytes()

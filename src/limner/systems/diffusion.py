@@ -55,6 +55,8 @@ class DiffusionSystem(nn.Module):
     weights_hash: Callable[[], str] = staticmethod(lambda: "")
     """Where it was read from files: waits for their hash, which is made beside the drawing."""
     refiner: DiffusionSystem | None = None
+    refuses = True
+    """Whether a prompt may not ask for adapters that are not here: what another model knows, a refiner need not."""
     adapters: Any = None
     """What `limner.adapters` keeps of those attached."""
     task = "text-to-image"
@@ -156,7 +158,7 @@ class DiffusionSystem(nn.Module):
         """The parts of every text. Raises UsageError for what cannot be meant or done."""
         steps = len(self.sigmas(request)) - 1
         read = {text: parse(text, self.dialect(request), steps, composed) for text in dict.fromkeys(texts)}
-        for prompt in read.values():
+        for prompt in read.values() if self.refuses else ():
             refuse(prompt.adapters, self.text_encoder.learned)
         return [read[text].parts for text in texts]
 
@@ -215,6 +217,7 @@ class DiffusionSystem(nn.Module):
                 f"{refiner.name} cannot go on where {self.name} stops: their latents, their noise or what they predict "
                 f"differ ({its} and {mine})"
             )
+        refiner.refuses = False
         self.__dict__["refiner"] = refiner  # not a part of this module: it has weights and adapters of its own
 
     def sized(self, cond: Conditioning, width: int, height: int, score: float = 6.0) -> Conditioning:
