@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -326,3 +327,14 @@ def test_ctrl_c_saves_and_ends_with_130(limner, here, monkeypatch):
     assert result.code == 130
     assert "interrupted: saved at step 0" in result.out
     assert [p.name for p in (here / "run" / "checkpoints").iterdir()] == ["step-000000"]
+
+
+def test_a_checkpoint_is_packed_as_the_final_weights_of_its_step_would_be(limner, here):
+    """What a run that was cut short leaves is as good as what one of fewer steps would have."""
+    assert limner("train", "icons-tiny", "-o", "run", "steps=4", "save_every=4", "sample_every=0").code == 0
+    pack = Path(__file__).parents[2] / "tools" / "pack.py"
+    for source, out in (("run", "a.safetensors"), ("run/checkpoints/step-000004", "b.safetensors")):
+        command = [sys.executable, pack, source, out, "--bits", "32"]
+        subprocess.run(command, check=True, cwd=here, capture_output=True)
+    assert (here / "a.safetensors").read_bytes() == (here / "b.safetensors").read_bytes()
+    assert limner("red circle", "-m", "b.safetensors", "-s", 1, "--steps", 1, "-o", "c.png").code == 0

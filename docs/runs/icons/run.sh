@@ -39,8 +39,8 @@ for attempt in 1 2 3; do
 done
 # a run that its time cut short has no final weights, but its averages of then are as good: the rate was near its end
 weights=${run:+$run/final/icons.safetensors}
-[ -f "$weights" ] || weights=$(ls -d "$work"/run-*/checkpoints/step-* 2>/dev/null | tail -1)/ema.safetensors
-if [ ! -f "$weights" ]; then
+[ -f "$weights" ] || weights=$(ls -d "$work"/run-*/checkpoints/step-* 2>/dev/null | tail -1)
+if [ -z "$weights" ]; then
     echo "no weights: $work/run-*.log says why" >&2
     exit 1
 fi
