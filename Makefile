@@ -27,7 +27,7 @@ image: .venv/installed
 	@$(BIN)/limner -- "$$LIMNER_PROMPT"
 
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check
