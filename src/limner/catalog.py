@@ -21,12 +21,12 @@ from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.layouts import Place
 from limner.checkpoints.quantization import quantize
 from limner.errors import Assumed, CheckpointMismatch, FileProblem, UnknownName, UsageError, complaint
-from limner.models.autoencoder import KL_SD1, KL_SDXL, KLAutoencoder, KLConfig
+from limner.models.autoencoder import KL_SD1, KL_SDXL, KL_UPSCALER, KLAutoencoder, KLConfig
 from limner.models.dcae import DCAE, DCAE_ICONS, DCAE_TINY, DCAEConfig
 from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, JointDiTConfig
-from limner.models.unet import SD1, SD2, SDXL, SDXL_REFINER, UNET_TINY, UNet, UNetConfig
+from limner.models.unet import SD1, SD2, SDXL, SDXL_REFINER, UNET_TINY, X4_UPSCALER, UNet, UNetConfig
 from limner.sampling import interpolants, predictions
-from limner.sampling.interpolants import VPConfig
+from limner.sampling.interpolants import SMALL_NOISE, VPConfig, discrete
 from limner.systems.autoencoding import AutoencodingSystem
 from limner.systems.diffusion import DiffusionSystem
 from limner.text import bpe
@@ -80,6 +80,8 @@ class DiffusionConfig:
     text_encoder: Literal["minilm"] | CLIPTowersConfig = "minilm"
     max_tokens: int = 24
     interpolant: Literal["flow", "edm"] | VPConfig = "flow"
+    small_noise: VPConfig | None = None
+    """Of a picture that the network sees beside the latents and enlarges."""
     prediction: Literal["velocity", "x0", "eps", "v"] = "velocity"
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     defaults: Defaults = _ICONS
@@ -206,6 +208,16 @@ CATALOG = {
             network=SDXL_REFINER,
             text_encoder=SDXL_REFINER_TEXT,
         ),
+        _stable_diffusion(
+            "x4-upscaler",
+            "Stable Diffusion's x4 upscaler: enlarges a picture (limner upscale)",
+            **_SD2 | {"network": replace(X4_UPSCALER, text_only=(False, True, True, False))},  # its finest has none
+            autoencoder=KL_UPSCALER,
+            interpolant=SMALL_NOISE,
+            small_noise=SMALL_NOISE,
+            prediction="v",
+            defaults=replace(_SD, guidance=9.0, strength=1.0, max_size=4096),
+        ),
     )
 }
 
@@ -245,8 +257,12 @@ def build(
             f"max_tokens={config.max_tokens}: a prompt has 3 tokens, with its two marks, to {minilm_positions}"
         )
     channels = "channels" if isinstance(network, JointDiTConfig) else "in_channels"
-    inpaints = channels == "in_channels" and config.autoencoder.image_channels == 3
-    if (found := getattr(network, channels)) != latent and not (inpaints and found == 2 * latent + 1):
+    rgb, small = isinstance(network, UNetConfig) and config.autoencoder.image_channels == 3, config.small_noise
+    if small is not None and isinstance(network, UNetConfig):
+        rgb = rgb and network.in_channels == latent + 3 and 0 < network.num_classes <= small.steps
+    if small is not None and not rgb:
+        raise UsageError("a network that enlarges sees a small picture, 3 channels, and has classes of its noise")
+    if small is None and (found := getattr(network, channels)) != latent and not (rgb and found == 2 * latent + 1):
         more = "; models that see a picture or depth beside them are not drawn with yet" if found > latent else ""
         raise UsageError(f"network.{channels}={found}, but the autoencoder's latents have {latent}{more}")
     text_width = minilm_width if text == "minilm" else text.width
@@ -274,6 +290,7 @@ def build(
         name=config.name,
         family=config.family,
         caption_dropout=config.caption_dropout,
+        small_noise=None if config.small_noise is None else discrete(config.small_noise),
     )
 
 
@@ -464,6 +481,8 @@ def config_of(found: Foreign) -> DiffusionConfig:
     network, text = found.network, found.text
     if network.vector_width:
         name = "sdxl" if network.vector_width == text.pooled_width + 6 * 256 else "sdxl-refiner"
+    elif found.small_noise is not None:
+        name = "x4-upscaler"
     else:
         name = "sd1" if not network.linear_projection else "sd2-v" if found.prediction == "v" else "sd2"
     row = CATALOG[name].config
@@ -477,7 +496,7 @@ def config_of(found: Foreign) -> DiffusionConfig:
     )  # fmt: skip
     return replace(
         row, network=network, autoencoder=found.autoencoder, text_encoder=text, interpolant=found.noise,
-        prediction=found.prediction, defaults=defaults,
+        small_noise=found.small_noise, prediction=found.prediction, defaults=defaults,
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ class UnknownName(UsageError):
         near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
         nearest = next((n for n in names if near and n.lower() == near[0]), None)
         listing = f"Did you mean {nearest!r}?" if nearest else f"Known: {', '.join(names) or 'none'}."
-        if len(names) > 10 and not nearest:
+        if len(names) > 12 and not nearest:
             listing = f"Nearest: {', '.join(difflib.get_close_matches(name, names, n=5, cutoff=0))}."
         super().__init__(f"no {kind} {name!r}. {listing}{' ' + hint if hint else ''}")
 

@@ -62,6 +62,7 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "hires_steps": (int, 1, 1000),
     "prompt_dialect": (str, 1, 50),
     "clip_skip": (int, 1, 1000),
+    "noise_level": (int, 0, 999),  # of a picture that was enlarged
     "adapters": (list, 1, 100),  # each as `ADAPTER`: of LoRA and its kin, with a weight; without, a learned word
 }
 ADAPTER: dict[str, tuple[type, float, float]] = {

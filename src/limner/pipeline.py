@@ -26,6 +26,8 @@ from limner.types import Defaults, GeneratedImage, Latents, OnStep, Request, Sys
 MAX_SEED = 2**63 - 1
 MASK_BLUR = 4.0
 SWITCH_AT = 0.8
+NOISE_LEVEL = 20
+FACTOR, UPSCALE_STRENGTH = 2.0, 0.5
 MOST_ADDED = 4096
 CHUNK = 8
 """Pictures drawn at once; a larger batch goes in turns, so memory does not grow with it."""
@@ -90,6 +92,14 @@ class Pipeline:
         picture, mask = canvas(image, expand, values.pop("mask", None))
         size = dict(zip(("width", "height"), size_of(self.system, picture), strict=True))
         return self.generate(prompt, image=picture, mask=mask, **{**size, **values})
+
+    def upscale(
+        self, image: str | Path | Image.Image, prompt: str = "", *, factor: float | None = None, **values: Any
+    ) -> list[GeneratedImage]:
+        """Enlarge a picture: an upscaler always by its own factor, 4; other models by `factor`, 2 without, painting
+        what `prompt` says over it with a `strength` of 0.5. Keywords are those of `generate`."""
+        told = enlarging(self.system, pictures.open_image(image), factor)
+        return self.generate(prompt, image=image, **{**told, **values})
 
     def attach(
         self, file: str | Path, weight: float = 1.0, blocks: Mapping[str, float] | None = None
@@ -209,11 +219,28 @@ def canvas(
     return pictures.expanded(picture, expand, found)
 
 
-def size_of(system: System, picture: Image.Image) -> tuple[int, int]:
-    """The width and height nearest to those of a picture, in its shape, that the system draws."""
+def size_of(system: System, picture: Image.Image, times: float | None = None) -> tuple[int, int]:
+    """The width and height nearest to those of a picture, or so many times them, in its shape, that the system
+    draws."""
     low, high, grid = system.defaults.min_size, system.defaults.max_size, system.grid
-    scale = min(high / max(picture.size), max(1.0, low / min(picture.size)))
+    times = float(getattr(system, "enlarges", 1) if times is None else times)
+    scale = min(high / max(picture.size), max(times, low / min(picture.size)))
     return tuple(min(max(round(n * scale / grid) * grid, low), high) for n in picture.size)  # type: ignore[return-value]
+
+
+def enlarging(system: System, picture: Image.Image, factor: float | None) -> dict[str, Any]:
+    """What `generate` is asked to enlarge a picture: width and height, and strength. Raises UsageError."""
+    own = getattr(system, "enlarges", 1)
+    if own > 1 and factor not in (None, own):
+        raise UsageError(f"factor is {factor}: {system.name} enlarges by {own}, no more and no less")
+    times = own if own > 1 else _number("factor", FACTOR if factor is None else factor, 1, 16, above=True)
+    width, height = size_of(system, picture, times)
+    if max(width / picture.width, height / picture.height) < 0.9 * times:
+        most = system.defaults.max_size
+        raise UsageError(
+            f"{times:g} times {picture.width} x {picture.height} pixels is more than {system.name} draws, {most} a side"
+        )
+    return {"width": width, "height": height} | ({"strength": UPSCALE_STRENGTH} if own == 1 else {})
 
 
 def finished(image: Tensor, request: Request) -> Image.Image:
@@ -384,6 +411,7 @@ def check(
     hires_steps: int | None = None,
     prompt_dialect: str | None = None,
     clip_skip: int | None = None,
+    noise_level: int | None = None,
     wildcards: str | Path | None = None,
     on_step: OnStep | None = None,
 ) -> Request:
@@ -476,6 +504,7 @@ def check(
         hires_strength=_number("hires_strength", 0.5 if hires_strength is None else hires_strength, 0, 1, above=True),
         hires_steps=_whole("hires_steps", steps if hires_steps is None else hires_steps, 1, 1000),
         variation_seed=_whole("variation_seed", variation_seed or 0, 0, MAX_SEED - 100_000),
+        noise_level=_whole("noise_level", NOISE_LEVEL if noise_level is None else noise_level, 0, 999),
         on_step=on_step,
     )
 
@@ -519,6 +548,8 @@ def ignored(system: System, request: Request) -> list[str]:
         told.append("AND composes prompts, not negative ones: it is a word of the negative prompt")
     if request.clip_skip is not None and system.clip_skip is None:
         told.append(f"clip skip has no effect: {system.name} does not read prompts with CLIP")
+    if request.noise_level != NOISE_LEVEL and getattr(system, "enlarges", 1) == 1:
+        told.append(f"noise_level has no effect: {system.name} is no upscaler")
     if adapters := getattr(system, "adapters", None):
         told += adapters.unused(*request.prompts, *request.negatives)
     kinds = [name for name in SELDOM if "guidance" in name and getattr(request, name) != _usual(system, name)]
@@ -577,6 +608,8 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
     settings |= system.vae
     if (refiner := getattr(system, "refiner", None)) is not None:
         settings |= {"refiner": refiner.name, "refiner_hash": refiner.model_hash, "switch_at": request.switch_at}
+    if getattr(system, "enlarges", 1) > 1:
+        settings["noise_level"] = request.noise_level
     if request.image is not None:
         settings["strength"] = request.strength
     if request.mask is not None:

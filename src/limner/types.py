@@ -93,7 +93,8 @@ class Request:
     its edges fade over `mask_blur` pixels. `guidance_kind`, `_rescale` and `_mimic` are `way`, `rescale` and `mimic` of
     `limner.sampling.guidance.Guidance`. `variation` is how much of the first noise is that of `variation_seed` + place;
     all pictures have the same seed then. `hires` times the size is what is drawn in the end: over what was drawn first,
-    with a strength and steps of its own. `switch_at` is the share of the noise after which a refiner takes over."""
+    with a strength and steps of its own. `switch_at` is the share of the noise after which a refiner takes over.
+    `noise_level` is the timestep whose noise an upscaler puts over the picture first."""
 
     prompt: str
     negative: str
@@ -123,6 +124,7 @@ class Request:
     negatives: tuple[str, ...] = ()
     prompt_dialect: str | None = None
     clip_skip: int | None = None
+    noise_level: int = 0
     on_step: OnStep | None = field(default=None, compare=False)
 
 

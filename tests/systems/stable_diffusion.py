@@ -158,3 +158,41 @@ def sdxl_refiner(folder: Path) -> Path:
         force_zeros_for_empty_prompt=False,
     )
     return saved(pipe, folder, SDXL_SCHEDULER)
+
+
+SMALL_SCHEDULER = {
+    "_class_name": "DDPMScheduler", "_diffusers_version": "0.8.0", "beta_end": 0.02, "beta_schedule": "scaled_linear",
+    "beta_start": 0.0001, "clip_sample": True, "num_train_timesteps": 1000, "prediction_type": "epsilon",
+    "trained_betas": None, "variance_type": "fixed_small",
+}  # fmt: skip
+UPSCALER_SCHEDULER = SD2_SCHEDULER | {"beta_start": 0.0001, "beta_end": 0.02}
+
+
+def upscaler(folder: Path) -> Path:
+    """A folder of Stable Diffusion's x4 upscaler, 8 px to 32."""
+    import diffusers
+
+    vae = noised(
+        diffusers.AutoencoderKL(
+            block_out_channels=(32, 32, 64), down_block_types=["DownEncoderBlock2D"] * 3, layers_per_block=1,
+            up_block_types=["UpDecoderBlock2D"] * 3, scaling_factor=0.08333, sample_size=32,
+        ),
+        seed=2,
+    )  # fmt: skip
+    pipe = diffusers.StableDiffusionUpscalePipeline(
+        vae=vae,
+        text_encoder=tower("CLIPTextModel", 64, "gelu"),
+        tokenizer=tokenizer(folder / "words", "!"),
+        unet=network(
+            in_channels=7, num_class_embeds=1000, block_out_channels=(64, 128), attention_head_dim=8, sample_size=8,
+            only_cross_attention=(False, True), use_linear_projection=True,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        ),
+        low_res_scheduler=diffusers.DDPMScheduler(),
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, watermarker=None,
+    )  # fmt: skip
+    saved(pipe, folder, UPSCALER_SCHEDULER)
+    (folder / "model" / "low_res_scheduler" / "scheduler_config.json").write_text(json.dumps(SMALL_SCHEDULER))
+    return folder / "model"

@@ -36,7 +36,17 @@ KNOWN_PARTS = {
     "text_encoder": "CLIPTextModel",
     "text_encoder_2": "CLIPTextModelWithProjection",
 }
-BESIDE = {"tokenizer", "tokenizer_2", "scheduler", "safety_checker", "feature_extractor", "image_encoder"}
+SMALL = "low_res_scheduler"
+BESIDE = {
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+    "low_res_scheduler",
+    "watermarker",
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+}
 
 
 class Settings:
@@ -126,6 +136,7 @@ def recognise(folder: Path) -> Foreign:
         codec = autoencoder_config(Settings(folder / "vae" / "config.json"))
         noise, prediction, sampler, schedule = noise_config(Settings(folder / "scheduler" / "scheduler_config.json"))
         noise = noise if xl else replace(noise, offset=1)  # as diffusers' pipelines insist
+        small = Settings(folder / SMALL / "scheduler_config.json") if SMALL in parts else None
         told = [Settings(folder / name / "config.json") for name in towers]
         configs = [text.transformers_config(settings.values, pad=0, source=settings.path) for settings in told]
         tokenizers = tuple(CLIPTokenizer.from_folder(folder / n.replace("text_encoder", "tokenizer")) for n in towers)
@@ -157,6 +168,7 @@ def recognise(folder: Path) -> Foreign:
         layout={k: v for (ours, part), row in rows.items() for k, v in prefixed(row, ours, f"{part}/").items()},
         tensors={f"{part}/{name}": tensor for part, tensors in found.items() for name, tensor in tensors.items()},
         files=tuple(path for part in paths.values() for path in part), beside=beside,
+        small_noise=None if small is None else noise_config(small)[0],
         assumed=() if sampler else (f"the folder's sampler is not one of ours: {UNKNOWN_SAMPLER}",),
     )  # fmt: skip
 
@@ -332,6 +344,9 @@ def export(found: Foreign) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]
         "vae/config.json": _autoencoder_settings(codec),
         "scheduler/scheduler_config.json": _noise_settings(found),
     }
+    if found.small_noise is not None:
+        small = _noise_settings(replace(found, noise=found.small_noise, prediction="eps", sampler="ddpm", schedule=""))
+        contents[f"{SMALL}/scheduler_config.json"] = small
     ours = layouts.read(found.layout, found.tensors, found.source)
     parts = {
         "unet/diffusion_pytorch_model": {n: ours[f"network.{n}"] for n in unet.ldm_layout(network)},
@@ -346,7 +361,9 @@ def export(found: Foreign) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]
 
 
 def _index(found: Foreign, towers: list[str], xl: bool) -> dict[str, Any]:
-    kind = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+    beside = found.network.in_channels - found.autoencoder.latent_channels
+    does = {0: "", 3: "Upscale", found.autoencoder.latent_channels + 1: "Inpaint"}[beside]
+    kind = f"StableDiffusion{'XL' * xl}{does}Pipeline"
     refiner = xl and len(towers) == 1
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionXLImg2ImgPipeline" if refiner else kind,
@@ -358,6 +375,9 @@ def _index(found: Foreign, towers: list[str], xl: bool) -> dict[str, Any]:
         there = name in towers
         index[name] = ["transformers", KNOWN_PARTS[name]] if there else [None, None]
         index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"] if there else [None, None]
+    if found.small_noise is not None:
+        index |= {SMALL: ["diffusers", "DDPMScheduler"], "max_noise_level": 350, "watermarker": [None, None]}
+        return index | {"safety_checker": [None, None], "feature_extractor": [None, None]}
     if xl:
         index |= {"force_zeros_for_empty_prompt": found.text.zero_empty}
         return index | ({"requires_aesthetics_score": True} if refiner else {})

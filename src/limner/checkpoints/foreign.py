@@ -21,7 +21,8 @@ from limner.text.clip import CLIPTowersConfig
 class Foreign:
     """`layout` has a row for every tensor of a `systems.diffusion.DiffusionSystem`, `tensors` is what the files hold,
     mapped, in `files`, but for what nobody needs: `beside` says how much that is. `assumed` are sentences on what files
-    do not tell; `sampler`, `schedule` and `size` (pixels a side) are what they say to draw with."""
+    do not tell; `small_noise` is that of the picture an upscaler enlarges; `sampler`, `schedule` and `size` (pixels a
+    side) are what they say to draw with."""
 
     source: Path
     network: UNetConfig
@@ -38,3 +39,4 @@ class Foreign:
     sampler: str = ""
     schedule: str = ""
     size: int = 0
+    small_noise: VPConfig | None = None

@@ -17,13 +17,13 @@ from limner.checkpoints import autoencoder, components, layouts, text, unet
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.layouts import Layout, Place, prefixed
 from limner.errors import CheckpointMismatch, UsageError
-from limner.models.autoencoder import KL_SD1, KL_SDXL, KLConfig
+from limner.models.autoencoder import KL_SD1, KL_SDXL, KL_UPSCALER, KLConfig
 from limner.models.unet import UNetConfig
-from limner.sampling.interpolants import VPConfig
+from limner.sampling.interpolants import SMALL_NOISE, VPConfig
 from limner.text import bpe
 from limner.text.clip import OPENCLIP_H, CLIPTextConfig, CLIPTowersConfig
 
-NETWORK, CODEC, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
+NETWORK, CODEC, EMA, SMALL = "model.diffusion_model.", "first_stage_model.", "model_ema.", "low_scale_model."
 BESIDE = {  # noise, numbers of the loss and marks
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
@@ -34,6 +34,7 @@ ASSUMED = (
     "names do not tell what a Stable Diffusion 2 predicts; one of its biases says {}: if pictures are noise, give the "
     "other of eps and v as prediction"
 )
+NOISE_ASSUMED = "no name tells the noise of an upscaler: that of Stable Diffusion's x4 upscaler is taken"
 Tower = tuple[Callable[[Mapping[str, tuple[int, ...]]], CLIPTextConfig], Callable[[CLIPTextConfig], Layout]]
 CLIP: Tower = (text.clip_config, text.transformers_layout)
 OPENCLIP: Tower = (text.openclip_config, text.openclip_layout)
@@ -81,13 +82,14 @@ def recognise(
     try:
         network = unet.ldm_config(part(NETWORK))
         xl = network.vector_width > 0
-        codec = autoencoder.ldm_config(part(CODEC), (KL_SDXL if xl else KL_SD1).scale)
+        codec = autoencoder.ldm_config(part(CODEC), _like(network).scale)
         kinds = [FLAT if f"{p}embeddings.token_embedding.weight" in shapes else TOWERS[p] for p in named]
         towers = [config(part(prefix)) for prefix, (config, _) in zip(named, kinds, strict=True)]
     except KeyError as error:
         raise CheckpointMismatch(f"{path} is like Stable Diffusion, but not whole: there is no {error}") from error
     except (ValueError, IndexError, UsageError) as error:
         raise CheckpointMismatch(f"{path} is like Stable Diffusion, but its shapes do not fit together") from error
+    enlarges = network.num_classes > 0
     last = towers[-1]
     two = named == ["cond_stage_model.model."]
     # what diffusers converted lacks the layer that is skipped, and the projection with it
@@ -100,14 +102,20 @@ def recognise(
         autoencoder=codec,
         text=words,
         tokenizers=(bpe.shipped(),) * len(towers),
-        noise=VPConfig(zero_snr="ztsnr" in shapes),
+        noise=SMALL_NOISE if enlarges else VPConfig(zero_snr="ztsnr" in shapes),
+        small_noise=SMALL_NOISE if enlarges else None,
         prediction=predicted,
         layout=layout(network, codec, {p: rows(t) for p, (_, rows), t in zip(named, kinds, towers, strict=True)}),
         tensors={name: tensor for name, tensor in tensors.items() if not superfluous(name)},
         files=(path,),
         beside=Counter(name.split(".")[0] for name in tensors if superfluous(name)),
-        assumed=() if prediction or not two else (ASSUMED.format(predicted),),
+        assumed=(NOISE_ASSUMED,) if enlarges else () if prediction or not two else (ASSUMED.format(predicted),),
     )
+
+
+def _like(network: UNetConfig) -> KLConfig:
+    """The autoencoder that models with such a network have."""
+    return KL_UPSCALER if network.num_classes else KL_SDXL if network.vector_width else KL_SD1
 
 
 def prefixes(found: Foreign) -> tuple[str, ...]:
@@ -131,7 +139,7 @@ def superfluous(name: str) -> bool:
     reads = name.startswith(("cond_stage_model.", "conditioner.embedders."))
     return (
         name in BESIDE
-        or name.startswith((EMA, f"{CODEC}loss."))
+        or name.startswith((EMA, SMALL, f"{CODEC}loss."))
         or (reads and name.rpartition(".")[2] in ("position_ids", "logit_scale", "attn_mask"))
     )
 

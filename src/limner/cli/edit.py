@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -38,13 +39,13 @@ def edit_command(**options: Any) -> None:
     paint(**options, keep_size=True)
 
 
-def _as_generate() -> None:
-    """Its options are those of `generate` that mean something here, and its own."""
+def as_generate(command: Any, own: dict[str, tuple[Any, Any]], shared: Sequence[str]) -> None:
+    """The options of a command are its `own`, name -> (annotation, default), and `shared` ones of `generate`."""
     hints = get_type_hints(generate_command, include_extras=True)
     theirs = inspect.signature(generate_command).parameters
-    rows = OWN | {name: (hints[name], theirs[name].default) for name in SHARED}
-    edit_command.__annotations__ = {name: kind for name, (kind, _) in rows.items()} | {"return": None}
-    edit_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    rows = own | {name: (hints[name], theirs[name].default) for name in shared}
+    command.__annotations__ = {name: kind for name, (kind, _) in rows.items()} | {"return": None}
+    command.__signature__ = inspect.Signature(
         [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
             for name, (kind, default) in rows.items()
@@ -52,4 +53,4 @@ def _as_generate() -> None:
     )
 
 
-_as_generate()
+as_generate(edit_command, OWN, SHARED)

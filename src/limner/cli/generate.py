@@ -224,8 +224,12 @@ def paint(
     dry_run: bool = False,
     expand: tuple[int, int, int, int] | None = None,
     keep_size: bool = False,
+    enlarge: bool = False,
+    factor: float | None = None,
+    noise_level: int | None = None,
 ) -> None:
-    """What `generate` and `edit` do; `keep_size` takes the size of `image`, and `expand` adds pixels at its sides."""
+    """What `generate`, `edit` and `upscale` do; `keep_size` takes the size of `image`, and `expand` adds pixels at its
+    sides; `enlarge` makes it `factor` times larger."""
     flags = {
         "prompt": prompt,
         "model": model,
@@ -251,6 +255,7 @@ def paint(
         "guidance_interval": guidance_interval,
         "prompt_dialect": dialect,
         "clip_skip": clip_skip,
+        "noise_level": noise_level,
         "wildcards": wildcards,
     }
     remembered = _remembered(settings, image, mask, model) if settings else {}
@@ -299,6 +304,9 @@ def paint(
         given["image"], given["mask"] = pipeline.canvas(image, expand, mask)
         for name, side in zip(("width", "height"), pipeline.size_of(pipe.system, given["image"]), strict=True):
             asked.setdefault(name, side)
+    if enlarge:
+        given["image"], _ = pipeline.canvas(image, None, None)  # type: ignore[arg-type]
+        asked = pipeline.enlarging(pipe.system, given["image"], factor) | asked
     request = pipeline.prepare(pipe.system, **asked, batch=batch, **given)
     given["image"] = request.image
     paths = [] if output == "-" else _paths(output, request)

@@ -29,11 +29,13 @@ from limner.cli.generate import STYLES, generate_command
 from limner.cli.inspect import inspect_command
 from limner.cli.models import models_command, recipes_command
 from limner.cli.train import train_command
+from limner.cli.upscale import upscale_command
 from limner.errors import INTERRUPTED, FileProblem, LimnerError, OutOfMemory, UsageError, wanted
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate_command,
     "edit": edit_command,
+    "upscale": upscale_command,
     "models": models_command,
     "recipes": recipes_command,
     "inspect": inspect_command,

@@ -50,6 +50,10 @@ class VPConfig:
             )
 
 
+SMALL_NOISE = VPConfig(first=0.0001, last=0.02)
+"""Of the picture that Stable Diffusion's x4 upscaler enlarges, and of that upscaler's latents."""
+
+
 @dataclass(frozen=True)
 class Interpolant:
     """`ratio_min` and `ratio_max` bound sigma/alpha where a schedule lives on ratios (Karras, exponential)."""

@@ -41,6 +41,8 @@ class Prompts:
 Turns = list[tuple[int, Callable[[], Prompts], "DiffusionSystem"]]
 """(n, what is told until n steps are done, read when it is asked for, who is told), n rising to the number of steps."""
 MOST_KNOWN = 4
+MOST_SMALL_NOISE = 350
+"""The highest of the levels that Stable Diffusion's x4 upscaler was trained with."""
 
 
 class DiffusionSystem(nn.Module):
@@ -73,8 +75,10 @@ class DiffusionSystem(nn.Module):
         name: str,
         family: str,
         caption_dropout: float = 0.1,
+        small_noise: Discrete | None = None,
     ) -> None:
         super().__init__()
+        self.small_noise = small_noise
         self.name, self.family, self.defaults = name, family, defaults
         self.network = network
         self.autoencoder = autoencoder.requires_grad_(False)
@@ -83,6 +87,8 @@ class DiffusionSystem(nn.Module):
         self.grid = self.autoencoder.factor
         self.beside = getattr(network.config, "in_channels", self.autoencoder.channels) - self.autoencoder.channels
         """Channels that the network sees beside the latents."""
+        self.enlarges = self.grid if small_noise is not None else 1
+        """How many times larger than the picture given what it draws must be."""
         self.dialects: tuple[Dialect, ...] = text_encoder.dialects  # type: ignore[assignment]
         self.clip_skip: int | None = text_encoder.clip_skip  # type: ignore[assignment]
 
@@ -138,7 +144,9 @@ class DiffusionSystem(nn.Module):
         return True
 
     def check(self, request: Request) -> None:
-        if not all(prompt.strip() for prompt in request.prompts):
+        if self.small_noise is not None:
+            self.check_small(request)
+        elif not all(prompt.strip() for prompt in request.prompts):
             raise UsageError("the prompt is empty: say what to draw")
         self.sigmas(request)
         if self.clip_skip is not None:
@@ -147,6 +155,14 @@ class DiffusionSystem(nn.Module):
         self.parsed(request.negatives, request, composed=False)
         if self.refiner is not None:
             self.refiner.check(replace(request, clip_skip=None))
+
+    def check_small(self, request: Request) -> None:
+        if request.image is None:
+            raise UsageError(f"{self.name} enlarges pictures, but none was given: limner upscale IMAGE, or -i IMAGE")
+        if request.mask is not None or request.strength != 1 or request.variation:
+            raise UsageError(f"{self.name} draws all of a larger picture anew: leave mask, strength and variation out")
+        if request.noise_level > (most := min(MOST_SMALL_NOISE, self.network.config.num_classes - 1)):
+            raise UsageError(f"noise_level is {request.noise_level}: {self.name} knows 0 to {most}")
 
     def sigmas(self, request: Request) -> list[float]:
         """What the sampler walks; over a picture, the end of it. Raises UsageError for a schedule that the interpolant
@@ -180,6 +196,9 @@ class DiffusionSystem(nn.Module):
 
         def told(turn: tuple[tuple[Text, ...], ...]) -> Prompts:
             read = self.text_encoder.read(turn, self.dialect(request), request.clip_skip)
+            if self.small_noise is not None:
+                levels = torch.full((len(prompts) * (most + 1),), request.noise_level, device=read.tokens.device)
+                read = replace(read, labels=levels)
             *parts, uncond = (read.map(lambda v, k=k: v[k :: most + 1]) for k in range(most + 1))
             size = request.width, request.height
             return Prompts(
@@ -276,12 +295,16 @@ class DiffusionSystem(nn.Module):
     def given(self, request: Request, count: int) -> dict[str, Tensor]:
         """What `sample` is given of the picture and the mask of a request, for `count` pictures."""
         device, found = next(self.network.parameters()).device, {}
-        width, height = request.width, request.height
+        width, height = request.width // self.enlarges, request.height // self.enlarges
         picture = None
         if request.image is not None:
             picture = pictures.to_tensor(request.image, width, height).to(device)
+        if picture is not None and self.small_noise is None:
             found["start"] = self.encode(picture)
-        if self.beside:
+        if self.small_noise is not None:
+            assert picture is not None
+            found["beside"] = self.opaque(picture)
+        elif self.beside:
             found["beside"] = self.seen(picture, request)
         elif request.mask is not None:
             found["paint"] = pictures.to_latents(request.mask, width, height, self.grid).to(device)
@@ -310,10 +333,15 @@ class DiffusionSystem(nn.Module):
         beside: Tensor | None = None,
     ) -> Latents:
         """`start` are latents to begin from (img2img), walked from `request.strength` of the way into noise; `paint`
-        (b, 1, h, w) is 0 where they stay what they are. `beside` are channels that the network sees beside x. What is
-        told changes with the steps done, however often a sampler asks in a step."""
+        (b, 1, h, w) is 0 where they stay what they are. `beside` are channels that the network sees beside x; a small
+        picture to be enlarged gets noise first. What is told changes with the steps done, however often a sampler asks
+        in a step."""
         shape = (self.autoencoder.channels, request.height // self.grid, request.width // self.grid)
         sigmas = self.sigmas(request)
+        if self.small_noise is not None and beside is not None:
+            sigma = self.small_noise.sigmas[request.noise_level]
+            small = self.small_noise.mix(beside, noise(tuple(beside.shape[1:])), sigma)
+            beside = self.small_noise.input_scale(sigma) * small
         eps = noise(shape)
         if start is None or (request.mask is not None and request.strength == 1):  # it knows nothing of what was there
             bare = request.sampler in schedules.BARE and request.schedule != "leading"
@@ -348,12 +376,15 @@ class DiffusionSystem(nn.Module):
         )  # fmt: skip
         return combining(way, self.prediction, self.interpolant)
 
-    def encode(self, images: Images) -> Latents:
+    def opaque(self, images: Images) -> Images:
         """Transparency goes onto white where the autoencoder knows none."""
         if self.autoencoder.config.image_channels == 3 and images.shape[1] == 4:
-            images = images[:, :3] + 1 - images[:, 3:]
+            return images[:, :3] + 1 - images[:, 3:]
+        return images
+
+    def encode(self, images: Images) -> Latents:
         with torch.no_grad():
-            return self.autoencoder.encode(images)
+            return self.autoencoder.encode(self.opaque(images))
 
     def decode(self, latents: Latents) -> Images:
         return self.autoencoder.decode(latents)
