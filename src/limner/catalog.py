@@ -382,20 +382,25 @@ def load(
 
 def put_autoencoder(system: AutoencodingSystem | DiffusionSystem, source: str | Path) -> None:
     """Give a system the autoencoder in another file: of the original code or diffusers', alone, in a whole model, or a
-    folder with one. No name tells its scale: it is taken for one of the same family.
+    folder with one. No name of a tensor tells its scale: a file is taken for one of the same family.
 
     Raises FileProblem, CheckpointMismatch.
     """
-    path = Path(source)
+    path, own = Path(source), system.autoencoder
+    paths = [path]
     if path.is_dir():
         path = next((part for part in (path / "vae", path) if (part / "config.json").is_file()), path)
-        path = folders.weights(path)[0]
-    tensors = files.read(path)[0]
+        paths = folders.weights(path)
+        told = folders.autoencoder_config(folders.Settings(path / "config.json")).scale
+        if isinstance(own, KLAutoencoder) and told != own.scale:
+            raise CheckpointMismatch(
+                f"{path} scales latents by {told:g}, {system.name} by {own.scale:g}: another family's"
+            )
+    tensors = {name: tensor for part in paths for name, tensor in files.read(part)[0].items()}
     for prefix in ("first_stage_model.", "vae.", "autoencoder."):
         inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         tensors = inside or tensors
     tensors = {name: t for name, t in tensors.items() if not name.startswith(("loss.", "model_ema."))}
-    own = system.autoencoder
     if not isinstance(own, KLAutoencoder):
         raise CheckpointMismatch(f"{system.name} has an autoencoder of another kind than those that files hold alone")
     layout = kl.ldm_layout(own.config)
@@ -407,8 +412,8 @@ def put_autoencoder(system: AutoencodingSystem | DiffusionSystem, source: str | 
     ours = {name: t.to(device, torch.float32) for name, t in layouts.read(layout, tensors, path).items()}
     files.assign(own, ours, path)
     own.requires_grad_(False)
-    system.vae = {"vae": path.parent.name if path.stem == "diffusion_pytorch_model" else path.stem}
-    system.vae["vae_hash"] = files.digest(path)
+    name = path.parent.name if path.name == "vae" else path.name if path.is_dir() else path.stem
+    system.vae = {"vae": name, "vae_hash": files.digest(*paths)}
 
 
 def put_refiner(

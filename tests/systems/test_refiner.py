@@ -71,6 +71,8 @@ def test_a_picture_names_its_refiner(folders, limner, here):
 def test_what_cannot_go_on_is_refused(folders, tiny_model, tmp_path):
     with pytest.raises(CheckpointMismatch, match="cannot go on where sdxl stops"):
         pipeline.load(folders[0], refiner=stable_diffusion.sd2_v(tmp_path))
+    with pytest.raises(CheckpointMismatch, match="cannot go on where sdxl stops"):  # its latents have another scale
+        pipeline.load(folders[0], refiner=stable_diffusion.sd1(tmp_path / "sd1"))
     with pytest.raises(CheckpointMismatch, match="cannot go on where"):
         pipeline.load(tiny_model, refiner=folders[1])
 

@@ -193,6 +193,18 @@ def test_an_autoencoder_that_does_not_fit_is_refused_by_name(tmp_path, tiny_mode
         pipeline.load(tiny_model, vae=folder)
     with pytest.raises(FileProblem, match="no file"):
         pipeline.load(folder, vae=tmp_path / "nothing.safetensors")
+    stable_diffusion.autoencoder(0.13025).save_pretrained(tmp_path / "xl")
+    with pytest.raises(CheckpointMismatch, match=r"scales latents by 0\.13025, sd1 by 0\.18215: another family's"):
+        pipeline.load(folder, vae=tmp_path / "xl")
+
+
+def test_an_autoencoder_in_several_files_is_read_whole(tmp_path):
+    folder, theirs = stable_diffusion.sd1(tmp_path), stable_diffusion.noised(stable_diffusion.autoencoder(0.18215), 77)
+    theirs.save_pretrained(tmp_path / "parts", max_shard_size="100KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    system = pipeline.load(folder, vae=tmp_path / "parts").system
+    assert all(torch.equal(system.autoencoder.state_dict()[name], t) for name, t in theirs.state_dict().items())
+    assert system.vae["vae"] == "parts"
 
 
 def test_a_picture_names_its_autoencoder_and_strict_takes_warnings_for_errors(limner, here, tmp_path):

@@ -228,7 +228,14 @@ class DiffusionSystem(nn.Module):
         """Let another system do the last steps of a drawing (the ensemble of expert denoisers of Stable Diffusion XL,
         arXiv:2307.01952, section 2.5). Raises CheckpointMismatch for one of other latents, noise or prediction."""
         mine, its = (
-            (s.autoencoder.channels, s.grid, s.interpolant.name, s.interpolant.sigma_max, s.prediction.name)
+            (
+                s.autoencoder.channels,
+                s.grid,
+                getattr(s.autoencoder, "scale", 1.0),
+                s.interpolant.name,
+                s.interpolant.sigma_max,
+                s.prediction.name,
+            )
             for s in (self, refiner)
         )
         if mine != its or self.beside or refiner.beside:
