@@ -520,7 +520,7 @@ def ignored(system: System, request: Request) -> list[str]:
     if request.clip_skip is not None and system.clip_skip is None:
         told.append(f"clip skip has no effect: {system.name} does not read prompts with CLIP")
     if adapters := getattr(system, "adapters", None):
-        told += adapters.unused(*request.prompts, *request.negatives)
+        told += adapters.unused(request)
     kinds = [name for name in SELDOM if "guidance" in name and getattr(request, name) != _usual(system, name)]
     if kinds and request.guidance == 1:
         told.append(f"{' and '.join(kinds)} have no effect at guidance 1: ask for more guidance")
