@@ -551,7 +551,7 @@ def ignored(system: System, request: Request) -> list[str]:
     if request.noise_level != NOISE_LEVEL and getattr(system, "enlarges", 1) == 1:
         told.append(f"noise_level has no effect: {system.name} is no upscaler")
     if adapters := getattr(system, "adapters", None):
-        told += adapters.unused(*request.prompts, *request.negatives)
+        told += adapters.unused(request)
     kinds = [name for name in SELDOM if "guidance" in name and getattr(request, name) != _usual(system, name)]
     if kinds and request.guidance == 1:
         told.append(f"{' and '.join(kinds)} have no effect at guidance 1: ask for more guidance")

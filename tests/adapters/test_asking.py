@@ -292,3 +292,15 @@ def test_a_lone_file_is_one_file_and_an_autoencoder_takes_none(tiny_model, here,
     assert pipe.generate("fox<lora:style:1>", seed=3, steps=1, adapter_folder=None)[0].settings == listed.settings
     with pytest.raises(UsageError, match="takes no adapters"):
         pipeline.Pipeline(catalog.build(catalog.entry("icons-autoencoder-tiny").config), "x").generate("", lora=style)
+
+
+def test_a_prompt_that_asks_twice_by_two_weights_is_refused(style):
+    with pytest.raises(UsageError, match=r"style by 0.5 and by 0.8"):
+        asking.in_prompt("a <lora:style:0.5> <lora:style:0.8>", (Path(),))
+    assert len(asking.in_prompt("a <lora:style:0.5> <lora:style:0.5>", (Path(),))[1]) == 1
+    assert len(asking.in_prompt("a <lora:style:0.5> embedding:style", (Path(),))[1]) == 2
+
+
+def test_a_name_of_more_bytes_than_a_file_can_have_is_of_no_file(here):
+    with pytest.raises(FileProblem, match="there is no file"):
+        asking.in_prompt("a <lora:" + "\u732b" * 200 + ":1>", (Path(),))

@@ -235,3 +235,18 @@ def test_a_picture_names_no_files_to_load(limner, here, folder):
     metadata.save_png(picture, settings, here / "crafted.png")
     done = limner("generate", "-C", "crafted.png", "-m", folder)
     assert (done.code, "asks for the embedding 'bad', and there is none here" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "dialect", "read"),
+    [
+        ("my cat", "a1111", True), ("my cat", "comfyui", False), ("old(v2)", "a1111", False),
+        ("old(v2)", "comfyui", False), ("old(v2)", "plain", True),
+    ],
+)  # fmt: skip
+def test_a_name_that_a_dialect_does_not_read_is_told(folder, tmp_path, name, dialect, read):
+    system = catalog.load(folder)
+    save_file({"emb_params": vectors(3)}, tmp_path / f"{name}.safetensors")
+    stack(system).attach(tmp_path / f"{name}.safetensors")
+    request = pipeline.prepare(system, prompt=f"a {name}, red", prompt_dialect=dialect)
+    assert bool(stack(system).unused(request)) is not read

@@ -87,7 +87,14 @@ def in_prompt(prompt: str, folders: tuple[Path, ...], negative: str = "") -> tup
             where = ", ".join(str(folder) for folder in folders)
             raise FileProblem(f"the prompt asks for the {one.kind} {one.name!r}, of which there is no file in {where}")
         asked.append(Asked(path, one.weight))
-    return text, list({one.path: one for one in asked}.values())
+    kept: dict[tuple[Path, bool], Asked] = {}  # a learned word has no weight
+    for new in asked:
+        other = kept.setdefault((new.path, new.weight is None), new)
+        if other.weight != new.weight:
+            raise UsageError(
+                f"the prompt asks for {new.name} by {other.weight:g} and by {new.weight:g}: once is enough"
+            )
+    return text, list(kept.values())
 
 
 def resolve(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import threading
 from collections import defaultdict
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from limner.adapters.files import Adapter
 from limner.adapters.names import block
 from limner.adapters.words import Words
 from limner.errors import FileProblem, UsageError
+from limner.types import Request
 
 LARGEST_WEIGHT = 100.0
 TABLE = "text_model.embeddings.token_embedding"
@@ -202,11 +204,16 @@ class Stack:
     def _learned(self) -> list[Words]:
         return [one.adapter for one in self.on if isinstance(one.adapter, Words)]
 
-    def unused(self, *texts: str) -> list[str]:
-        """A sentence for each learned word that none of `texts` says."""
-        tower = self.system.text_encoder[0] if self._learned() else None  # type: ignore[index]
-        said = {part.lower() for text in texts for part, _ in tower.pieces(text)} if tower else set()  # type: ignore[union-attr]
-        unsaid = [word.name for word in self._learned() if said.isdisjoint(name.lower() for name in word.names)]
+    def unused(self, request: Request) -> list[str]:
+        """A sentence for each learned word that is not read in the prompts of a request, in their dialect."""
+        if not (learned := self._learned()):
+            return []
+        system: Any = self.system
+        rows = [*system.parsed(request.prompts, request), *system.parsed(request.negatives, request, composed=False)]
+        sections = {section for row in rows for part in row for _, text in part.turns for section in text}
+        dialect, tower = system.dialect(request), system.text_encoder[0]
+        said = {words.lower() for section in sections for _, words, _ in tower.parts(section, dialect)}
+        unsaid = [word.name for word in learned if said.isdisjoint(name.lower() for name in word.names)]
         return [f"{name} is a learned word that the prompt does not say" for name in unsaid]
 
 
@@ -257,4 +264,4 @@ def candidates(name: str, folders: tuple[Path, ...]) -> list[Path]:
     if Path(name).name != name or "\\" in name or "\0" in name or len(name) > LONGEST_NAME:
         return []
     names = [name] if name.endswith(ENDINGS) else [f"{name}{ending}" for ending in ENDINGS]
-    return [file for folder in folders for said in names if (file := folder / said).is_file()]
+    return [file for folder in folders for said in names if os.path.isfile(file := folder / said)]  # noqa: PTH113 (Path's may raise)

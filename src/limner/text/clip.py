@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from limner.errors import UsageError
 from limner.nn.embeddings import embedding, sent
 from limner.text.bpe import CLIPTokenizer
-from limner.text.prompts import DIALECTS, LONG_WORD, Dialect, Text, Token, chunked
+from limner.text.prompts import DIALECTS, LONG_WORD, Dialect, Piece, Text, Token, chunked
 from limner.types import Conditioning, Tokens
 
 Chunk = tuple[Token, ...]
@@ -218,15 +218,17 @@ class CLIPTextEncoder(CLIPText):
         size, comma = self.config.context - 2, self.tokenizer.comma if dialect == "a1111" else None
         chunks: list[Chunk] = []
         for section in text:
-            pieces = [
-                (word, p.weight) for p in section for word in (p.text.split() if dialect == "comfyui" else [p.text])
-            ]
-            found = [(ids, said, weight) for words, weight in pieces for said, ids in self.pieces(words)]
+            found = self.parts(section, dialect)
             runs = [[(token, weight) for token in ids] for ids, _, weight in found]
             short = LONG_WORD if dialect == "comfyui" else 0  # ComfyUI parts no word of few tokens, A1111 none learned
             solid = [len(ids) < short or said.lower() in self.learned for ids, said, _ in found]
             chunks += chunked(runs, size, comma, solid) or [()]
         return chunks[:-1] if len(text) > 1 and not chunks[-1] else chunks
+
+    def parts(self, section: Sequence[Piece], dialect: Dialect) -> list[tuple[list[int], str, float]]:
+        """The `pieces` of a section, (ids, words, weight): ComfyUI reads it word by word."""
+        words = [(word, p.weight) for p in section for word in (p.text.split() if dialect == "comfyui" else [p.text])]
+        return [(ids, said, weight) for text, weight in words for said, ids in self.pieces(text)]
 
     @torch.no_grad()
     def read(self, rows: Sequence[Sequence[Chunk]], dialect: Dialect, skip: int) -> tuple[list[Tensor], Tensor]:
