@@ -61,9 +61,10 @@ def _file(text: str, folders: tuple[Path, ...]) -> Path:
 
 
 def in_prompt(prompt: str, folders: tuple[Path, ...], negative: str = "") -> tuple[str, list[Asked]]:
-    """The prompt without `<lora:name:weight>`, and those; and the files of `embedding:name`, there
-    and in the negative prompt, which stays. Files are
-    looked for in `folders`; of a learned word that is not there another file may know. Raises UsageError, FileProblem.
+    """The prompt without `<lora:name:weight>`, and those; and the files of `embedding:name`, there and in the negative
+    prompt, which stays. Files are looked for in `folders`; of a learned word that is not there another file may know.
+
+    Raises UsageError, FileProblem.
     """
     for tag in TAG.finditer(prompt):
         before = re.sub(r"\\.", "", prompt[: tag.start()])

@@ -26,13 +26,13 @@ from limner.adapters.files import Adapter
 from limner.adapters.names import block
 from limner.adapters.words import Words
 from limner.errors import FileProblem, UsageError
+from limner.text.prompts import ENDINGS
 from limner.types import Request
 
 LARGEST_WEIGHT = 100.0
 TABLE = "text_model.embeddings.token_embedding"
 TEXTUAL = "textual inversion"
-LONGEST_NAME = 200
-ENDINGS = (".safetensors", ".pt", ".bin", ".ckpt")
+LONGEST_NAME = metadata.ADAPTER["name"][2]
 
 
 @dataclass(frozen=True)

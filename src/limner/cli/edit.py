@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
-from limner.cli.generate import generate_command, paint
+from limner.cli.generate import as_paint, paint
 
 SHARED = (
     "output", "model", "negative", "steps", "guidance", "seed", "sampler", "schedule", "batch", "dialect", "clip_skip",
@@ -39,18 +38,4 @@ def edit_command(**options: Any) -> None:
     paint(**options, keep_size=True)
 
 
-def as_generate(command: Any, own: dict[str, tuple[Any, Any]], shared: Sequence[str]) -> None:
-    """The options of a command are its `own`, name -> (annotation, default), and `shared` ones of `generate`."""
-    hints = get_type_hints(generate_command, include_extras=True)
-    theirs = inspect.signature(generate_command).parameters
-    rows = own | {name: (hints[name], theirs[name].default) for name in shared}
-    command.__annotations__ = {name: kind for name, (kind, _) in rows.items()} | {"return": None}
-    command.__signature__ = inspect.Signature(
-        [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-            for name, (kind, default) in rows.items()
-        ]
-    )
-
-
-as_generate(edit_command, OWN, SHARED)
+as_paint(edit_command, OWN, SHARED)

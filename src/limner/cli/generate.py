@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import os
 import re
@@ -10,10 +11,10 @@ import secrets
 import sys
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -44,7 +45,7 @@ a yellow pixel art icon of a key          clip art of a sailing boat
 BASE_BYTES, BYTES_PER_PIXEL = 370e6, 350  # of the process and of drawing; measured with `icons` on a CPU, within 10 %
 
 
-def generate_command(
+def paint(
     prompt: Annotated[str | None, typer.Argument(help="What to paint.", show_default=False)] = None,
     output: Annotated[
         str | None,
@@ -169,59 +170,6 @@ def generate_command(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of paths.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do not paint.")] = False,
-) -> None:
-    """Paint PROMPT and print the path of the PNG.
-
-    {a|b} is one of both, picked by the seed. Stable Diffusion reads prompts as A1111 does: (word:1.3), [word], BREAK,
-    [a:b:0.5], [a|b], AND, at any length. What no option says, the model's defaults do; the sizes and defaults below are
-    those of icons.
-    """
-    paint(**locals())
-
-
-def paint(
-    *,
-    prompt: str | None = None,
-    output: str | None = None,
-    model: str | None = None,
-    negative: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    seed: int | None = None,
-    sampler: str | None = None,
-    schedule: str | None = None,
-    batch: int = 1,
-    dialect: str | None = None,
-    clip_skip: int | None = None,
-    wildcards: Path | None = None,
-    image: Path | None = None,
-    strength: float | None = None,
-    mask: Path | None = None,
-    mask_blur: float | None = None,
-    variation: float | None = None,
-    variation_seed: int | None = None,
-    hires: float | None = None,
-    hires_strength: float | None = None,
-    hires_steps: int | None = None,
-    guidance_kind: str | None = None,
-    guidance_rescale: float | None = None,
-    guidance_mimic: float | None = None,
-    guidance_interval: tuple[float, float] | None = None,
-    lora: list[str] | None = None,
-    embedding: list[str] | None = None,
-    adapter_folder: Path | None = None,
-    settings: Path | None = None,
-    dtype: str = "auto",
-    refiner: str | None = None,
-    switch_at: float | None = None,
-    vae: Path | None = None,
-    strict: bool = False,
-    prediction: str | None = None,
-    device: str = "auto",
-    as_json: bool = False,
-    dry_run: bool = False,
     expand: tuple[int, int, int, int] | None = None,
     keep_size: bool = False,
     enlarge: bool = False,
@@ -288,7 +236,7 @@ def paint(
         tell(f"{refiner} is not the refiner painted with (hash {refiner_hash}): expect another picture")
     if vae_hash and vae_hash != pipe.system.vae["vae_hash"]:
         tell(f"{vae} is not the autoencoder painted with (hash {vae_hash}): expect another picture")
-    from limner import pipeline
+    from limner import pictures, pipeline
 
     folders = (adapter_folder or Path(), *([settings.parent] if settings else []))
     typed, done, told = _attach(pipe, (prompt, negative), [*(lora or []), *(embedding or [])], adapters, folders)
@@ -305,7 +253,8 @@ def paint(
         for name, side in zip(("width", "height"), pipeline.size_of(pipe.system, given["image"]), strict=True):
             asked.setdefault(name, side)
     if enlarge:
-        given["image"], _ = pipeline.canvas(image, None, None)  # type: ignore[arg-type]
+        assert image is not None
+        given["image"] = pictures.open_image(image)
         asked = pipeline.enlarging(pipe.system, given["image"], factor) | asked
     request = pipeline.prepare(pipe.system, **asked, batch=batch, **given)
     given["image"] = request.image
@@ -326,21 +275,48 @@ def paint(
     with _progress() as on_step, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("ignore", Ignored)  # told above
         warnings.simplefilter("always", Assumed)
-        pictures = pipe.generate(**asked, batch=batch, **given, on_step=on_step)
+        painted = pipe.generate(**asked, batch=batch, **given, on_step=on_step)
     for warning in warned:
         if issubclass(warning.category, Assumed):
             tell(str(warning.message))
     if output == "-":
-        sys.stdout.buffer.write(metadata.encode_png(pictures[0].image, pictures[0].settings))
+        sys.stdout.buffer.write(metadata.encode_png(painted[0].image, painted[0].settings))
         return
-    saved = [picture.save(path) for picture, path in zip(pictures, paths, strict=True)]
+    saved = [picture.save(path) for picture, path in zip(painted, paths, strict=True)]
     if as_json:
         images = [
-            {"path": str(path), "seed": p.seed, "settings": p.settings} for p, path in zip(pictures, saved, strict=True)
+            {"path": str(path), "seed": p.seed, "settings": p.settings} for p, path in zip(painted, saved, strict=True)
         ]
         print(json.dumps({"images": images}, indent=2))
     else:
         print(*saved, sep="\n")
+
+
+def as_paint(command: Any, own: dict[str, tuple[Any, Any]], shared: Sequence[str]) -> None:
+    """The options of a command are its `own`, name -> (annotation, default), and `shared` ones of `paint`."""
+    hints, theirs = get_type_hints(paint, include_extras=True), inspect.signature(paint).parameters
+    rows = own | {name: (hints[name], theirs[name].default) for name in shared}
+    command.__annotations__ = {name: kind for name, (kind, _) in rows.items()} | {"return": None}
+    command.__signature__ = inspect.Signature(
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for name, (kind, default) in rows.items()
+        ]
+    )
+
+
+def generate_command(**options: Any) -> None:
+    """Paint PROMPT and print the path of the PNG.
+
+    {a|b} is one of both, picked by the seed. Stable Diffusion reads prompts as A1111 does: (word:1.3), [word], BREAK,
+    [a:b:0.5], [a|b], AND, at any length. What no option says, the model's defaults do; the sizes and defaults below are
+    those of icons.
+    """
+    paint(**options)
+
+
+OF_OTHERS = {"expand", "keep_size", "enlarge", "factor", "noise_level"}
+as_paint(generate_command, {}, [name for name in inspect.signature(paint).parameters if name not in OF_OTHERS])
 
 
 def _remembered(path: Path, image: Path | None, mask: Path | None, model: str | None) -> dict[str, Any]:

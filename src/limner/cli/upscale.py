@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from limner.cli.edit import SHARED, as_generate
-from limner.cli.generate import paint
+from limner.cli.edit import SHARED
+from limner.cli.generate import as_paint, paint
 
 NOT = {"mask", "mask_blur", "variation", "variation_seed"}
 OWN: dict[str, tuple[Any, Any]] = {
@@ -43,4 +43,4 @@ def upscale_command(**options: Any) -> None:
     paint(**options, enlarge=True)
 
 
-as_generate(upscale_command, OWN, [name for name in SHARED if name not in NOT])
+as_paint(upscale_command, OWN, [name for name in SHARED if name not in NOT])

@@ -326,7 +326,7 @@ class DiffusionSystem(nn.Module):
         kept = torch.zeros(1, 3, height, width, device=device)
         if picture is not None and request.mask is not None:
             mask = (pictures.mask_tensor(request.mask, width, height).to(device) >= 0.5).float()
-            kept = (picture[:, :3] + 1 - picture[:, 3:]) * (1 - mask)
+            kept = self.opaque(picture) * (1 - mask)
         small = F.interpolate(mask, (height // self.grid, width // self.grid), mode="nearest")
         return torch.cat([small, self.autoencoder.encode(kept)], dim=1)
 

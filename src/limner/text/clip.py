@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from limner.errors import UsageError
 from limner.nn.embeddings import embedding, sent
 from limner.text.bpe import CLIPTokenizer
-from limner.text.prompts import DIALECTS, LONG_WORD, Dialect, Piece, Text, Token, chunked
+from limner.text.prompts import DIALECTS, ENDINGS, LONG_WORD, Dialect, Piece, Text, Token, chunked
 from limner.types import Conditioning, Tokens
 
 Chunk = tuple[Token, ...]
@@ -192,7 +192,7 @@ class CLIPTextEncoder(CLIPText):
         if not self.learned:
             return [(prompt, self.tokenizer.encode([prompt], marked=False)[0])]
         names = "|".join(re.escape(name) for name in sorted(self.learned, key=len, reverse=True))
-        file = r"(?:\.(?:safetensors|pt|bin|ckpt))?"
+        file = f"(?:{'|'.join(map(re.escape, ENDINGS))})?"
         parts = re.split(rf"(?:\bembedding:)?(?<!\w)({names})(?!\w){file}", prompt, flags=re.IGNORECASE)
         known = [self.learned.get(part.lower()) if i % 2 else None for i, part in enumerate(parts)]
         words = iter(

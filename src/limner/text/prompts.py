@@ -35,6 +35,8 @@ MOST_PICKS = 1000
 LARGEST_FILE, LONGEST_LINE = 10_000_000, 20_000
 
 NUMBER = r"[+-]?(?:\d++\.?\d*+|\.\d++)(?:e[+-]?\d++)?|[+-]?(?:nan|inf)"  # possessive: else long ones take their square
+ENDINGS = (".safetensors", ".pt", ".bin", ".ckpt")
+"""Of files of adapters."""
 AND = re.compile(r"\bAND\b")
 
 
@@ -117,7 +119,7 @@ def refuse(adapters: Sequence[Adapter], learned: Collection[str] = ()) -> None:
 
 def without_ending(name: str) -> str:
     """The name of a learned word, whose file ComfyUI's prompts may say whole."""
-    return re.sub(r"\.(safetensors|pt|bin|ckpt)$", "", name)
+    return next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
 
 
 # -------------------------------------------------------------------- brackets
