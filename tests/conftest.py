@@ -31,6 +31,16 @@ def limner(capsys) -> Callable[..., Result]:
     return run
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32():
+    """Models of other programs compute in float32 by default, whatever the processor at hand is fastest at."""
+    from limner import catalog
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalog, "_multiplies_bf16", lambda: False)
+        yield
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """An empty current folder."""

@@ -351,8 +351,8 @@ def load(
 ) -> AutoencodingSystem | DiffusionSystem:
     """A system by name ("icons"), weight file of ours or of Stable Diffusion, folder of a training run or of diffusers,
     ready to draw. `prediction` is for models of other programs whose files do not say, or not truly, what they predict;
-    `dtype` is what the network computes in, else half precision on a GPU for models of other programs, float32 for the
-    rest.
+    `dtype` is what the network computes in, else for models of other programs what is fastest, half precision on a GPU
+    and bfloat16 on a processor that has it, and float32 for the rest.
 
     Raises UnknownName, FileProblem, CheckpointMismatch.
     """
@@ -506,10 +506,15 @@ def config_of(found: Foreign) -> DiffusionConfig:
 
 
 def _best(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """What a network of another program computes in, if nobody says: processors are slow at half precision."""
+    """What a network of another program computes in, if nobody says: the fastest (benchmarks/unet.py)."""
     if device.type == "cpu":
-        return torch.float32
+        return torch.bfloat16 if _multiplies_bf16() else torch.float32
     return torch.bfloat16 if stored == torch.bfloat16 else torch.float16
+
+
+def _multiplies_bf16() -> bool:
+    """Whether the processor has instructions for it: without them bfloat16 is slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

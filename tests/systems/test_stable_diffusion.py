@@ -155,10 +155,15 @@ def test_a_network_in_half_precision_draws_nearly_the_same_with_its_autoencoder_
     assert system.decode(half).isfinite().all()
 
 
-def test_a_gpu_computes_in_half_precision_a_processor_in_float32_unless_told(sd1):
+def test_a_device_computes_in_what_it_is_fastest_at_unless_told(sd1, monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     for stored, best in ((torch.float32, torch.float16), (torch.float16, torch.float16), (torch.bfloat16,) * 2):
         assert (catalog._best(stored, gpu), catalog._best(stored, cpu)) == (best, torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog, "_multiplies_bf16", lambda: True)
+        pipe = pipeline.load(sd1.folder)
+        assert pipeline.computes(pipe.system) == "cpu in bf16"
+        assert np.std(pipe.generate("a red fox", seed=3, steps=2)[0].image) > 0
     assert pipeline.computes(pipeline.load(sd1.folder).system) == "cpu in fp32"
     assert pipeline.computes(pipeline.load(sd1.folder, dtype="fp16").system) == "cpu in fp16"
     with pytest.raises(UnknownName, match="no dtype 'half'"):

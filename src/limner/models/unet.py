@@ -24,6 +24,7 @@ from limner.errors import UsageError
 from limner.nn.attention import Attention, SpatialAttention
 from limner.nn.convolution import Downsample, Upsample
 from limner.nn.embeddings import sinusoid
+from limner.nn.linear import Linear
 from limner.types import Conditioning
 
 
@@ -359,8 +360,8 @@ class ResBlock(nn.Module):
             scale, shift = told.chunk(2, dim=1)
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
-            h = self.norm2(h + told)
-        return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(h)))
+            h = self.norm2(h.add_(told))
+        return self.conv2(self.dropout(F.silu(h))).add_(self.conv_shortcut(x))
 
 
 # ------------------------------------------------------------------- attention
@@ -383,7 +384,7 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(config.groups, width, eps=1e-6)  # unlike all others
         self.linear = config.linear_projection
-        project = nn.Linear if self.linear else lambda a, b: nn.Conv2d(a, b, 1)
+        project = Linear if self.linear else lambda a, b: nn.Conv2d(a, b, 1)
         self.proj_in = project(width, width)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(config, width, text_only) for _ in range(depth))
         self.proj_out = project(width, width)
@@ -419,15 +420,15 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
         y = self.norm1(x)
-        x = x + (self.attn1(y, text, mask) if self.text_only else self.attn1(y, y, None))
-        x = x + self.attn2(self.norm2(x), text, mask)
-        return x + self.ff(self.norm3(x))
+        x = (self.attn1(y, text, mask) if self.text_only else self.attn1(y, y, None)).add_(x)
+        x = self.attn2(self.norm2(x), text, mask).add_(x)
+        return self.ff(self.norm3(x)).add_(x)
 
 
 class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -438,7 +439,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, 2 * hidden)
+        self.proj = Linear(width, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)

@@ -6,6 +6,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from limner.nn.linear import Linear
+
 
 class Attention(nn.Module):
     """Queries from x, keys and values from `source`, all heads scaled by 1/√(their width)."""
@@ -13,10 +15,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int, source_width: int, bias: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.to_q = nn.Linear(width, width, bias=bias)
-        self.to_k = nn.Linear(source_width, width, bias=bias)
-        self.to_v = nn.Linear(source_width, width, bias=bias)
-        self.to_out = nn.Sequential(nn.Linear(width, width))
+        self.to_q = Linear(width, width, bias=bias)
+        self.to_k = Linear(source_width, width, bias=bias)
+        self.to_v = Linear(source_width, width, bias=bias)
+        self.to_out = nn.Sequential(Linear(width, width))
 
     def forward(self, x: Tensor, source: Tensor | None, mask: Tensor | None) -> Tensor:
         """x (b, n, d) and source (b, l, e), of which `mask` (b, l) tells what is real -> (b, n, d)."""
