@@ -64,6 +64,15 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "clip_skip": (int, 1, 1000),
     "noise_level": (int, 0, 999),  # of a picture that was enlarged
     "adapters": (list, 1, 100),  # each as `ADAPTER`: of LoRA and its kin, with a weight; without, a learned word
+    "control": (list, 1, 100),  # each as `CONTROL`
+}
+CONTROL: dict[str, tuple[type, float, float]] = {
+    "name": (str, 1, 200),
+    "hash": (str, 1, 64),
+    "weight": (float, -100, 100),
+    "start": (float, 0, 1),
+    "end": (float, 0, 1),
+    "guess": (bool, 0, 1),
 }
 ADAPTER: dict[str, tuple[type, float, float]] = {
     "name": (str, 1, 200),  # of its file; never a path
@@ -241,6 +250,10 @@ def to_infotext(settings: dict[str, Any]) -> str:
         "Version": f"limner {settings['limner']}" if "limner" in settings else None,
     }
     adapters = settings.get("adapters", [])
+    for k, one in enumerate(settings.get("control", [])):
+        told = {"Model": f"{one['name']} [{one['hash']}]", "Weight": one["weight"]}
+        told |= {"Guidance Start": one.get("start", 0.0), "Guidance End": one.get("end", 1.0)}
+        pairs[f"ControlNet {k}"] = ", ".join(f"{name}: {value}" for name, value in told.items())
     for key, weighted in (("Lora hashes", True), ("TI hashes", False)):
         hashes = [f"{one['name']}: {one['hash']}" for one in adapters if ("weight" in one) is weighted]
         pairs[key] = ", ".join(hashes) or None
@@ -356,6 +369,10 @@ def _from_json(text: str) -> dict[str, Any]:
 def check_settings(settings: dict[str, Any]) -> None:
     """Raise ValueError unless every setting is known, of its type and in its range."""
     _check(settings, SETTINGS)
+    for one in settings.get("control", []):
+        if not isinstance(one, dict) or not {"name", "hash", "weight"} <= one.keys():
+            raise ValueError(f"{one!r:.40} is no ControlNet")
+        _check(one, CONTROL)
     for one in settings.get("adapters", []):
         if not isinstance(one, dict) or not {"name", "hash"} <= one.keys():
             raise ValueError(f"{one!r:.40} is no adapter")

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from limner import __version__, catalog, names, pictures
 from limner.adapters import asking, attaching
+from limner.adapters import control as controls
 from limner.errors import Assumed, FileProblem, Ignored, UnknownName, UsageError
 from limner.sampling import samplers, schedules
 from limner.sampling.guidance import WAYS
 from limner.text.prompts import AND, DIALECTS, Wildcards, expand
-from limner.types import Defaults, GeneratedImage, Latents, OnStep, Request, System
+from limner.types import Control, Defaults, GeneratedImage, Latents, OnStep, Request, System
 
 MAX_SEED = 2**63 - 1
 MASK_BLUR = 4.0
@@ -54,6 +55,8 @@ class Pipeline:
         adapter_folder: str | Path | None = None,
         **values: Any,
     ) -> list[GeneratedImage]:
+        if values.get("control"):
+            values["control"] = controls.opened(self.system, values["control"])
         one_file = [[given] if isinstance(given, str | Path) else list(given) for given in (lora, embedding)]
         asked = [*one_file[0], *one_file[1]]
         tags: list[Any] = []
@@ -188,8 +191,9 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     1, guidance_mimic (a scale), guidance_interval (low, high, of the noise), variation 0 to 1 towards the noise of
     variation_seed, switch_at (0 to 1, where a refiner takes over), hires (a factor above 1) with hires_strength and
     hires_steps, on_step(done, total); with a Pipeline also lora and embedding (files, or (file, weight), for this time
-    only) and adapter_folder, where `<lora:name:weight>` of the prompt is looked for. What is left out is the model's
-    default.
+    only), adapter_folder, where `<lora:name:weight>` of the prompt is looked for, and control (ControlNets, each what
+    --control takes, keywords of `limner.adapters.control.open_control`, or its file, image and weight). What is left
+    out is the model's default.
 
     Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
     """
@@ -412,6 +416,7 @@ def check(
     prompt_dialect: str | None = None,
     clip_skip: int | None = None,
     noise_level: int | None = None,
+    control: Sequence[Control] = (),
     wildcards: str | Path | None = None,
     on_step: OnStep | None = None,
 ) -> Request:
@@ -505,6 +510,7 @@ def check(
         hires_steps=_whole("hires_steps", steps if hires_steps is None else hires_steps, 1, 1000),
         variation_seed=_whole("variation_seed", variation_seed or 0, 0, MAX_SEED - 100_000),
         noise_level=_whole("noise_level", NOISE_LEVEL if noise_level is None else noise_level, 0, 999),
+        control=tuple(control),
         on_step=on_step,
     )
 
@@ -614,6 +620,8 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
         settings["strength"] = request.strength
     if request.mask is not None:
         settings["mask_blur"] = request.mask_blur
+    if request.control:
+        settings["control"] = [one.settings() for one in request.control]
     if adapters := getattr(system, "adapters", None):
         settings |= {"adapters": adapters.settings()} if adapters.on else {}
     return settings

@@ -84,6 +84,31 @@ class Defaults:
             raise ValueError(f"max_prompt_chars is {self.max_prompt_chars}: give 1 to {metadata.MAX_PROMPT}")
 
 
+@dataclass(frozen=True)
+class Control:
+    """A network that tells a U-Net of `image` (ControlNet), by `weight`, at the steps from `start` to `end` of all, 0
+    to 1. `guess` leaves the negative prompt out and tells more the deeper it goes. `name` and `hash` are its file's."""
+
+    network: Any = field(compare=False)
+    image: Image.Image
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    guess: bool = False
+    name: str = ""
+    hash: str = ""
+
+    def at(self, step: int, steps: int) -> bool:
+        """Whether it is told in a step, counted from 0, of so many (as diffusers has it)."""
+        return step / steps >= self.start and (step + 1) / steps <= self.end
+
+    def settings(self) -> dict[str, Any]:
+        """What a picture remembers of it."""
+        parts = {"start": (self.start, 0.0), "end": (self.end, 1.0), "guess": (self.guess, False)}
+        told = {name: value for name, (value, usual) in parts.items() if value != usual}
+        return {"name": self.name, "hash": self.hash, "weight": self.weight, **told}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A picture asked for, complete: `pipeline.prepare` has filled in the model's defaults and checked every value.
@@ -125,6 +150,7 @@ class Request:
     prompt_dialect: str | None = None
     clip_skip: int | None = None
     noise_level: int = 0
+    control: tuple[Control, ...] = ()
     on_step: OnStep | None = field(default=None, compare=False)
 
 

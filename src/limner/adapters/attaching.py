@@ -103,6 +103,8 @@ class Stack:
         self.lock = threading.RLock()
         """Held while adapters change, and while something is drawn with them."""
         self.hidden: dict[tuple[str, str], nn.Parameter] = {}
+        self.controls: dict[tuple[tuple[str, int], ...], tuple[Any, str]] = {}
+        """Networks of ControlNets and hashes of their files, by these and the times of their last change."""
 
     def attach(self, path: str | Path, weight: float = 1.0, blocks: Mapping[str, float] | None = None) -> Report:
         """Add the adapter in a file, `weight` (-100 to 100) times what it does; `blocks` are factors of blocks, such as
@@ -151,6 +153,12 @@ class Stack:
         """The weight and bias of a module without any adapter."""
         found = files.base(self.system.get_submodule(module))
         return {name: self.hidden.get((module, name), tensor) for name, tensor in found.items()}
+
+    def bare(self, part: str) -> dict[str, Tensor]:
+        """All weights of a part of the system without any adapter."""
+        found = self.system.get_submodule(part).state_dict()
+        hidden = {f"{module}.{name}".removeprefix(f"{part}."): t for (module, name), t in self.hidden.items()}
+        return {name: hidden.get(name, tensor) for name, tensor in found.items()}
 
     @torch.no_grad()
     def _change(self, on: list[Attached], new: Adapter | None = None) -> dict[str, float]:

@@ -144,6 +144,15 @@ def paint(
         list[str] | None,
         typer.Option("--embedding", metavar="FILE", help="A learned word, said in the prompt by the name of its file."),
     ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--control",
+            metavar="FILE=IMAGE[:WEIGHT]",
+            help="A ControlNet and the picture it follows; may be given again. FILE=IMAGE:0.8,canny,end=0.7 follows "
+            "edges of IMAGE, at the first 0.7 of the steps. Also sobel, scribble, blur, tile, invert; start=; guess.",
+        ),
+    ] = None,
     adapter_folder: Annotated[
         Path | None,
         typer.Option("--adapter-folder", help="Where <lora:NAME:WEIGHT> of a prompt is looked for. [default: here]"),
@@ -206,7 +215,7 @@ def paint(
         "noise_level": noise_level,
         "wildcards": wildcards,
     }
-    remembered = _remembered(settings, image, mask, model) if settings else {}
+    remembered = _remembered(settings, image, mask, model, control) if settings else {}
     painted_with, adapters = remembered.pop("model_hash", None), remembered.pop("adapters", [])
     asked = remembered | {k: v for k, v in flags.items() if v is not None}
     if "prompt" not in asked and image is None:
@@ -247,6 +256,10 @@ def paint(
     for sentence in told:
         tell(sentence)
     given: dict[str, Any] = {"image": image, "mask": mask}
+    if control:
+        from limner.adapters import control as controls
+
+        given["control"] = [controls.open_control(pipe.system, **controls.parse(text)) for text in control]
     if expand is not None or keep_size:
         assert image is not None
         given["image"], given["mask"] = pipeline.canvas(image, expand, mask)
@@ -319,7 +332,9 @@ OF_OTHERS = {"expand", "keep_size", "enlarge", "factor", "noise_level"}
 as_paint(generate_command, {}, [name for name in inspect.signature(paint).parameters if name not in OF_OTHERS])
 
 
-def _remembered(path: Path, image: Path | None, mask: Path | None, model: str | None) -> dict[str, Any]:
+def _remembered(
+    path: Path, image: Path | None, mask: Path | None, model: str | None, control: list[str] | None
+) -> dict[str, Any]:
     """The settings in `path` that can be asked for again. Weights are never loaded because a picture names them."""
     from limner import catalog
 
@@ -333,6 +348,11 @@ def _remembered(path: Path, image: Path | None, mask: Path | None, model: str | 
         raise UsageError(f"{str(path)!r} was painted over another picture, which it does not hold: add -i PICTURE")
     if "mask_blur" in settings and mask is None:
         raise UsageError(f"{str(path)!r} was painted under a mask, which it does not hold: add --mask MASK")
+    if (painted := settings.pop("control", [])) and not control:
+        raise UsageError(
+            f"{str(path)!r} was painted with the ControlNet {painted[0]['name']!r} and a picture, which it does not "
+            "hold: add --control FILE=IMAGE"
+        )
     return {k: v for k, v in settings.items() if k != "limner"}
 
 

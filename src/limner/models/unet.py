@@ -12,6 +12,7 @@ Diffusion was trained.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -170,8 +171,17 @@ class Residuals:
     down: tuple[Tensor, ...] = ()
     mid: Tensor | None = None
 
+    @staticmethod
+    def sum(parts: Sequence[Residuals]) -> Residuals:
+        """Of several networks at once."""
+        down = zip(*(part.down for part in parts if part.down), strict=True)
+        mid = [part.mid for part in parts if part.mid is not None]
+        return Residuals(tuple(sum(same[1:], same[0]) for same in down), sum(mid[1:], mid[0]) if mid else None)
 
-class UNet(nn.Module):
+
+class DownPath(nn.Module):
+    """What a U-Net begins with, and a ControlNet is a copy of: the way down and the middle."""
+
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         check(config)
@@ -184,17 +194,44 @@ class UNet(nn.Module):
         self.class_embedding = nn.Embedding(config.num_classes, width) if config.num_classes else None
 
         self.down_blocks = nn.ModuleList()
-        made = [widths[0]]  # widths of what the way down hands over
+        self.made = [widths[0]]
+        """Widths of what the way down hands over."""
         for i in levels:
-            level = DownLevel(config, i, made[-1])
+            level = DownLevel(config, i, self.made[-1])
             self.down_blocks.append(level)
-            made += [widths[i]] * (len(level.resnets) + len(level.downsamplers))
+            self.made += [widths[i]] * (len(level.resnets) + len(level.downsamplers))
 
         self.mid_block = Middle(config)
 
+    def down(self, x: Tensor, emb: Tensor, text: Tensor | None, mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """What follows conv_in: what the middle makes, and what the way down hands over, x first."""
+        skips = [x]
+        for level in self.down_blocks:
+            x, more = level(x, emb, text, mask)
+            skips += more
+        return self.mid_block(x, emb, text, mask), skips
+
+    def embed(self, t: Tensor, cond: Conditioning) -> Tensor:
+        """What every block is told of the time, the sizes and the class, after the SiLU that all of them begin with."""
+        config = self.config
+        frequencies = sinusoid(t, config.widths[0], config.sines_first, config.freq_shift)
+        emb = self.time_embedding(frequencies.to(self.conv_in.weight.dtype))
+        if self.add_embedding is not None:
+            assert cond.vector is not None, "the network wants cond.vector"
+            emb = emb + self.add_embedding(cond.vector)
+        if self.class_embedding is not None:
+            assert cond.labels is not None, "the network wants cond.labels"
+            emb = emb + self.class_embedding(cond.labels)
+        return F.silu(emb)
+
+
+class UNet(DownPath):
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        widths, made = config.widths, list(self.made)
         self.up_blocks = nn.ModuleList()
         above = widths[-1]
-        for i in reversed(levels):
+        for i in reversed(range(len(widths))):
             joined = [made.pop() for _ in range(config.num_blocks + 1)]
             self.up_blocks.append(UpLevel(config, i, above, joined))
             above = widths[i]
@@ -220,13 +257,7 @@ class UNet(nn.Module):
         emb = self.embed(t, cond)  # b d
         text, mask = cond.tokens, cond.mask
 
-        x = self.conv_in(x)
-        skips = [x]
-        for level in self.down_blocks:
-            x, more = level(x, emb, text, mask)
-            skips += more
-
-        x = self.mid_block(x, emb, text, mask)
+        x, skips = self.down(self.conv_in(x), emb, text, mask)
 
         if residuals is not None:
             if residuals.down:
@@ -239,19 +270,6 @@ class UNet(nn.Module):
             x = level(x, joined, emb, text, mask, size)
 
         return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-    def embed(self, t: Tensor, cond: Conditioning) -> Tensor:
-        """What every block is told of the time, the sizes and the class, after the SiLU that all of them begin with."""
-        config = self.config
-        frequencies = sinusoid(t, config.widths[0], config.sines_first, config.freq_shift)
-        emb = self.time_embedding(frequencies.to(self.conv_in.weight.dtype))
-        if self.add_embedding is not None:
-            assert cond.vector is not None, "the network wants cond.vector"
-            emb = emb + self.add_embedding(cond.vector)
-        if self.class_embedding is not None:
-            assert cond.labels is not None, "the network wants cond.labels"
-            emb = emb + self.class_embedding(cond.labels)
-        return F.silu(emb)
 
 
 # ---------------------------------------------------------------------- levels

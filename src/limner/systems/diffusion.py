@@ -14,13 +14,30 @@ from torch.nn import functional as F
 
 from limner import pictures
 from limner.errors import CheckpointMismatch, UsageError
-from limner.models.unet import micro_conditioning
+from limner.models.unet import Residuals, micro_conditioning
 from limner.sampling import samplers, schedules
 from limner.sampling.guidance import Combine, Guidance, combining, composed, guided, within
 from limner.sampling.interpolants import Discrete, Interpolant
 from limner.sampling.predictions import Prediction
 from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, unreached
-from limner.types import Conditioning, Defaults, Denoise, Images, Latents, Request
+from limner.types import Conditioning, Control, Defaults, Denoise, Images, Latents, Request
+
+
+def controlled(control: Control, hint: Tensor, x: Tensor, t: Tensor, cond: Conditioning, wanted: int) -> Residuals:
+    """What a control adds at x: one that guesses only to the first `wanted` rows, a tenth of its weight at the first
+    level of detail and rising to all of it in the middle (arXiv:2302.05543, its code's guess mode)."""
+    rows = wanted if control.guess else len(x)
+    if not rows:
+        return Residuals()
+    added = control.network(x[:rows], t[:rows], cond.map(lambda v: v[:rows]), hint.expand(rows, -1, -1, -1))
+    count = len(added.down) + 1
+    scales = torch.logspace(-1, 0, count).tolist() if control.guess else [1.0] * count
+
+    def scaled(residual: Tensor, scale: float) -> Tensor:
+        residual = residual * (scale * control.weight)
+        return F.pad(residual, (0, 0, 0, 0, 0, 0, 0, len(x) - rows))
+
+    return Residuals(tuple(map(scaled, added.down, scales)), scaled(added.mid, scales[-1]))
 
 
 @dataclass(frozen=True)
@@ -148,9 +165,12 @@ class DiffusionSystem(nn.Module):
             self.check_small(request)
         elif not all(prompt.strip() for prompt in request.prompts):
             raise UsageError("the prompt is empty: say what to draw")
-        self.sigmas(request)
         if self.clip_skip is not None:
             self.text_encoder.checked(request.clip_skip)
+        steps = len(self.sigmas(request)) - 1
+        for one in request.control:
+            if not any(one.at(step, steps) for step in range(steps)):
+                raise UsageError(f"{one.name} is told from {one.start:g} to {one.end:g}, where no step of {steps} is")
         self.parsed(request.prompts, request)
         self.parsed(request.negatives, request, composed=False)
         if self.refiner is not None:
@@ -266,31 +286,42 @@ class DiffusionSystem(nn.Module):
         return unreached(text, len(self.sigmas(request)) - 1) if self.dialect(request) == "a1111" else []
 
     def denoiser(
-        self, prompts: Prompts, combine: Combine | None, interval: tuple[float, float], beside: Tensor | None = None
+        self,
+        prompts: Prompts,
+        combine: Combine | None,
+        interval: tuple[float, float],
+        beside: Tensor | None = None,
+        controls: Callable[[], list[tuple[Control, Tensor]]] = list,
     ) -> Denoise:
         """The denoiser a solver asks, guided by `combine` (None is not at all) within an `interval`: a row of the
         network for each part and the negative prompt of a picture there, one row elsewhere and without guidance if
-        there is nothing to compose."""
+        there is nothing to compose. `controls` gives those of the step, each with its picture (1, 3, H, W)."""
         first = next(self.network.parameters())
         dtype = first.dtype
         told = [c.map(lambda v: v.to(dtype) if v.is_floating_point() else v) for c in (*prompts.parts, prompts.uncond)]
         every = Conditioning.cat(told) if prompts.alone else told[0]
         weights = torch.tensor(prompts.weights, device=first.device)
 
-        def predict(x: Tensor, sigma: float, cond: Conditioning) -> Tensor:
-            seen = self.interpolant.input_scale(sigma) * x
+        def predict(x: Tensor, sigma: float, cond: Conditioning, wanted: int | None = None) -> Tensor:
+            """x0 of every row of x, of which the first `wanted`, all without, are told what is wanted."""
+            scaled = (self.interpolant.input_scale(sigma) * x).to(dtype)
+            seen = scaled
             if beside is not None:
-                seen = torch.cat([seen, beside.repeat(len(x) // len(beside), 1, 1, 1)], dim=1)
+                seen = torch.cat([seen, beside.repeat(len(x) // len(beside), 1, 1, 1).to(dtype)], dim=1)
             t = torch.full((len(x),), self.interpolant.time(sigma), device=x.device)
-            output = self.network(seen.to(dtype), t, cond).to(x.dtype)
+            rows = len(x) if wanted is None else wanted
+            more = [controlled(control, hint, scaled, t, cond, rows) for control, hint in controls()]
+            told = {"residuals": Residuals.sum(more)} if more else {}
+            output = self.network(seen, t, cond, **told).to(x.dtype)
             return self.prediction.to_x0(output, x, self.interpolant.alpha(sigma), sigma)
 
         def pair(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
             if prompts.alone:
-                cond, negative = predict(torch.cat([x, x]), sigma, every).chunk(2)
+                cond, negative = predict(torch.cat([x, x]), sigma, every, len(x)).chunk(2)
                 return cond, negative
-            *parts, negative = (predict(x, sigma, some) for some in told)  # one after another, for the memory's sake
-            return composed(parts, list(weights), negative), negative
+            *parts, against = told  # one after another, for the memory's sake
+            negative = predict(x, sigma, against, 0)
+            return composed([predict(x, sigma, part) for part in parts], list(weights), negative), negative
 
         def plain(x: Tensor, sigma: float) -> Tensor:
             return predict(x, sigma, told[0]) if prompts.alone else pair(x, sigma)[0]
@@ -358,8 +389,16 @@ class DiffusionSystem(nn.Module):
         sampler = samplers.get(request.sampler)
         interval = request.guidance_interval or self.defaults.guidance_interval
         combine = None if request.guidance == 1 else self.combine(request)
-        denoiser = lru_cache(maxsize=1)(lambda turn: cond[turn][2].denoiser(cond[turn][1](), combine, interval, beside))
-        steps = 0
+        controls = [(one, self.hint(one, request)) for one in request.control]
+        steps, last = 0, len(sigmas) - 1
+
+        @lru_cache(maxsize=1)
+        def denoiser(turn: int) -> Denoise:
+            _, told, system = cond[turn]
+            mine = controls if system is self else []
+            return system.denoiser(
+                told(), combine, interval, beside, lambda: [row for row in mine if row[0].at(steps, last)]
+            )
 
         def on_step(done: int, total: int) -> None:
             nonlocal steps
@@ -374,6 +413,13 @@ class DiffusionSystem(nn.Module):
 
         x = sampler(denoise, x, sigmas, self.interpolant, noise=lambda: noise(shape), on_step=on_step)
         return self.interpolant.input_scale(sigmas[-1]) * x
+
+    def hint(self, control: Control, request: Request) -> Tensor:
+        """The picture of a control in the size of the request, colours on white, (1, 3, height, width) in [0, 1]."""
+        first = next(self.network.parameters())
+        control.network.to(first.device, first.dtype)  # which may have been widened since it was opened
+        image = pictures.to_tensor(control.image, request.width, request.height)
+        return ((image[:, :3] + 1 - image[:, 3:] + 1) / 2).to(first.device, first.dtype)
 
     def combine(self, request: Request) -> Combine:
         """The guidance that a request asks for, which may remember: one for each drawing."""
