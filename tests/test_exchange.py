@@ -92,6 +92,8 @@ PARTS = {
     "LoHa": {"lora_unet_x.hada_w1_a": (4, 4)},
     "ControlNet as diffusers": {"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3), "conv_in.bias": (9,)},
     "ControlNet as its authors": {"control_model.input_hint_block.0.weight": (16, 3, 3, 3)},
+    "IP-Adapter": {"ip_adapter.1.to_k_ip.weight": (320, 768), "image_proj.proj.weight": (3072, 1024)},
+    "image encoder": {"vision_model.embeddings.class_embedding": (1280,)},
     "textual inversion": {"emb_params": (2, 768)},
     "FLUX": {"double_blocks.0.img_attn.qkv.weight": (9216, 3072)},
     "U-Net of Stable Diffusion XL": {

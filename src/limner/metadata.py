@@ -65,6 +65,7 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "noise_level": (int, 0, 999),  # of a picture that was enlarged
     "adapters": (list, 1, 100),  # each as `ADAPTER`: of LoRA and its kin, with a weight; without, a learned word
     "control": (list, 1, 100),  # each as `CONTROL`
+    "ip_adapter": (list, 1, 100),  # the same
 }
 CONTROL: dict[str, tuple[type, float, float]] = {
     "name": (str, 1, 200),
@@ -369,9 +370,9 @@ def _from_json(text: str) -> dict[str, Any]:
 def check_settings(settings: dict[str, Any]) -> None:
     """Raise ValueError unless every setting is known, of its type and in its range."""
     _check(settings, SETTINGS)
-    for one in settings.get("control", []):
+    for one in [*settings.get("control", []), *settings.get("ip_adapter", [])]:
         if not isinstance(one, dict) or not {"name", "hash", "weight"} <= one.keys():
-            raise ValueError(f"{one!r:.40} is no ControlNet")
+            raise ValueError(f"{one!r:.40} is no ControlNet or IP-Adapter")
         _check(one, CONTROL)
     for one in settings.get("adapters", []):
         if not isinstance(one, dict) or not {"name", "hash"} <= one.keys():

@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from limner import __version__, catalog, names, pictures
-from limner.adapters import asking, attaching
+from limner.adapters import asking, attaching, references
 from limner.adapters import control as controls
 from limner.errors import Assumed, FileProblem, Ignored, UnknownName, UsageError
 from limner.sampling import samplers, schedules
 from limner.sampling.guidance import WAYS
 from limner.text.prompts import AND, DIALECTS, Wildcards, expand
-from limner.types import Control, Defaults, GeneratedImage, Latents, OnStep, Request, System
+from limner.types import Control, Defaults, GeneratedImage, Latents, OnStep, Reference, Request, System
 
 MAX_SEED = 2**63 - 1
 MASK_BLUR = 4.0
@@ -57,6 +57,9 @@ class Pipeline:
     ) -> list[GeneratedImage]:
         if values.get("control"):
             values["control"] = controls.opened(self.system, values["control"])
+        encoder = values.pop("image_encoder", None)
+        if values.get("ip_adapter"):
+            values["ip_adapter"] = references.opened(self.system, values["ip_adapter"], encoder)
         one_file = [[given] if isinstance(given, str | Path) else list(given) for given in (lora, embedding)]
         asked = [*one_file[0], *one_file[1]]
         tags: list[Any] = []
@@ -192,8 +195,8 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     variation_seed, switch_at (0 to 1, where a refiner takes over), hires (a factor above 1) with hires_strength and
     hires_steps, on_step(done, total); with a Pipeline also lora and embedding (files, or (file, weight), for this time
     only), adapter_folder, where `<lora:name:weight>` of the prompt is looked for, and control (ControlNets, each what
-    --control takes, keywords of `limner.adapters.control.open_control`, or its file, image and weight). What is left
-    out is the model's default.
+    --control takes, keywords of `limner.adapters.control.open_control`, or its file, image and weight), ip_adapter (the
+    same of IP-Adapters) and image_encoder. What is left out is the model's default.
 
     Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
     """
@@ -417,6 +420,7 @@ def check(
     clip_skip: int | None = None,
     noise_level: int | None = None,
     control: Sequence[Control] = (),
+    ip_adapter: Sequence[Reference] = (),
     wildcards: str | Path | None = None,
     on_step: OnStep | None = None,
 ) -> Request:
@@ -511,6 +515,7 @@ def check(
         variation_seed=_whole("variation_seed", variation_seed or 0, 0, MAX_SEED - 100_000),
         noise_level=_whole("noise_level", NOISE_LEVEL if noise_level is None else noise_level, 0, 999),
         control=tuple(control),
+        ip_adapter=tuple(ip_adapter),
         on_step=on_step,
     )
 
@@ -622,6 +627,8 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
         settings["mask_blur"] = request.mask_blur
     if request.control:
         settings["control"] = [one.settings() for one in request.control]
+    if request.ip_adapter:
+        settings["ip_adapter"] = [one.settings() for one in request.ip_adapter]
     if adapters := getattr(system, "adapters", None):
         settings |= {"adapters": adapters.settings()} if adapters.on else {}
     return settings

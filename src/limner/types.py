@@ -34,13 +34,15 @@ Denoise = Callable[[Tensor, float], Tensor]
 @dataclass(frozen=True)
 class Conditioning:
     """What a network is told beside x and t. `mask` is True where `tokens` are real; `vector` is SDXL's pooled prompt
-    and sizes, as `models.unet.micro_conditioning` makes it; `labels` are classes."""
+    and sizes, as `models.unet.micro_conditioning` makes it; `labels` are classes; `images` are pictures as words more
+    (IP-Adapter)."""
 
     tokens: Tokens | None = None
     mask: Bool[Tensor, "b l"] | None = None
     pooled: Float[Tensor, "b d"] | None = None
     vector: Float[Tensor, "b d"] | None = None
     labels: Int[Tensor, " b"] | None = None
+    images: Tokens | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply `function` to every tensor present."""
@@ -109,6 +111,23 @@ class Control:
         return {"name": self.name, "hash": self.hash, "weight": self.weight, **told}
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A picture that a U-Net is told of as words (IP-Adapter): `network` by `weight` adds `words` (1, n, d) to those of
+    the prompt and `nothing`, of no picture, to those of the negative prompt."""
+
+    network: Any = field(compare=False)
+    words: Tensor = field(compare=False)
+    nothing: Tensor = field(compare=False)
+    weight: float = 1.0
+    name: str = ""
+    hash: str = ""
+
+    def settings(self) -> dict[str, Any]:
+        """What a picture remembers of it."""
+        return {"name": self.name, "hash": self.hash, "weight": self.weight}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A picture asked for, complete: `pipeline.prepare` has filled in the model's defaults and checked every value.
@@ -151,6 +170,7 @@ class Request:
     clip_skip: int | None = None
     noise_level: int = 0
     control: tuple[Control, ...] = ()
+    ip_adapter: tuple[Reference, ...] = ()
     on_step: OnStep | None = field(default=None, compare=False)
 
 

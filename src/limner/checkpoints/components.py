@@ -45,6 +45,7 @@ MARKS: list[tuple[Component, Callable[[Collection[str]], bool]]] = [  # the firs
         Component("ControlNet as its authors write it", MODEL),
         _with("control_model.input_hint_block.0.weight", "input_hint_block.0.weight"),
     ),
+    (Component("IP-Adapter", f"{MODEL} and an image encoder of CLIP"), _with("ip_adapter.1.to_k_ip.weight")),
     (Component("textual inversion", MODEL), _with("emb_params", "clip_l", "clip_g", "<concept>")),
     (Component("Stable Diffusion 3"), _ending("joint_blocks.0.context_block.attn.qkv.weight")),
     (Component("FLUX"), _ending("double_blocks.0.img_attn.qkv.weight")),
@@ -70,6 +71,8 @@ def _part(shapes: Shapes) -> Component | None:
     if latent and len(latent) == 4:
         family = {4: "Stable Diffusion 1, 2 or XL", 16: "Stable Diffusion 3 or FLUX"}.get(latent[1], "another model")
         return Component(f"autoencoder of {family}, whose scale no name tells", MODEL)
+    if find("vision_model.embeddings.class_embedding"):
+        return Component("image encoder of CLIP's kind", "an IP-Adapter")
     if find("text_model.embeddings.token_embedding.weight") or find("transformer.resblocks.0.ln_1.weight"):
         return Component("text encoder of CLIP's kind", MODEL)
     return None

@@ -93,6 +93,8 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     """The tensors of a file of `torch.save`."""
     stored = unpickled(path)
     stored = stored.get("state_dict", stored) if isinstance(stored, dict) else stored
+    if isinstance(stored, dict) and stored and all(isinstance(part, dict) for part in stored.values()):
+        stored = {f"{name}.{key}": value for name, part in stored.items() for key, value in part.items()}
     rows = stored.items() if isinstance(stored, dict) else ()
     if not rows or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in rows):
         raise FileProblem(f"{path} is not a table of tensors: what is it?")

@@ -13,8 +13,8 @@ from limner.cli.generate import as_paint, paint
 SHARED = (
     "output", "model", "negative", "steps", "guidance", "seed", "sampler", "schedule", "batch", "dialect", "clip_skip",
     "wildcards", "strength", "mask", "mask_blur", "variation", "variation_seed", "guidance_kind",
-    "guidance_rescale", "guidance_mimic", "guidance_interval", "lora", "embedding", "control", "adapter_folder",
-    "dtype",
+    "guidance_rescale", "guidance_mimic", "guidance_interval", "lora", "embedding", "control", "ip_adapter",
+    "image_encoder", "adapter_folder", "dtype",
     "refiner", "switch_at", "vae", "strict", "prediction", "device", "as_json", "dry_run",
 )  # fmt: skip
 OWN: dict[str, tuple[Any, Any]] = {

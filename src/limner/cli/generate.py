@@ -153,6 +153,13 @@ def paint(
             "edges of IMAGE, at the first 0.7 of the steps. Also sobel, scribble, blur, tile, invert; start=; guess.",
         ),
     ] = None,
+    ip_adapter: Annotated[
+        list[str] | None,
+        typer.Option("--ip-adapter", metavar="FILE=IMAGE[:WEIGHT]", help="A picture as words of the prompt."),
+    ] = None,
+    image_encoder: Annotated[
+        Path | None, typer.Option("--image-encoder", help="What an IP-Adapter sees with. [default: beside it]")
+    ] = None,
     adapter_folder: Annotated[
         Path | None,
         typer.Option("--adapter-folder", help="Where <lora:NAME:WEIGHT> of a prompt is looked for. [default: here]"),
@@ -215,7 +222,7 @@ def paint(
         "noise_level": noise_level,
         "wildcards": wildcards,
     }
-    remembered = _remembered(settings, image, mask, model, control) if settings else {}
+    remembered = _remembered(settings, image, mask, model, control, ip_adapter) if settings else {}
     painted_with, adapters = remembered.pop("model_hash", None), remembered.pop("adapters", [])
     asked = remembered | {k: v for k, v in flags.items() if v is not None}
     if "prompt" not in asked and image is None:
@@ -260,6 +267,12 @@ def paint(
         from limner.adapters import control as controls
 
         given["control"] = [controls.open_control(pipe.system, **controls.parse(text)) for text in control]
+    if ip_adapter:
+        from limner.adapters import references
+
+        given["ip_adapter"] = references.opened(pipe.system, ip_adapter, image_encoder)
+    elif image_encoder is not None:
+        raise UsageError("--image-encoder is what an IP-Adapter sees with: add --ip-adapter FILE=IMAGE")
     if expand is not None or keep_size:
         assert image is not None
         given["image"], given["mask"] = pipeline.canvas(image, expand, mask)
@@ -333,7 +346,12 @@ as_paint(generate_command, {}, [name for name in inspect.signature(paint).parame
 
 
 def _remembered(
-    path: Path, image: Path | None, mask: Path | None, model: str | None, control: list[str] | None
+    path: Path,
+    image: Path | None,
+    mask: Path | None,
+    model: str | None,
+    control: list[str] | None,
+    ip_adapter: list[str] | None,
 ) -> dict[str, Any]:
     """The settings in `path` that can be asked for again. Weights are never loaded because a picture names them."""
     from limner import catalog
@@ -348,11 +366,14 @@ def _remembered(
         raise UsageError(f"{str(path)!r} was painted over another picture, which it does not hold: add -i PICTURE")
     if "mask_blur" in settings and mask is None:
         raise UsageError(f"{str(path)!r} was painted under a mask, which it does not hold: add --mask MASK")
-    if (painted := settings.pop("control", [])) and not control:
-        raise UsageError(
-            f"{str(path)!r} was painted with the ControlNet {painted[0]['name']!r} and a picture, which it does not "
-            "hold: add --control FILE=IMAGE"
-        )
+    for key, what, flag, given in (
+        ("control", "ControlNet", "--control", control), ("ip_adapter", "IP-Adapter", "--ip-adapter", ip_adapter),
+    ):  # fmt: skip
+        if (painted := settings.pop(key, [])) and not given:
+            raise UsageError(
+                f"{str(path)!r} was painted with the {what} {painted[0]['name']!r} and a picture, which it does not "
+                f"hold: add {flag} FILE=IMAGE"
+            )
     return {k: v for k, v in settings.items() if k != "limner"}
 
 

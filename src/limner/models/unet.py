@@ -256,6 +256,9 @@ class UNet(DownPath):
         (b, c, h, w). Pictures that come with x (a mask, another picture, depth) are channels of it, after the first."""
         emb = self.embed(t, cond)  # b d
         text, mask = cond.tokens, cond.mask
+        if cond.images is not None:
+            assert text is not None
+            text = torch.cat([text, cond.images], dim=1)
 
         x, skips = self.down(self.conv_in(x), emb, text, mask)
 

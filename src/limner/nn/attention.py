@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,16 +21,29 @@ class Attention(nn.Module):
         self.to_k = Linear(source_width, width, bias=bias)
         self.to_v = Linear(source_width, width, bias=bias)
         self.to_out = nn.Sequential(Linear(width, width))
+        self.beside: Sequence[tuple[int, nn.ModuleDict, float]] = ()
+        """Of other words, at the end of what is attended to: how many, keys and values of their own, and how much what
+        they say counts (IP-Adapter, arXiv:2308.06721, equation 5)."""
 
     def forward(self, x: Tensor, source: Tensor | None, mask: Tensor | None) -> Tensor:
         """x (b, n, d) and source (b, l, e), of which `mask` (b, l) tells what is real -> (b, n, d)."""
-        q, k, v = (
-            rearrange(y, "b n (h e) -> b h n e", h=self.num_heads)
-            for y in (self.to_q(x), self.to_k(source), self.to_v(source))
-        )
+        others: list[tuple[Tensor, nn.ModuleDict, float]] = []
+        for count, own, weight in reversed(self.beside):
+            assert source is not None
+            source, words = source[:, :-count], source[:, -count:]
+            others.append((words, own, weight))
+        q = self.heads(self.to_q(x))
         where = None if mask is None else mask[:, None, None, :]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=where)
+        attended = F.scaled_dot_product_attention(
+            q, self.heads(self.to_k(source)), self.heads(self.to_v(source)), attn_mask=where
+        )
+        for words, own, weight in others:
+            k, v = self.heads(own["to_k_ip"](words)), self.heads(own["to_v_ip"](words))
+            attended = attended + weight * F.scaled_dot_product_attention(q, k, v)
         return self.to_out(rearrange(attended, "b h n e -> b n (h e)"))
+
+    def heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h e) -> b h n e", h=self.num_heads)
 
 
 class SpatialAttention(Attention):

@@ -14,13 +14,14 @@ from torch.nn import functional as F
 
 from limner import pictures
 from limner.errors import CheckpointMismatch, UsageError
+from limner.models import ip_adapter
 from limner.models.unet import Residuals, micro_conditioning
 from limner.sampling import samplers, schedules
 from limner.sampling.guidance import Combine, Guidance, combining, composed, guided, within
 from limner.sampling.interpolants import Discrete, Interpolant
 from limner.sampling.predictions import Prediction
 from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, unreached
-from limner.types import Conditioning, Control, Defaults, Denoise, Images, Latents, Request
+from limner.types import Conditioning, Control, Defaults, Denoise, Images, Latents, Reference, Request
 
 
 def controlled(control: Control, hint: Tensor, x: Tensor, t: Tensor, cond: Conditioning, wanted: int) -> Residuals:
@@ -292,13 +293,20 @@ class DiffusionSystem(nn.Module):
         interval: tuple[float, float],
         beside: Tensor | None = None,
         controls: Callable[[], list[tuple[Control, Tensor]]] = list,
+        references: Sequence[Reference] = (),
     ) -> Denoise:
         """The denoiser a solver asks, guided by `combine` (None is not at all) within an `interval`: a row of the
         network for each part and the negative prompt of a picture there, one row elsewhere and without guidance if
         there is nothing to compose. `controls` gives those of the step, each with its picture (1, 3, H, W)."""
         first = next(self.network.parameters())
         dtype = first.dtype
-        told = [c.map(lambda v: v.to(dtype) if v.is_floating_point() else v) for c in (*prompts.parts, prompts.uncond)]
+        told = [*prompts.parts, prompts.uncond]
+        if references:
+            seen, none = (torch.cat([getattr(r, name) for r in references], dim=1) for name in ("words", "nothing"))
+            count = len(prompts.weights[0])
+            told = [replace(c, images=seen.expand(count, -1, -1)) for c in prompts.parts]
+            told.append(replace(prompts.uncond, images=none.expand(count, -1, -1)))
+        told = [c.map(lambda v: v.to(dtype) if v.is_floating_point() else v) for c in told]
         every = Conditioning.cat(told) if prompts.alone else told[0]
         weights = torch.tensor(prompts.weights, device=first.device)
 
@@ -397,8 +405,9 @@ class DiffusionSystem(nn.Module):
             _, told, system = cond[turn]
             mine = controls if system is self else []
             return system.denoiser(
-                told(), combine, interval, beside, lambda: [row for row in mine if row[0].at(steps, last)]
-            )
+                told(), combine, interval, beside, lambda: [row for row in mine if row[0].at(steps, last)],
+                request.ip_adapter if system is self else (),
+            )  # fmt: skip
 
         def on_step(done: int, total: int) -> None:
             nonlocal steps
@@ -411,7 +420,10 @@ class DiffusionSystem(nn.Module):
             x0 = denoiser(turn)(x, sigma)
             return x0 if paint is None else torch.lerp(start, x0, paint)  # type: ignore[arg-type]
 
-        x = sampler(denoise, x, sigmas, self.interpolant, noise=lambda: noise(shape), on_step=on_step)
+        like = next(self.network.parameters())
+        references = [(one.network.to(like.device, like.dtype), one.weight) for one in request.ip_adapter]
+        with ip_adapter.attached(self.network, references):
+            x = sampler(denoise, x, sigmas, self.interpolant, noise=lambda: noise(shape), on_step=on_step)
         return self.interpolant.input_scale(sigmas[-1]) * x
 
     def hint(self, control: Control, request: Request) -> Tensor:

@@ -13,17 +13,16 @@ XL those of the layer before without it, from two towers side by side.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from limner.errors import UsageError
+from limner.nn.clip import ACTIVATIONS, Layer
 from limner.nn.embeddings import embedding, sent
 from limner.text.bpe import CLIPTokenizer
 from limner.text.prompts import DIALECTS, ENDINGS, LONG_WORD, Dialect, Piece, Text, Token, chunked
@@ -61,12 +60,6 @@ class CLIPTextConfig:
         if not 0 <= self.pad < self.vocabulary or (self.eot is not None and not 0 <= self.eot < self.vocabulary):
             raise UsageError(f"pad={self.pad} and eot={self.eot} are not both of vocabulary={self.vocabulary}")
 
-
-def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 CLIP_L = CLIPTextConfig()  # of ViT-L/14, without its projection: Stable Diffusion 1 and XL, FLUX
 OPENCLIP_H = CLIPTextConfig(
@@ -345,7 +338,7 @@ class TextTransformer(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.depth))})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(config, causal=True) for _ in range(config.depth))})
         self.final_layer_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
@@ -363,44 +356,3 @@ class Embeddings(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
-
-
-class Layer(nn.Module):
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.self_attn = Attention(config)
-        self.layer_norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class Attention(nn.Module):
-    """Every token looks at itself and those before it."""
-
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(config.width, config.width) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            rearrange(project(x), "b l (h e) -> b h l e", h=self.num_heads)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(rearrange(attended, "b h l e -> b l (h e)"))
-
-
-class MLP(nn.Module):
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
-        self.fc1 = nn.Linear(config.width, config.hidden)
-        self.fc2 = nn.Linear(config.hidden, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))

@@ -1,0 +1,134 @@
+"""IP-Adapter (arXiv:2308.06721): a picture as a few words more, which a U-Net attends to beside those of the prompt.
+
+Names of the tensors are those of its authors' files, `image_proj.` and `ip_adapter.N.` left off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from limner.models.unet import TransformerBlock, UNet
+from limner.nn.attention import Attention
+
+
+class ImageProjection(nn.Module):
+    """What stands for the whole picture (b, width) -> words (b, count, text_width)."""
+
+    whole = True
+
+    def __init__(self, width: int, text_width: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.proj = nn.Linear(width, count * text_width)
+        self.norm = nn.LayerNorm(text_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).unflatten(-1, (self.count, -1)))
+
+
+class FullProjection(nn.Module):
+    """Each state of the picture (b, n, width) a word (b, n, text_width): "full face" adapters, where n is `count`."""
+
+    whole = False
+
+    def __init__(self, width: int, text_width: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.proj = nn.Sequential(
+            nn.Linear(width, width), nn.GELU(), nn.Linear(width, text_width), nn.LayerNorm(text_width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class Resampler(nn.Module):
+    """All states of the picture (b, n, width) -> words (b, count, text_width): learned queries attend to them and to
+    themselves (the Perceiver of Flamingo, arXiv:2204.14198, section 3.1.1). "Plus" adapters have it."""
+
+    whole = False
+
+    def __init__(self, width: int, text_width: int, count: int, inner: int, depth: int, num_heads: int, hidden: int):
+        super().__init__()
+        self.count = count
+        self.latents = nn.Parameter(torch.randn(1, count, inner) * inner**-0.5)
+        self.proj_in = nn.Linear(width, inner)
+        self.proj_out = nn.Linear(inner, text_width)
+        self.norm_out = nn.LayerNorm(text_width)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    PerceiverAttention(inner, num_heads),
+                    nn.Sequential(
+                        nn.LayerNorm(inner),
+                        nn.Linear(inner, hidden, bias=False),
+                        nn.GELU(),
+                        nn.Linear(hidden, inner, bias=False),
+                    ),
+                ]
+            )
+            for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents, x = self.latents.expand(len(x), -1, -1), self.proj_in(x)
+        for layer in self.layers:
+            latents = latents + layer[0](x, latents)  # type: ignore[index]
+            latents = latents + layer[1](latents)  # type: ignore[index]
+        return self.norm_out(self.proj_out(latents))
+
+
+class PerceiverAttention(nn.Module):
+    def __init__(self, width: int, num_heads: int, head_width: int = 64) -> None:
+        super().__init__()
+        self.num_heads, inner = num_heads, num_heads * head_width
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        x, latents = self.norm1(x), self.norm2(latents)
+        k, v = self.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (self.to_q(latents), k, v))
+        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class IPAdapter(nn.Module):
+    """`layers` has the keys and values of each attention to text, in the order of `attentions`."""
+
+    def __init__(self, projection: nn.Module, widths: Sequence[int], text_width: int) -> None:
+        super().__init__()
+        self.projection: Any = projection
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(text_width, width, bias=False) for name in ("to_k_ip", "to_v_ip")})
+            for width in widths
+        )
+
+
+def attentions(network: UNet) -> list[Attention]:
+    """The attentions to text of a U-Net in the order of IP-Adapter's files: down, up, middle."""
+    parts = (network.down_blocks, network.up_blocks, network.mid_block)
+    return [block.attn2 for part in parts for block in part.modules() if isinstance(block, TransformerBlock)]
+
+
+@contextmanager
+def attached(network: UNet, adapters: Sequence[tuple[IPAdapter, float]]) -> Iterator[None]:
+    """While it lasts, `network` attends to `cond.images`, the words of all `adapters` one after the other, each by its
+    weight."""
+    rows = attentions(network) if adapters else []
+    for k, attention in enumerate(rows):
+        attention.beside = [
+            (one.projection.count, cast(nn.ModuleDict, one.layers[k]), weight) for one, weight in adapters
+        ]
+    try:
+        yield
+    finally:
+        for attention in rows:
+            attention.beside = ()
