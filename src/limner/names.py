@@ -11,6 +11,7 @@ SAMPLERS: dict[str, tuple[str, ...]] = {  # first the title that A1111 shows and
     "euler": ("Euler", "EulerDiscreteScheduler"),
     "euler_a": ("Euler a", "euler_ancestral", "EulerAncestralDiscreteScheduler"),
     "heun": ("Heun", "HeunDiscreteScheduler"),
+    "restart": ("Restart",),
     "lms": ("LMS", "LMSDiscreteScheduler"),
     "dpm2": ("DPM2", "dpm_2", "KDPM2DiscreteScheduler", "kdpm_2"),
     "dpm2_a": ("DPM2 a", "dpm_2_ancestral", "KDPM2AncestralDiscreteScheduler", "kdpm_2_a"),

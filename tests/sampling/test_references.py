@@ -101,6 +101,55 @@ def test_a_solver_is_diffusers(name, steps, monkeypatch, double):
     assert (ours - x.flatten()).abs().max() < 1e-8
 
 
+def a1111_restart(denoise, x: Tensor, sigmas: list[float], draw: Callable[..., Tensor]) -> Tensor:
+    """Heun's steps over a list of levels, written from the paper and from what A1111 chooses."""
+    steps = len(sigmas) - 1
+
+    def karras(n: int, low: float, high: float) -> np.ndarray:
+        return (high ** (1 / 7) + np.linspace(0, 1, n) * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+
+    levels = np.array(sigmas)
+    if steps >= 20:
+        back, times = (9, 1) if steps < 36 else (steps // 4, 2)
+        levels = np.append(karras(steps - back * times, sigmas[-2], sigmas[0]), 0.0)
+        low, high = np.abs(levels - 0.1).argmin(), np.abs(levels - 2).argmin()
+        again = list(karras(back + 1, levels[low], levels[high])) if high < low else []
+        levels = np.array([*levels[: low + 1], *again * times, *levels[low + 1 :]])
+    for sigma, following in itertools.pairwise(levels.tolist()):
+        if following >= sigma:
+            x = x + (following**2 - sigma**2) ** 0.5 * draw() if following > sigma else x
+            continue
+        d = (x - denoise(x, sigma)) / sigma
+        euler = x + (following - sigma) * d
+        x = (
+            euler
+            if following == 0
+            else x + (following - sigma) * (d + (euler - denoise(euler, following)) / following) / 2
+        )
+    return x
+
+
+@pytest.mark.parametrize("schedule", ["karras", "normal"])
+@pytest.mark.parametrize("steps", [1, 10, 19, 20, 35, 36, 50])
+def test_restart_is_a1111s(steps, schedule):
+    sigmas = schedules.get(schedule)(steps, VP)
+    denoise, x, seen = mixture_denoiser(VP), begin(VP, sigmas[0]), []
+    ours = samplers.get("Restart")(denoise, x, sigmas, VP, noise=noise(), on_step=lambda *told: seen.append(told))
+    assert (ours - a1111_restart(denoise, x, sigmas, noise())).abs().max() < 1e-8
+    assert seen == [(i, steps) for i in range(1, steps + 1)]
+
+
+def test_restart_over_a_picture_begins_no_higher_than_the_picture():
+    """A tail of a schedule, as img2img walks it: of too little noise to go back to sigma 2."""
+    for strength in (0.05, 0.3, 0.6):
+        sigmas = schedules.from_strength(schedules.karras(50, VP), strength)
+        steps = samplers.restarts(sigmas, VP)
+        assert max(a for a, _ in steps) == steps[0][0] == sigmas[0]
+        denoise, x = mixture_denoiser(VP), begin(VP, sigmas[0])
+        ours = samplers.get("restart")(denoise, x, sigmas, VP, noise=noise())
+        assert (ours - a1111_restart(denoise, x, sigmas, noise())).abs().max() < 1e-8
+
+
 def test_res_multistep_is_dpm_solver_with_a_line_through_two_x0():
     """diffusers' with `solver_type="heun"`, which computes in float32."""
     theirs = diffusers.DPMSolverMultistepScheduler(**TABLE, solver_type="heun")

@@ -142,7 +142,7 @@ def test_dpmpp_2m_is_its_sde_without_noise(interpolant):
     assert (one - other).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("name", ["euler_a", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("name", ["euler_a", "dpmpp_2m_sde", "restart"])
 def test_a_stochastic_solver_keeps_the_variance_of_a_gaussian(name):
     """Data N(0, 1) has x0 = x * alpha / (alpha^2 + sigma^2); samples must come out with variance 1, but for the bias of
     400 steps, which is first order for `euler_a` (0.054 at 100 steps)."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TypedDict, Unpack
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from limner import names
 from limner.errors import UnknownName, UsageError
 from limner.sampling.interpolants import Discrete, Interpolant
+from limner.sampling.schedules import karras
 from limner.types import Denoise, Noise, OnStep
 
 Sampler = Callable[..., Tensor]
@@ -44,13 +46,53 @@ def euler(denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpo
 def heun(denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, **told: Unpack[Told]) -> Tensor:
     """Heun's method, second order in sigma; the step to 0 is Euler's (EDM, arXiv:2206.00364, algorithm 1)."""
     for sigma, following in _steps(sigmas, told):
-        slope = (x - denoise(x, sigma)) / sigma
-        end = x + (following - sigma) * slope
-        if following > 0:
-            slope = (slope + (end - denoise(end, following)) / following) / 2
-            end = x + (following - sigma) * slope
-        x = end
+        x = _heun(denoise, x, sigma, following)
     return x
+
+
+def _heun(denoise: Denoise, x: Tensor, sigma: float, following: float) -> Tensor:
+    slope = (x - denoise(x, sigma)) / sigma
+    end = x + (following - sigma) * slope
+    if following > 0:
+        slope = (slope + (end - denoise(end, following)) / following) / 2
+        end = x + (following - sigma) * slope
+    return end
+
+
+def restart(denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, **told: Unpack[Told]) -> Tensor:
+    """Heun's method that near the end goes back into noise and down again (Restart, arXiv:2306.14878, algorithm 1), on
+    the levels of `restarts`."""
+    last = sigmas[0]
+    for sigma, following in _reported(restarts(sigmas, interpolant), told):
+        if sigma > last:
+            scale = interpolant.alpha(sigma) / interpolant.alpha(last)
+            x = _noised(scale * x, math.sqrt(sigma**2 - (scale * last) ** 2), told)
+        x, last = _heun(denoise, x, sigma, following), following
+    return x
+
+
+def restarts(sigmas: list[float], interpolant: Interpolant) -> list[tuple[float, float]]:
+    """Both ends of the steps of `restart`, as many as `sigmas` has, by A1111's choice: below 20 steps those of it;
+    below 36 nine of them once go back from the level nearest to sigma / alpha = 0.1 to that nearest to 2; from 36 on
+    two times a quarter of them. What is left is spaced as Karras', whatever `sigmas` is between its ends."""
+    steps = len(sigmas) - 1
+    count, times = (steps // 4, 2) if steps >= 36 else (9, 1) if steps >= 20 else (0, 0)
+    if not times:
+        return list(itertools.pairwise(sigmas))
+
+    def ratio(sigma: float) -> float:
+        return min(sigma / interpolant.alpha(sigma), interpolant.ratio_max) if sigma < interpolant.sigma_max else top
+
+    def between(high: float, low: float, steps: int) -> list[float]:
+        return karras(steps, replace(interpolant, ratio_min=ratio(low), ratio_max=ratio(high)))
+
+    top = interpolant.ratio_max
+    levels = [sigmas[0], *between(sigmas[0], sigmas[-2], steps - count * times)[1:]]
+    ratios = [ratio(level) for level in levels]
+    low, high = (ratios.index(min(ratios, key=lambda r: abs(r - wanted))) for wanted in (0.1, 2.0))
+    again = list(itertools.pairwise(between(levels[high], levels[low], count + 1)[:-1])) if high < low else []
+    whole = list(itertools.pairwise(levels))
+    return [*whole[:low], *again * times, *whole[low:]]
 
 
 def dpm2(
@@ -311,6 +353,7 @@ SAMPLERS: dict[str, Sampler] = {
     "euler": euler,
     "euler_a": euler_ancestral,
     "heun": heun,
+    "restart": restart,
     "lms": lms,
     "dpm2": dpm2,
     "dpm2_a": partial(dpm2, eta=1.0),
@@ -351,10 +394,14 @@ def get(name: str) -> Sampler:
 
 def _steps(sigmas: list[float], told: Told) -> Iterator[tuple[float, float]]:
     """Both ends of each step, which is reported when it is done."""
-    for done, ends in enumerate(itertools.pairwise(sigmas), start=1):
+    return _reported(list(itertools.pairwise(sigmas)), told)
+
+
+def _reported(steps: list[tuple[float, float]], told: Told) -> Iterator[tuple[float, float]]:
+    for done, ends in enumerate(steps, start=1):
         yield ends
         if (on_step := told.get("on_step")) is not None:
-            on_step(done, len(sigmas) - 1)
+            on_step(done, len(steps))
 
 
 def _noised(x: Tensor, fresh: float, told: Told) -> Tensor:

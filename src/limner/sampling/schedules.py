@@ -47,7 +47,7 @@ def karras(steps: int, interpolant: Interpolant, rho: float = 7.0) -> list[float
 
 
 def exponential(steps: int, interpolant: Interpolant) -> list[float]:
-    """Evenly spaced in log(sigma/alpha), then 0."""
+    """Evenly spaced in log(sigma/alpha), then 0; k-diffusion's polyexponential, whose rho is 1 unless it is told."""
     low, high = math.log(interpolant.ratio_min), math.log(interpolant.ratio_max)
     return [interpolant.from_ratio(math.exp(high + i / max(steps - 1, 1) * (low - high))) for i in range(steps)] + [0.0]
 
@@ -218,12 +218,14 @@ SCHEDULES: dict[str, Schedule] = {
 }
 USUAL = {
     **dict.fromkeys(("ddim", "ddpm", "plms"), "leading"),
-    **dict.fromkeys(("dpmpp_2s_a", "dpmpp_sde"), "karras"),
+    **dict.fromkeys(("dpmpp_2s_a", "dpmpp_sde", "restart"), "karras"),
     "dpmpp_3m_sde": "exponential",
 }
 """What solvers are drawn with where nothing else is said, diffusers' or, of what that does not have, A1111's choice;
 `linspace` for the others."""
-BARE = frozenset({"euler", "euler_a", "heun", "lms", "dpm2", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_3m_sde"})
+BARE = frozenset(
+    {"euler", "euler_a", "heun", "restart", "lms", "dpm2", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_3m_sde"}
+)
 """Solvers that k-diffusion brought: they begin with sigma * eps, as if nothing lay under the noise (in diffusers unless
 timesteps are `leading`), and walk between timesteps too."""
 ONE_MORE = frozenset({"dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "res_multistep", "unipc", "deis"})
