@@ -26,7 +26,7 @@ from limner.models.dcae import DCAE, DCAE_ICONS, DCAE_TINY, DCAEConfig
 from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, JointDiTConfig
 from limner.models.unet import SD1, SD2, SDXL, SDXL_REFINER, UNET_TINY, X4_UPSCALER, UNet, UNetConfig
 from limner.sampling import interpolants, predictions
-from limner.sampling.interpolants import SMALL_NOISE, VPConfig, discrete
+from limner.sampling.interpolants import SMALL_NOISE, EDMConfig, VPConfig, discrete
 from limner.systems.autoencoding import AutoencodingSystem
 from limner.systems.diffusion import DiffusionSystem
 from limner.text import bpe
@@ -79,10 +79,10 @@ class DiffusionConfig:
     autoencoder_from: str = ""
     text_encoder: Literal["minilm"] | CLIPTowersConfig = "minilm"
     max_tokens: int = 24
-    interpolant: Literal["flow", "edm"] | VPConfig = "flow"
+    interpolant: Literal["flow", "edm"] | VPConfig | EDMConfig = "flow"
     small_noise: VPConfig | None = None
     """Of a picture that the network sees beside the latents and enlarges."""
-    prediction: Literal["velocity", "x0", "eps", "v"] = "velocity"
+    prediction: Literal["velocity", "x0", "eps", "v", "edm"] = "velocity"
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     defaults: Defaults = _ICONS
 
@@ -497,7 +497,8 @@ def config_of(found: Foreign) -> DiffusionConfig:
     defaults = replace(
         row.defaults, width=side, height=side, min_size=min(side, row.defaults.min_size),
         strength=1.0 if inpaints else row.defaults.strength, sampler=found.sampler or row.defaults.sampler,
-        schedule=found.schedule or row.defaults.schedule,
+        schedule=found.schedule or row.defaults.schedule, steps=found.steps or row.defaults.steps,
+        guidance=found.guidance or row.defaults.guidance,
     )  # fmt: skip
     return replace(
         row, network=network, autoencoder=found.autoencoder, text_encoder=text, interpolant=found.noise,

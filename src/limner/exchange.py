@@ -21,6 +21,7 @@ from limner.adapters.names import block
 from limner.checkpoints import components, files, folders, single_files
 from limner.checkpoints.foreign import Foreign
 from limner.errors import CheckpointMismatch, FileProblem, UsageError
+from limner.sampling.interpolants import EDMConfig, VPConfig
 
 PARTS = ("network", "autoencoder", "text_encoder")
 
@@ -99,15 +100,22 @@ def _model(found: Foreign) -> dict[str, Any]:
         "parameters": {part: sizes[part] for part in PARTS},
         "precision": _precision(found.tensors),
         "predicts": found.prediction,
-        "timesteps": found.noise.steps,
-        "zero_snr": found.noise.zero_snr,
+        **_noise(found.noise),
         "size": defaults.width,
+        "steps": defaults.steps,
+        "guidance": defaults.guidance,
         "sampler": defaults.sampler,
         "schedule": defaults.schedule,
         "assumed": list(found.assumed),
         "beside": found.beside,
         **problem,
     }
+
+
+def _noise(noise: VPConfig | EDMConfig) -> dict[str, Any]:
+    if isinstance(noise, VPConfig):
+        return {"timesteps": noise.steps, "zero_snr": noise.zero_snr}
+    return {"noise": f"EDM's, {noise.low:g} to {noise.high:g}"}
 
 
 def _word(learned: Mapping[str, Tensor]) -> dict[str, Any]:

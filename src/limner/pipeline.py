@@ -564,11 +564,15 @@ def ignored(system: System, request: Request) -> list[str]:
     if adapters := getattr(system, "adapters", None):
         told += adapters.unused(request)
     kinds = [name for name in SELDOM if "guidance" in name and getattr(request, name) != _usual(system, name)]
-    if kinds and request.guidance == 1:
+    told_guidance = getattr(system, "told_guidance", 0) > 0
+    if told_guidance and (kinds or request.negative.strip()):
+        idle = " and ".join([*kinds, *(["the negative prompt"] if request.negative.strip() else [])])
+        told.append(f"{idle}: without effect, as {system.name} is told how much to follow the prompt, not guided")
+    elif kinds and request.guidance == 1:
         told.append(f"{' and '.join(kinds)} have no effect at guidance 1: ask for more guidance")
     if request.switch_at != SWITCH_AT and getattr(system, "refiner", None) is None:
         told.append("switch_at has no effect without a refiner: add --refiner FILE")
-    if request.negative.strip() and request.guidance == 1:
+    if request.negative.strip() and request.guidance == 1 and not told_guidance:
         told.append("the negative prompt has no effect at guidance 1: ask for more guidance")
     if request.image is not None:
         across, down = request.image.width * request.height, request.image.height * request.width

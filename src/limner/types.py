@@ -34,7 +34,8 @@ Denoise = Callable[[Tensor, float], Tensor]
 @dataclass(frozen=True)
 class Conditioning:
     """What a network is told beside x and t. `mask` is True where `tokens` are real; `vector` is SDXL's pooled prompt
-    and sizes, as `models.unet.micro_conditioning` makes it; `labels` are classes; `images` are pictures as words more
+    and sizes, as `models.unet.micro_conditioning` makes it; `labels` are classes; `guidance` is a scale, as
+    `models.unet.guidance_embedding` makes it of what a distilled network is told; `images` are pictures as words more
     (IP-Adapter)."""
 
     tokens: Tokens | None = None
@@ -43,6 +44,7 @@ class Conditioning:
     vector: Float[Tensor, "b d"] | None = None
     labels: Int[Tensor, " b"] | None = None
     images: Tokens | None = None
+    guidance: Float[Tensor, "b d"] | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply `function` to every tensor present."""

@@ -196,3 +196,51 @@ def upscaler(folder: Path) -> Path:
     saved(pipe, folder, UPSCALER_SCHEDULER)
     (folder / "model" / "low_res_scheduler" / "scheduler_config.json").write_text(json.dumps(SMALL_SCHEDULER))
     return folder / "model"
+
+
+LCM_SCHEDULER = SD1_SCHEDULER | {
+    "_class_name": "LCMScheduler", "original_inference_steps": 50, "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False, "timestep_scaling": 10.0, "timestep_spacing": "leading", "set_alpha_to_one": True,
+}  # fmt: skip
+
+
+def lcm(folder: Path) -> Path:
+    """A folder of a latent consistency model, whose network is told its guidance."""
+    import diffusers
+
+    pipe = diffusers.LatentConsistencyModelPipeline(
+        vae=autoencoder(0.18215),
+        text_encoder=tower("CLIPTextModel", 64, "quick_gelu"),
+        tokenizer=tokenizer(folder / "words", "<|endoftext|>"),
+        unet=network(time_cond_proj_dim=32),
+        scheduler=diffusers.LCMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    return saved(pipe, folder, LCM_SCHEDULER)
+
+
+PLAYGROUND_SCHEDULER = {
+    "_class_name": "EDMDPMSolverMultistepScheduler", "_diffusers_version": "0.27.0",
+    "algorithm_type": "dpmsolver++", "dynamic_thresholding_ratio": 0.995, "euler_at_final": False,
+    "final_sigmas_type": "zero",
+    "lower_order_final": True, "num_train_timesteps": 1000, "prediction_type": "epsilon", "rho": 7.0,
+    "sample_max_value": 1.0, "sigma_data": 0.5, "sigma_max": 80.0, "sigma_min": 0.002, "solver_order": 2,
+    "solver_type": "midpoint", "thresholding": False,
+}  # fmt: skip
+
+
+def playground(folder: Path, **scheduler: Any) -> Path:
+    """A folder of Playground 2.5: a Stable Diffusion XL with the noise of EDM and latents of mean 0."""
+    import diffusers
+
+    model = sdxl(folder)
+    path = model / "vae" / "config.json"
+    each = {"latents_mean": [-1.6, 1.4, 0.2, -0.6], "latents_std": [8.4, 5.9, 4.3, 3.8], "scaling_factor": 0.5}
+    path.write_text(json.dumps(json.loads(path.read_text()) | each))
+    told = PLAYGROUND_SCHEDULER | scheduler
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(told))
+    index = json.loads((model / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", told["_class_name"]]
+    (model / "model_index.json").write_text(json.dumps(index))
+    assert hasattr(diffusers, told["_class_name"])
+    return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def _network(system: Any, path: Path) -> tuple[ControlNet, str]:
         raise FileProblem(f"no file {str(path)!r:.200}: give the path of a ControlNet") from error
     if key not in adapters.controls:
         tensors = {name: tensor for part in paths for name, tensor in files.read(part)[0].items()}
-        network = controlnet.read(path, tensors, base.config, adapters.bare("network"))
+        network = controlnet.read(path, tensors, replace(base.config, guidance_width=0), adapters.bare("network"))
         network.pooled = bool(settings.get("global_pool_conditions", "shuffle" in path.stem))  # no name tells
         if settings.get("controlnet_conditioning_channel_order", "rgb") == "bgr":
             first = network.controlnet_cond_embedding.conv_in

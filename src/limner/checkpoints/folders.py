@@ -17,14 +17,16 @@ from typing import Any
 from torch import Tensor
 
 from limner import names
-from limner.checkpoints import autoencoder, files, layouts, text, unet
+from limner.checkpoints import autoencoder, distilled, files, layouts, text, unet
+from limner.checkpoints.distilled import PLAYGROUND, PLAYGROUND_NOISE
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.layouts import Layout, Place, early_diffusers, prefixed
 from limner.errors import CheckpointMismatch, FileProblem, UsageError
 from limner.models.autoencoder import KLConfig
 from limner.models.unet import UNetConfig
 from limner.sampling import schedules
-from limner.sampling.interpolants import VPConfig
+from limner.sampling.interpolants import EDMConfig, VPConfig
+from limner.sampling.predictions import DATA
 from limner.text.bpe import CLIPTokenizer
 from limner.text.clip import CLIPTowersConfig
 
@@ -131,11 +133,12 @@ def recognise(folder: Path) -> Foreign:
         if name not in parts:
             raise CheckpointMismatch(f"{index.path}: there is no {name}; a whole model has one")
     xl = kind.startswith("StableDiffusionXL")
+    assumed: list[str] = []
     try:
         network, side = network_config(Settings(folder / "unet" / "config.json"))
         codec = autoencoder_config(Settings(folder / "vae" / "config.json"))
         noise, prediction, sampler, schedule = noise_config(Settings(folder / "scheduler" / "scheduler_config.json"))
-        noise = noise if xl else replace(noise, offset=1)  # as diffusers' pipelines insist
+        noise = noise if xl or isinstance(noise, EDMConfig) else replace(noise, offset=1)  # as diffusers insists
         small = Settings(folder / SMALL / "scheduler_config.json") if SMALL in parts else None
         told = [Settings(folder / name / "config.json") for name in towers]
         configs = [text.transformers_config(settings.values, pad=0, source=settings.path) for settings in told]
@@ -147,6 +150,14 @@ def recognise(folder: Path) -> Foreign:
         )  # fmt: skip
     except UsageError as error:
         raise CheckpointMismatch(f"{folder}: {error}") from error
+    size = side * codec.factor
+    few = distilled.by_scheduler(sampler, schedule, size, network.guidance_width > 0, xl, prediction)
+    if few is None and (named := distilled.by_name(folder.absolute(), xl)) is not None:
+        few, sentence = named
+        assumed.append(sentence)
+        sampler, schedule, prediction = few.sampler, few.schedule, few.prediction or prediction
+    if not sampler:
+        assumed.append(f"the folder's sampler is not one of ours: {UNKNOWN_SAMPLER}")
 
     paths = {name: weights(folder / name) for name in ("unet", "vae", *towers)}
     found = {name: _tensors(paths[name]) for name in paths}
@@ -164,13 +175,28 @@ def recognise(folder: Path) -> Foreign:
         rows[f"text_encoder.{i}.", name] = text.transformers_layout(config, flat=flat)
     return Foreign(
         source=folder, network=network, autoencoder=codec, text=words, tokenizers=tokenizers, noise=noise,
-        prediction=prediction, sampler=sampler, schedule=schedule, size=side * codec.factor,
+        prediction=prediction, sampler=sampler, schedule=schedule, size=size, steps=_drawn(noise, few)[0],
+        guidance=_drawn(noise, few)[1],
         layout={k: v for (ours, part), row in rows.items() for k, v in prefixed(row, ours, f"{part}/").items()},
         tensors={f"{part}/{name}": tensor for part, tensors in found.items() for name, tensor in tensors.items()},
         files=tuple(path for part in paths.values() for path in part), beside=beside,
-        small_noise=None if small is None else noise_config(small)[0],
-        assumed=() if sampler else (f"the folder's sampler is not one of ours: {UNKNOWN_SAMPLER}",),
+        small_noise=None if small is None else _small_noise(small),
+        assumed=tuple(assumed),
     )  # fmt: skip
+
+
+def _small_noise(settings: Settings) -> VPConfig:
+    noise, *_ = noise_config(settings)
+    if isinstance(noise, EDMConfig):
+        raise CheckpointMismatch(f"{settings.path}: noise of EDM over a small picture is not known")
+    return noise
+
+
+def _drawn(noise: VPConfig | EDMConfig, few: distilled.Few | None) -> tuple[int, float]:
+    """Steps and guidance that a model is drawn with, 0 where nothing says."""
+    if few is not None:
+        return few.steps, few.guidance
+    return (PLAYGROUND.steps, PLAYGROUND.guidance) if noise == PLAYGROUND_NOISE else (0, 0.0)
 
 
 # -------------------------------------------------------------------- weights
@@ -238,6 +264,7 @@ def network_config(settings: Settings) -> tuple[UNetConfig, int]:
         text_only=tuple(only) if isinstance(only, list) else (),
         linear_projection=take("use_linear_projection", False),
         vector_width=take("projection_class_embeddings_input_dim", 0) if added else 0,
+        guidance_width=take("time_cond_proj_dim", 0),
         num_classes=take("num_class_embeds", 0),
         groups=take("norm_num_groups", 32),
         eps=take("norm_eps", 1e-5),
@@ -277,7 +304,12 @@ def autoencoder_config(settings: Settings) -> KLConfig:
         kinds = settings.values.pop(name, [kind] * len(widths))
         if kinds != [kind] * len(widths):
             raise settings.wrong(name, kinds)
+    each = [settings.values.pop(name, None) or [] for name in ("latents_mean", "latents_std")]
+    if any(not isinstance(row, list) or any(type(n) not in (int, float) for n in row) for row in each):
+        raise settings.wrong("latents_mean and latents_std", each)
     config = KLConfig(
+        mean=tuple(map(float, each[0])),
+        std=tuple(map(float, each[1])),
         image_channels=channels[0],
         latent_channels=take("latent_channels", 4),
         widths=widths,
@@ -293,15 +325,21 @@ def autoencoder_config(settings: Settings) -> KLConfig:
 
 BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+EDM_SAMPLERS = {"EDMEulerScheduler": "euler", "EDMDPMSolverMultistepScheduler": "dpmpp_2m"}
 ALGORITHMS = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde", "deis": ""}
 
 
-def noise_config(settings: Settings) -> tuple[VPConfig, Any, str, str]:
+def noise_config(settings: Settings) -> tuple[VPConfig | EDMConfig, Any, str, str]:
     """The noise, what the network predicts, and the folder's sampler ("" for one that we do not have) and schedule."""
     take = settings.take
-    cls, order, algorithm = take("_class_name", ""), take("solver_order", 2), take("algorithm_type", "dpmsolver++")
+    cls = take("_class_name", "")
+    if cls in EDM_SAMPLERS:
+        return _edm_config(settings, EDM_SAMPLERS[cls])
+    order, algorithm = take("solver_order", 2), take("algorithm_type", "dpmsolver++")
+    distilled_at = take("original_inference_steps", 50), take("timestep_scaling", 10.0)
     sampler = names.find(cls, names.SAMPLERS) or ""
-    if order != 2 or not take("skip_prk_steps", cls != "PNDMScheduler") or algorithm not in ALGORITHMS:
+    usual = order == 2 and algorithm in ALGORITHMS and distilled_at == (50, 10.0)
+    if not usual or not take("skip_prk_steps", cls != "PNDMScheduler"):
         sampler = ""
     elif sampler == "dpmpp_2m":
         sampler = ALGORITHMS[algorithm]
@@ -322,6 +360,24 @@ def noise_config(settings: Settings) -> tuple[VPConfig, Any, str, str]:
         to_zero=take("set_alpha_to_one", cls != "PNDMScheduler"),
     )
     return config, PREDICTIONS[prediction], sampler, schedule
+
+
+def _edm_config(settings: Settings, sampler: str) -> tuple[EDMConfig, Any, str, str]:
+    """As `noise_config`, of a scheduler with EDM's preconditioning. Raises CheckpointMismatch for a kind of it that no
+    prediction of ours is."""
+    take = settings.take
+    config = EDMConfig(low=take("sigma_min", 0.002), high=take("sigma_max", 80.0), data=take("sigma_data", 0.5))
+    said, spaced = take("prediction_type", "epsilon"), take("sigma_schedule", "karras")
+    prediction = {("epsilon", DATA): "edm", ("v_prediction", 1.0): "v"}.get((said, config.data))
+    if prediction is None or spaced not in ("karras", "exponential") or take("rho", 7.0) != 7:
+        raise CheckpointMismatch(
+            f"{settings.path}: EDM's noise with {said!r}, data of {config.data:g} and {spaced!r} levels is not known"
+        )
+    if (take("solver_order", 2), take("solver_type", "midpoint")) != (2, "midpoint"):
+        sampler = ""
+    elif sampler == "dpmpp_2m":
+        sampler = ALGORITHMS.get(take("algorithm_type", "dpmsolver++"), "")
+    return config, prediction, sampler, spaced
 
 
 # -------------------------------------------------------------------- writing
@@ -403,6 +459,7 @@ def _network_settings(config: UNetConfig, side: int) -> dict[str, Any]:
         "norm_num_groups": config.groups,
         "norm_eps": config.eps,
         "num_class_embeds": config.num_classes or None,
+        "time_cond_proj_dim": config.guidance_width or None,
     }
     if config.vector_width:
         settings |= {
@@ -427,6 +484,8 @@ def _autoencoder_settings(config: KLConfig) -> dict[str, Any]:
         "norm_num_groups": config.groups,
         "scaling_factor": config.scale,
         "shift_factor": config.shift or None,
+        "latents_mean": config.mean or None,
+        "latents_std": config.std or None,
         "use_quant_conv": config.quant_convs,
         "use_post_quant_conv": config.quant_convs,
     }
@@ -434,6 +493,15 @@ def _autoencoder_settings(config: KLConfig) -> dict[str, Any]:
 
 def _noise_settings(found: Foreign) -> dict[str, Any]:
     noise, names_of = found.noise, names.SAMPLERS[found.sampler or "euler"]
+    if isinstance(noise, EDMConfig):
+        return {
+            "_class_name": {ours: theirs for theirs, ours in EDM_SAMPLERS.items()}[found.sampler or "euler"],
+            "sigma_min": noise.low,
+            "sigma_max": noise.high,
+            "sigma_data": noise.data,
+            "sigma_schedule": found.schedule,
+            "prediction_type": "epsilon" if found.prediction == "edm" else "v_prediction",
+        }
     settings: dict[str, Any] = {
         "_class_name": next((name for name in names_of if name.endswith("Scheduler")), "EulerDiscreteScheduler"),
         "beta_schedule": {ours: theirs for theirs, ours in BETAS.items()}[noise.betas],

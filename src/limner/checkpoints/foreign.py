@@ -12,7 +12,7 @@ from torch import Tensor
 from limner.checkpoints.layouts import Layout
 from limner.models.autoencoder import KLConfig
 from limner.models.unet import UNetConfig
-from limner.sampling.interpolants import VPConfig
+from limner.sampling.interpolants import EDMConfig, VPConfig
 from limner.text.bpe import CLIPTokenizer
 from limner.text.clip import CLIPTowersConfig
 
@@ -21,16 +21,16 @@ from limner.text.clip import CLIPTowersConfig
 class Foreign:
     """`layout` has a row for every tensor of a `systems.diffusion.DiffusionSystem`, `tensors` is what the files hold,
     mapped, in `files`, but for what nobody needs: `beside` says how much that is. `assumed` are sentences on what files
-    do not tell; `small_noise` is that of the picture an upscaler enlarges; `sampler`, `schedule` and `size` (pixels a
-    side) are what they say to draw with."""
+    do not tell; `small_noise` is that of the picture an upscaler enlarges; `sampler`, `schedule`, `steps`,
+    `guidance` and `size` (pixels a side) are what they say to draw with, "" or 0 where they do not."""
 
     source: Path
     network: UNetConfig
     autoencoder: KLConfig
     text: CLIPTowersConfig
     tokenizers: tuple[CLIPTokenizer, ...]
-    noise: VPConfig
-    prediction: Literal["eps", "v", "x0"]
+    noise: VPConfig | EDMConfig
+    prediction: Literal["eps", "v", "x0", "edm"]
     layout: Layout
     tensors: Mapping[str, Tensor]
     files: tuple[Path, ...]
@@ -39,4 +39,6 @@ class Foreign:
     sampler: str = ""
     schedule: str = ""
     size: int = 0
+    steps: int = 0
+    guidance: float = 0.0
     small_noise: VPConfig | None = None

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from limner.checkpoints import autoencoder, components, layouts, text, unet
+from limner.checkpoints import autoencoder, components, distilled, layouts, text, unet
+from limner.checkpoints.distilled import LCM, PLAYGROUND, PLAYGROUND_NOISE
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.layouts import Layout, Place, prefixed
 from limner.errors import CheckpointMismatch, UsageError
-from limner.models.autoencoder import KL_SD1, KL_SDXL, KL_UPSCALER, KLConfig
+from limner.models.autoencoder import KL_SD1, KL_SDXL, KL_UPSCALER, KLConfig, check_each
 from limner.models.unet import UNetConfig
-from limner.sampling.interpolants import SMALL_NOISE, VPConfig
+from limner.sampling.interpolants import SMALL_NOISE, EDMConfig, VPConfig
 from limner.text import bpe
 from limner.text.clip import OPENCLIP_H, CLIPTextConfig, CLIPTowersConfig
 
@@ -29,6 +32,7 @@ BESIDE = {  # noise, numbers of the loss and marks
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
     "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar",
     "scale_factor", "denoiser.sigmas", "v_pred", "ztsnr",
+    "edm_mean", "edm_std", "edm_vpred.sigma_min", "edm_vpred.sigma_max",
 }  # fmt: skip
 ASSUMED = (
     "names do not tell what a Stable Diffusion 2 predicts; one of its biases says {}: if pictures are noise, give the "
@@ -95,22 +99,55 @@ def recognise(
     # what diffusers converted lacks the layer that is skipped, and the projection with it
     skipped = xl or (two and (last.projection is not None or last.depth == OPENCLIP_H.depth))
     words = CLIPTowersConfig(towers=tuple(towers), skip=int(skipped), normed=not xl, zero_empty=xl and len(towers) > 1)
-    predicted = prediction or ("v" if "v_pred" in shapes or (two and predicts_v(tensors)) else "eps")
+    noise, codec, told = _continuous(path, tensors, codec)
+    predicted: Any = prediction or told or ("v" if "v_pred" in shapes or (two and predicts_v(tensors)) else "eps")
+    assumed = [NOISE_ASSUMED] if enlarges else []
+    few = LCM if network.guidance_width else PLAYGROUND if noise == PLAYGROUND_NOISE else None
+    if few is None and (says := distilled.by_name(path, xl)) is not None:
+        few, sentence = says
+        assumed.append(sentence)
+        predicted = prediction or few.prediction or predicted
+    if two and not (prediction or enlarges or (few and few.prediction)):
+        assumed.append(ASSUMED.format(predicted))
     return Foreign(
         source=path,
         network=network,
         autoencoder=codec,
         text=words,
         tokenizers=(bpe.shipped(),) * len(towers),
-        noise=SMALL_NOISE if enlarges else VPConfig(zero_snr="ztsnr" in shapes),
+        noise=SMALL_NOISE if enlarges else noise or VPConfig(zero_snr="ztsnr" in shapes),
         small_noise=SMALL_NOISE if enlarges else None,
         prediction=predicted,
         layout=layout(network, codec, {p: rows(t) for p, (_, rows), t in zip(named, kinds, towers, strict=True)}),
         tensors={name: tensor for name, tensor in tensors.items() if not superfluous(name)},
         files=(path,),
         beside=Counter(name.split(".")[0] for name in tensors if superfluous(name)),
-        assumed=(NOISE_ASSUMED,) if enlarges else () if prediction or not two else (ASSUMED.format(predicted),),
+        assumed=tuple(assumed),
+        sampler=few.sampler if few else "",
+        schedule=few.schedule if few else "karras" if noise else "",
+        steps=few.steps if few else 0,
+        guidance=few.guidance if few else 0.0,
+        size=few.size if few else 0,
     )
+
+
+def _continuous(
+    path: Path, tensors: Mapping[str, Tensor], codec: KLConfig
+) -> tuple[EDMConfig | None, KLConfig, Literal["", "edm", "v"]]:
+    """What the marks of Playground 2.5, or of models such as CosXL, say of noise, latents and prediction. Raises
+    CheckpointMismatch."""
+    try:
+        if "edm_mean" in tensors and "edm_std" in tensors:
+            mean, std = (tuple(tensors[name].double().flatten().tolist()) for name in ("edm_mean", "edm_std"))
+            codec = replace(codec, scale=0.5, mean=mean, std=std)
+            check_each(codec)
+            return PLAYGROUND_NOISE, codec, "edm"
+        if "edm_vpred.sigma_max" in tensors:
+            low = float(tensors.get("edm_vpred.sigma_min", 0.002))
+            return EDMConfig(low=low, high=float(tensors["edm_vpred.sigma_max"]), data=1.0), codec, "v"
+    except (UsageError, RuntimeError, ValueError) as error:
+        raise CheckpointMismatch(f"{path}: its marks edm_* are of no model: {str(error).splitlines()[0]}") from error
+    return None, codec, ""
 
 
 def _like(network: UNetConfig) -> KLConfig:
@@ -131,7 +168,19 @@ def export(found: Foreign) -> dict[str, Tensor]:
     """The tensors of a single file of this model. Raises CheckpointMismatch."""
     towers = {p: TOWERS[p][1](tower) for p, tower in zip(prefixes(found), found.text.towers, strict=True)}
     ours = layouts.read(found.layout, found.tensors, found.source)
-    return layouts.write(layout(found.network, found.autoencoder, towers), ours)
+    written = layouts.write(layout(found.network, found.autoencoder, towers), ours)
+    return written | (marks(found) if found.network.vector_width else {})
+
+
+def marks(found: Foreign) -> dict[str, Tensor]:
+    """Tensors whose names, and of some the values, say of a Stable Diffusion XL what its weights do not."""
+    if isinstance(found.noise, EDMConfig):
+        values = {"edm_mean": found.autoencoder.mean, "edm_std": found.autoencoder.std}
+        if found.prediction == "v":
+            values = {"edm_vpred.sigma_min": (found.noise.low,), "edm_vpred.sigma_max": (found.noise.high,)}
+        return {name: torch.tensor(value) for name, value in values.items()}
+    kept = (("v_pred", found.prediction == "v"), ("ztsnr", found.noise.zero_snr))
+    return {name: torch.zeros(0) for name, there in kept if there}
 
 
 def superfluous(name: str) -> bool:

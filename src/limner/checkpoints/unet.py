@@ -65,6 +65,8 @@ def ldm_layout(config: UNetConfig, *, by_head: bool = True) -> dict[str, Place]:
         put(f"time_embedding.{a}", f"time_embed.{b}")
         if config.vector_width:
             put(f"add_embedding.{a}", f"label_emb.0.{b}")
+    if config.guidance_width:
+        put("time_embedding.cond_proj", "time_embed.cond_proj", "weight")
     if config.num_classes:
         put("class_embedding", "label_emb", "weight")
 
@@ -148,6 +150,7 @@ def ldm_config(shapes: Mapping[str, Sequence[int]]) -> UNetConfig:
         text_only=only if any(only) else (),
         linear_projection=linear,
         vector_width=shapes.get("label_emb.0.0.weight", (0, 0))[1],
+        guidance_width=shapes.get("time_embed.cond_proj.weight", (0, 0))[1],
         num_classes=classes,
     )
 

@@ -54,10 +54,13 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KLConfig(AutoencoderConfig):
-    """`quant_convs`: 1x1 convolutions between the networks and the bottleneck, which later models leave out."""
+    """`quant_convs`: 1x1 convolutions between the networks and the bottleneck, which later models leave out. `mean` and
+    `std`, one a channel, bring the raw z to mean 0 and variance 1 before its shift and scale (Playground 2.5)."""
 
     type: Literal["kl"] = "kl"
     quant_convs: bool = True
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,18 @@ class KLAutoencoder(ConvAutoencoder):
     def __init__(self, config: KLConfig) -> None:
         super().__init__(config, 2 * config.latent_channels, config.quant_convs)
         self.config = config
+        check_each(config)
+
+    def to_latents(self, z: Tensor) -> Latents:
+        return super().to_latents((z - self._each(z, self.config.mean)) / self._each(z, self.config.std, 1.0))
+
+    def from_latents(self, latents: Latents) -> Tensor:
+        z = super().from_latents(latents)
+        return z * self._each(z, self.config.std, 1.0) + self._each(z, self.config.mean)
+
+    @staticmethod
+    def _each(z: Tensor, values: tuple[float, ...], none: float = 0.0) -> Tensor | float:
+        return z.new_tensor(values)[:, None, None] if values else none
 
     def encode(self, images: Images) -> Latents:
         """Images (b, c, h, w) in [-1, 1] -> latents (b, c, h / factor, w / factor): the mean of the posterior."""
@@ -134,6 +149,15 @@ class KLAutoencoder(ConvAutoencoder):
         """Mean and log-variance of the raw z, each (b, c, h / factor, w / factor)."""
         mean, logvar = self.to_moments(images).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
+
+
+def check_each(config: KLConfig) -> None:
+    """Raises UsageError for a mean and std that no channels have."""
+    fits = all(map(isfinite, config.mean)) and all(isfinite(std) and std > 0 for std in config.std)
+    if not fits or {len(config.mean), len(config.std)} not in ({0}, {config.latent_channels}):
+        raise UsageError(
+            f"mean={config.mean!s:.100} and std={config.std!s:.100} are not those of {config.latent_channels} channels"
+        )
 
 
 class Quantized(NamedTuple):

@@ -54,6 +54,8 @@ class UNetConfig:
     """Into and out of the transformers goes a matrix instead of a 1 x 1 convolution: the same with other shapes."""
     vector_width: int = 0
     """Width of `cond.vector`: sizes, crops and pooled prompt of SDXL."""
+    guidance_width: int = 0
+    """Width of `cond.guidance`: the scale of guidance that a consistency model is told (arXiv:2310.04378)."""
     num_classes: int = 0
     """Classes of `cond.labels`; for the upscaler, levels of noise in the picture to enlarge."""
     groups: int = 32
@@ -189,7 +191,7 @@ class DownPath(nn.Module):
         widths, levels = config.widths, range(len(config.widths))
         width = 4 * widths[0]  # of the embedded time
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = EmbeddingMLP(widths[0], width)
+        self.time_embedding = EmbeddingMLP(widths[0], width, config.guidance_width)
         self.add_embedding = EmbeddingMLP(config.vector_width, width) if config.vector_width else None
         self.class_embedding = nn.Embedding(config.num_classes, width) if config.num_classes else None
 
@@ -215,7 +217,7 @@ class DownPath(nn.Module):
         """What every block is told of the time, the sizes and the class, after the SiLU that all of them begin with."""
         config = self.config
         frequencies = sinusoid(t, config.widths[0], config.sines_first, config.freq_shift)
-        emb = self.time_embedding(frequencies.to(self.conv_in.weight.dtype))
+        emb = self.time_embedding(frequencies.to(self.conv_in.weight.dtype), cond.guidance)
         if self.add_embedding is not None:
             assert cond.vector is not None, "the network wants cond.vector"
             emb = emb + self.add_embedding(cond.vector)
@@ -471,13 +473,24 @@ class GEGLU(nn.Module):
 
 
 class EmbeddingMLP(nn.Module):
-    def __init__(self, in_width: int, width: int) -> None:
+    """`told_width` is of a second input, which is projected and added to the first."""
+
+    def __init__(self, in_width: int, width: int, told_width: int = 0) -> None:
         super().__init__()
+        self.cond_proj = nn.Linear(told_width, in_width, bias=False) if told_width else None
         self.linear_1 = nn.Linear(in_width, width)
         self.linear_2 = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
+        if self.cond_proj is not None and told is not None:
+            x = x + self.cond_proj(told)
         return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def guidance_embedding(scale: Tensor, width: int) -> Tensor:
+    """A consistency model's `cond.guidance`, (b, width), of scales (b,) of guidance, 1 is none (arXiv:2310.04378,
+    section 4.2; its code's sinusoids)."""
+    return sinusoid(1000 * (scale - 1), width, sines_first=True, freq_shift=1)
 
 
 def micro_conditioning(pooled: Tensor, numbers: Tensor) -> Tensor:

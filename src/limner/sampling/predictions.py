@@ -1,7 +1,9 @@
 """What a network's output means, as three functions each: the training target, the way back to x0 and from it.
 
 All at x = alpha * x0 + sigma * eps. `v` is that of progressive distillation (arXiv:2202.00512, appendix D), defined on
-the unit-variance state x / sqrt(alpha^2 + sigma^2); `velocity` is dx/dsigma of the flow interpolant, eps - x0.
+the unit-variance state x / sqrt(alpha^2 + sigma^2); `velocity` is dx/dsigma of the flow interpolant, eps - x0;
+`edm` is the network inside EDM's preconditioning (arXiv:2206.00364, equation 7) of data with a standard deviation of
+`DATA`, which with 1 would be -v.
 """
 
 from __future__ import annotations
@@ -28,6 +30,14 @@ class Prediction:
     from_x0: Callable[[Tensor, Tensor, Scalar, Scalar], Tensor]
 
 
+DATA = 0.5
+
+
+def _edm(x0: Tensor, x: Tensor, a: Scalar, s: Scalar) -> Tensor:
+    norm = _norm(a * DATA, s)
+    return (x0 - a * DATA**2 / norm**2 * x) * norm / (s * DATA)
+
+
 def _norm(alpha: Scalar, sigma: Scalar) -> Scalar:
     square = alpha * alpha + sigma * sigma
     return square.sqrt() if isinstance(square, torch.Tensor) else square**0.5
@@ -48,6 +58,12 @@ PREDICTIONS = {
             lambda x0, eps, a, s: (a * eps - s * x0) / _norm(a, s),
             lambda out, x, a, s: (a * x - s * _norm(a, s) * out) / (a * a + s * s),
             lambda x0, x, a, s: (a * x - (a * a + s * s) * x0) / (s * _norm(a, s)),
+        ),
+        Prediction(
+            "edm",
+            lambda x0, eps, a, s: _edm(x0, a * x0 + s * eps, a, s),
+            lambda out, x, a, s: a * DATA**2 / _norm(a * DATA, s) ** 2 * x + s * DATA / _norm(a * DATA, s) * out,
+            _edm,
         ),
         Prediction(
             "velocity",

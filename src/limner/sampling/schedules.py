@@ -14,7 +14,7 @@ from functools import partial
 
 from limner import names
 from limner.errors import UnknownName, UsageError
-from limner.sampling.interpolants import Discrete, Interpolant
+from limner.sampling.interpolants import EDM, Discrete, Interpolant
 
 Schedule = Callable[[int, Interpolant], list[float]]
 
@@ -181,7 +181,8 @@ def trailing(steps: int, interpolant: Interpolant) -> list[float]:
 def timed(name: str, interpolant: Interpolant, steps: int) -> Discrete:
     """The model, which has timesteps, and as many as `steps` or more. Raises UsageError."""
     if not isinstance(interpolant, Discrete):
-        raise UsageError(f"the schedule {name!r} counts timesteps, which this model does not have: take 'uniform'")
+        other = "karras" if isinstance(interpolant, EDM) else "uniform"
+        raise UsageError(f"the schedule {name!r} counts timesteps, which this model does not have: take {other!r}")
     if steps > len(interpolant.sigmas):
         raise UsageError(f"the schedule {name!r} has {len(interpolant.sigmas)} timesteps at most: ask for fewer steps")
     return interpolant

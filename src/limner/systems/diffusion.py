@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from limner import pictures
 from limner.errors import CheckpointMismatch, UsageError
 from limner.models import ip_adapter
-from limner.models.unet import Residuals, micro_conditioning
+from limner.models.unet import Residuals, guidance_embedding, micro_conditioning
 from limner.sampling import samplers, schedules
 from limner.sampling.guidance import Combine, Guidance, combining, composed, guided, within
 from limner.sampling.interpolants import Discrete, Interpolant
@@ -105,6 +105,8 @@ class DiffusionSystem(nn.Module):
         self.grid = self.autoencoder.factor
         self.beside = getattr(network.config, "in_channels", self.autoencoder.channels) - self.autoencoder.channels
         """Channels that the network sees beside the latents."""
+        self.told_guidance: int = getattr(network.config, "guidance_width", 0)
+        """Width of the guidance that the network is told, instead of being guided; 0 for most."""
         self.enlarges = self.grid if small_noise is not None else 1
         """How many times larger than the picture given what it draws must be."""
         self.dialects: tuple[Dialect, ...] = text_encoder.dialects  # type: ignore[assignment]
@@ -220,6 +222,9 @@ class DiffusionSystem(nn.Module):
             if self.small_noise is not None:
                 levels = torch.full((len(prompts) * (most + 1),), request.noise_level, device=read.tokens.device)
                 read = replace(read, labels=levels)
+            if self.told_guidance:
+                scale = torch.full((len(prompts) * (most + 1),), request.guidance, device=read.tokens.device)
+                read = replace(read, guidance=guidance_embedding(scale, self.told_guidance))
             *parts, uncond = (read.map(lambda v, k=k: v[k :: most + 1]) for k in range(most + 1))
             size = request.width, request.height
             return Prompts(
@@ -298,6 +303,7 @@ class DiffusionSystem(nn.Module):
         """The denoiser a solver asks, guided by `combine` (None is not at all) within an `interval`: a row of the
         network for each part and the negative prompt of a picture there, one row elsewhere and without guidance if
         there is nothing to compose. `controls` gives those of the step, each with its picture (1, 3, H, W)."""
+        combine = None if self.told_guidance else combine
         first = next(self.network.parameters())
         dtype = first.dtype
         told = [*prompts.parts, prompts.uncond]
@@ -391,6 +397,7 @@ class DiffusionSystem(nn.Module):
         eps = noise(shape)
         if start is None or (request.mask is not None and request.strength == 1):  # it knows nothing of what was there
             bare = request.sampler in schedules.BARE and request.schedule != "leading"
+            bare = bare and isinstance(self.interpolant, Discrete)
             x = sigmas[0] * eps if bare else self.interpolant.start(eps, sigmas[0])
         else:
             x = self.interpolant.mix(start, eps, sigmas[0])
@@ -424,7 +431,7 @@ class DiffusionSystem(nn.Module):
         references = [(one.network.to(like.device, like.dtype), one.weight) for one in request.ip_adapter]
         with ip_adapter.attached(self.network, references):
             x = sampler(denoise, x, sigmas, self.interpolant, noise=lambda: noise(shape), on_step=on_step)
-        return self.interpolant.input_scale(sigmas[-1]) * x
+        return self.interpolant.input_scale(sigmas[-1]) * x if sigmas[-1] else x
 
     def hint(self, control: Control, request: Request) -> Tensor:
         """The picture of a control in the size of the request, colours on white, (1, 3, height, width) in [0, 1]."""
