@@ -429,6 +429,19 @@ def put_refiner(
     system.refine(refiner)
 
 
+def put_guide(
+    system: AutoencodingSystem | DiffusionSystem, source: str | Path, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Let guidance lead away from what the model of another file says (autoguidance). Raises what `load` does, and
+    CheckpointMismatch for one that does not draw as this does."""
+    if not isinstance(system, DiffusionSystem):
+        raise CheckpointMismatch(f"{system.name} draws nothing that could be guided")
+    guide = load(source, device, dtype=dtype)
+    if not isinstance(guide, DiffusionSystem):
+        raise CheckpointMismatch(f"{source} is an autoencoder, not a model that guides")
+    system.guided_by(guide)
+
+
 def recognise(path: Path, prediction: Literal["eps", "v"] | None = None) -> Foreign | None:
     """The model of another program at `path`, None for a file of ours. `prediction` says what it predicts, whatever the
     file does. Raises FileProblem, CheckpointMismatch, UsageError."""

@@ -34,8 +34,9 @@ CHUNK = 8
 """Pictures drawn at once; a larger batch goes in turns, so memory does not grow with it."""
 
 
-SELDOM = {
+SELDOM: dict[str, Any] = {
     "guidance_kind": "cfg", "guidance_rescale": 0.0, "guidance_mimic": 0.0, "guidance_interval": None, "variation": 0.0,
+    "pag_scale": 0.0, "pag_layers": ("mid_block",),
 }  # fmt: skip
 """What a picture remembers only where it was asked for, and what is said by leaving it out."""
 
@@ -139,11 +140,13 @@ def load(
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto",
     vae: str | Path | None = None,
     refiner: str | Path | None = None,
+    guide_model: str | Path | None = None,
 ) -> Pipeline:
     """A pipeline by model name, weight file of ours or of Stable Diffusion, folder of a run or of diffusers. `device`
     "auto" takes a CUDA device when there is one; `prediction` is for files that do not say what they predict; `dtype`
     is what the network computes in, by default what is fastest on the device without harm; `vae` is
-    a file or folder with another autoencoder, `refiner` a model that does the last steps.
+    a file or folder with another autoencoder, `refiner` a model that does the last steps, `guide_model` a weaker one
+    that guidance leads away from in place of the negative prompt (autoguidance).
 
     Raises UsageError for a device that is not here, UnknownName, FileProblem, CheckpointMismatch; warns (Assumed) of
     what a file did not tell.
@@ -159,6 +162,8 @@ def load(
         catalog.put_autoencoder(system, vae)
     if refiner is not None:
         catalog.put_refiner(system, refiner, find_device(device), DTYPES.get(dtype))
+    if guide_model is not None:
+        catalog.put_guide(system, guide_model, find_device(device), DTYPES.get(dtype))
     return Pipeline(system, str(source))  # type: ignore[arg-type]
 
 
@@ -191,12 +196,13 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], mask (as image, white where it is
     painted, while the rest is kept bit for bit) with mask_blur in pixels, prompt_dialect ("a1111", "comfyui", "plain"),
     clip_skip from 1, wildcards (folder of .txt files), guidance_kind ("cfg", "apg", "cfg_zero"), guidance_rescale 0 to
-    1, guidance_mimic (a scale), guidance_interval (low, high, of the noise), variation 0 to 1 towards the noise of
-    variation_seed, switch_at (0 to 1, where a refiner takes over), hires (a factor above 1) with hires_strength and
-    hires_steps, on_step(done, total); with a Pipeline also lora and embedding (files, or (file, weight), for this time
-    only), adapter_folder, where `<lora:name:weight>` of the prompt is looked for, and control (ControlNets, each what
-    --control takes, keywords of `limner.adapters.control.open_control`, or its file, image and weight), ip_adapter (the
-    same of IP-Adapters) and image_encoder. What is left out is the model's default.
+    1, guidance_mimic (a scale), guidance_interval (low, high, of the noise), pag_scale (perturbed attention guidance,
+    beside the other or alone; 3 is usual) with pag_layers (blocks, "mid_block" without), variation 0 to 1 towards the
+    noise of variation_seed, switch_at (0 to 1, where a refiner takes over), hires (a factor above 1) with
+    hires_strength and hires_steps, on_step(done, total); with a Pipeline also lora and embedding (files, or (file,
+    weight), for this time only), adapter_folder, where `<lora:name:weight>` of the prompt is looked for, control
+    (ControlNets, each what --control takes, keywords of `limner.adapters.control.open_control`, or its file, image and
+    weight), ip_adapter (the same of IP-Adapters) and image_encoder. What is left out is the model's default.
 
     Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
     """
@@ -410,6 +416,8 @@ def check(
     guidance_rescale: float | None = None,
     guidance_mimic: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    pag_scale: float | None = None,
+    pag_layers: str | Sequence[str] | None = None,
     variation: float | None = None,
     variation_seed: int | None = None,
     switch_at: float | None = None,
@@ -465,6 +473,13 @@ def check(
         raise UsageError(
             "hires enlarges what is drawn from nothing: to enlarge a picture ask for a larger width and height"
         )
+    if pag_layers is not None and not pag_scale:
+        raise UsageError("pag_layers are those of perturbed attention guidance, of which pag_scale is 0: give it, as 3")
+    layers = SELDOM["pag_layers"] if pag_layers is None else pag_layers
+    listed = isinstance(layers, tuple | list) and layers and all(isinstance(layer, str) for layer in layers)
+    if not isinstance(layers, str) and not listed:
+        raise UsageError(f"pag_layers is {layers!r:.80}: give names of blocks, such as 'mid_block,up_blocks.1'")
+    layers = layers.split(",") if isinstance(layers, str) else layers
     steps = _whole("steps", defaults.steps if steps is None else steps, 1, 1000)
     kind = defaults.guidance_kind if guidance_kind is None else guidance_kind
     rescale = defaults.guidance_rescale if guidance_rescale is None else guidance_rescale
@@ -507,6 +522,8 @@ def check(
         guidance_rescale=_number("guidance_rescale", rescale, 0, 1),
         guidance_mimic=_number("guidance_mimic", guidance_mimic or 0, 0, 100),
         guidance_interval=None if guidance_interval is None else _interval(guidance_interval),
+        pag_scale=_number("pag_scale", pag_scale or 0, 0, 100),
+        pag_layers=tuple(layer.strip() for layer in layers),
         variation=_number("variation", variation or 0, 0, 1),
         switch_at=_number("switch_at", SWITCH_AT if switch_at is None else switch_at, 0, 1),
         hires=_number("hires", 1 if hires is None else hires, 1, 16),
@@ -572,6 +589,11 @@ def ignored(system: System, request: Request) -> list[str]:
         told.append(f"{' and '.join(kinds)} have no effect at guidance 1: ask for more guidance")
     if request.switch_at != SWITCH_AT and getattr(system, "refiner", None) is None:
         told.append("switch_at has no effect without a refiner: add --refiner FILE")
+    guide = getattr(system, "guide", None)
+    if request.guidance == 1 and guide is not None:
+        told.append(f"{guide.name} guides nothing at guidance 1: ask for more guidance")
+    elif request.negative.strip() and guide is not None:
+        told.append(f"the negative prompt has no effect: {guide.name} guides in its place")
     if request.negative.strip() and request.guidance == 1 and not told_guidance:
         told.append("the negative prompt has no effect at guidance 1: ask for more guidance")
     if request.image is not None:
@@ -623,6 +645,8 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
     settings |= system.vae
     if (refiner := getattr(system, "refiner", None)) is not None:
         settings |= {"refiner": refiner.name, "refiner_hash": refiner.model_hash, "switch_at": request.switch_at}
+    if (guide := getattr(system, "guide", None)) is not None:
+        settings |= {"guide_model": guide.name, "guide_model_hash": guide.model_hash}
     if getattr(system, "enlarges", 1) > 1:
         settings["noise_level"] = request.noise_level
     if request.image is not None:

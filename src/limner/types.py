@@ -138,7 +138,8 @@ class Request:
     `clip_skip` are None where the model's own will do. `mask` has the size of `image`, white where it is painted, and
     its edges fade over `mask_blur` pixels. `guidance_kind`, `_rescale` and `_mimic` are `way`, `rescale` and `mimic` of
     `limner.sampling.guidance.Guidance`. `variation` is how much of the first noise is that of `variation_seed` + place;
-    all pictures have the same seed then. `hires` times the size is what is drawn in the end: over what was drawn first,
+    all pictures have the same seed then. `pag_scale` is `push` there, away from a network whose pixels attend to
+    themselves alone in `pag_layers`. `hires` times the size is what is drawn in the end: over what was drawn first,
     with a strength and steps of its own. `switch_at` is the share of the noise after which a refiner takes over.
     `noise_level` is the timestep whose noise an upscaler puts over the picture first."""
 
@@ -160,6 +161,8 @@ class Request:
     guidance_rescale: float = 0.0
     guidance_mimic: float = 0.0
     guidance_interval: tuple[float, float] | None = None
+    pag_scale: float = 0.0
+    pag_layers: tuple[str, ...] = ("mid_block",)
     variation: float = 0.0
     variation_seed: int = 0
     switch_at: float = 0.8

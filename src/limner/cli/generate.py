@@ -134,6 +134,13 @@ def paint(
         tuple[float, float] | None,
         typer.Option("--guidance-interval", metavar="LOW HIGH", help="Guide only at these levels of noise, 0 to 1."),
     ] = None,
+    pag_scale: Annotated[
+        float | None,
+        typer.Option("--pag-scale", help="Perturbed attention guidance, beside the other: 3 is usual. U-Nets only."),
+    ] = None,
+    pag_layers: Annotated[
+        str | None, typer.Option("--pag-layers", help="Where, such as mid_block,up_blocks.1. [default: mid_block]")
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -176,6 +183,10 @@ def paint(
     switch_at: Annotated[
         float | None, typer.Option("--switch-at", help="The share of the noise before it takes over. [default: 0.8]")
     ] = None,
+    guide_model: Annotated[
+        str | None,
+        typer.Option("--guide-model", help="A weaker model, to guide away from in place of the negative prompt."),
+    ] = None,
     vae: Annotated[
         Path | None, typer.Option("--vae", help="Another autoencoder of Stable Diffusion: a file, or a folder.")
     ] = None,
@@ -217,6 +228,8 @@ def paint(
         "guidance_rescale": guidance_rescale,
         "guidance_mimic": guidance_mimic,
         "guidance_interval": guidance_interval,
+        "pag_scale": pag_scale,
+        "pag_layers": pag_layers,
         "prompt_dialect": dialect,
         "clip_skip": clip_skip,
         "noise_level": noise_level,
@@ -246,8 +259,13 @@ def paint(
     refined, refiner_hash = asked.pop("refiner", None), asked.pop("refiner_hash", None)
     if refined and refiner is None:
         raise UsageError(f"{str(settings)!r} was painted with the refiner {refined!r}: add --refiner FILE")
+    guided, guide_hash = asked.pop("guide_model", None), asked.pop("guide_model_hash", None)
+    if guided and guide_model is None:
+        raise UsageError(f"{str(settings)!r} was painted with the guide {guided!r}: add --guide-model FILE")
     tell = _told if not strict else _refused
-    pipe = _load(name, device, prediction, dtype, vae, refiner, tell)
+    pipe = _load(name, device, prediction, dtype, vae, refiner, guide_model, tell)
+    if guide_hash and guide_hash != pipe.system.guide.model_hash:  # type: ignore[attr-defined]
+        tell(f"{guide_model} is not the guide painted with (hash {guide_hash}): expect another picture")
     if refiner_hash and refiner_hash != pipe.system.refiner.model_hash:  # type: ignore[attr-defined]
         tell(f"{refiner} is not the refiner painted with (hash {refiner_hash}): expect another picture")
     if vae_hash and vae_hash != pipe.system.vae["vae_hash"]:
@@ -427,6 +445,7 @@ def _load(
     dtype: str,
     vae: Path | None,
     refiner: str | None,
+    guide_model: str | None,
     tell: Callable[[str], None],
 ) -> Pipeline:
     """The pipeline, imported and loaded without looking for garbage: all of it stays, and looking takes 0.2 s. What had
@@ -437,7 +456,7 @@ def _load(
         from limner import pipeline
 
         with warnings.catch_warnings(record=True, action="always", category=Assumed) as assumed:
-            pipe = pipeline.load(name, device, prediction, dtype, vae, refiner)  # type: ignore[arg-type]
+            pipe = pipeline.load(name, device, prediction, dtype, vae, refiner, guide_model)  # type: ignore[arg-type]
         for warning in assumed:
             tell(str(warning.message))
         return pipe

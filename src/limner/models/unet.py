@@ -12,6 +12,8 @@ Diffusion was trained.
 
 from __future__ import annotations
 
+import copy
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -501,6 +503,50 @@ def micro_conditioning(pooled: Tensor, numbers: Tensor) -> Tensor:
     """
     embedded = sinusoid(numbers.flatten(), 256).unflatten(0, numbers.shape).flatten(1)  # b (k 256)
     return torch.cat([pooled, embedded.to(pooled.dtype)], dim=1)
+
+
+# ------------------------------------------------------------- spoilt networks
+
+
+def sharing(network: nn.Module) -> nn.Module:
+    """A copy with the very weights of `network`, whose modules can be changed while that one draws something else."""
+    weights = (*network.parameters(), *network.buffers())
+    return copy.deepcopy(network, {id(weight): weight for weight in weights})
+
+
+def self_attentions(network: nn.Module) -> dict[str, Attention]:
+    """The attention among pixels in a U-Net, by name; there is none in other networks."""
+    found: dict[str, Attention] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, TransformerBlock) and not module.text_only:
+            found[f"{name}.attn1"] = module.attn1
+        elif isinstance(module, SpatialAttention):
+            found[name] = module
+    return found
+
+
+def within(network: nn.Module, layers: Sequence[str]) -> list[str]:
+    """The names of the attention among pixels in `layers`, names that those of modules begin with, such as "mid_block"
+    or "up_blocks.1". Raises UsageError for a layer that has none."""
+    known, found = list(self_attentions(network)), []
+    for layer in layers:
+        names = [name for name in known if f"{name}.".startswith(f"{layer}.")]
+        if not names:
+            parts = [name.split(".") for name in known]
+            blocks = list(dict.fromkeys(".".join(p[: 1 + p[1].isdecimal() * (p[0] != "mid_block")]) for p in parts))
+            near = difflib.get_close_matches(layer, blocks, n=1) or blocks
+            raise UsageError(f"no attention among pixels is in {layer!r:.80}: it is in {', '.join(near)}")
+        found += names
+    return found
+
+
+def perturbed(network: nn.Module, layers: Sequence[str]) -> nn.Module:
+    """The network that perturbed attention guidance leads away from (arXiv:2403.17377, section 4.2): `within` layers
+    every pixel attends to itself alone. Raises UsageError for a layer that has no attention among pixels."""
+    spoilt = sharing(network)
+    for name in within(network, layers):
+        spoilt.get_submodule(name).identity = True  # type: ignore[assignment]
+    return spoilt
 
 
 # ---------------------------------------------------------------------- checks

@@ -14,6 +14,9 @@ from limner.nn.linear import Linear
 class Attention(nn.Module):
     """Queries from x, keys and values from `source`, all heads scaled by 1/√(their width)."""
 
+    identity = False
+    """Whether all attend to themselves alone (see `limner.models.unet.perturbed`)."""
+
     def __init__(self, width: int, num_heads: int, source_width: int, bias: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -34,9 +37,8 @@ class Attention(nn.Module):
             others.append((words, own, weight))
         q = self.heads(self.to_q(x))
         where = None if mask is None else mask[:, None, None, :]
-        attended = F.scaled_dot_product_attention(
-            q, self.heads(self.to_k(source)), self.heads(self.to_v(source)), attn_mask=where
-        )
+        k, v = self.heads(self.to_k(source)), self.heads(self.to_v(source))
+        attended = v if self.identity else F.scaled_dot_product_attention(q, k, v, attn_mask=where)
         for words, own, weight in others:
             k, v = self.heads(own["to_k_ip"](words)), self.heads(own["to_v_ip"](words))
             attended = attended + weight * F.scaled_dot_product_attention(q, k, v)

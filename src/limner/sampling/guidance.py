@@ -19,8 +19,9 @@ from limner.types import Denoise
 
 Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 """(x, sigma) -> (x0 given the prompt, x0 given the negative prompt), from one pass of the network over both."""
-Combine = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-"""(cond, uncond, x, sigma) -> x0, all (b, c, h, w). Some remember what they were given before: one for each drawing."""
+Combine = Callable[..., Tensor]
+"""(cond, uncond, x, sigma) -> x0, all (b, c, h, w), and after sigma what a spoilt network says where `pushed` reads it.
+Some remember what they were given before: one for each drawing."""
 WAYS = ("cfg", "apg", "cfg_zero")
 
 
@@ -28,12 +29,13 @@ WAYS = ("cfg", "apg", "cfg_zero")
 class Guidance:
     """`scale` 1 is none. `way` is classifier-free guidance, adaptive projected guidance, or CFG-Zero*; `rescale`, 0 to
     1, is how far the spread of what comes out is brought back to that of the prompt alone; `mimic`, 0 for not at all,
-    is the scale whose range of values it is kept to."""
+    is the scale whose range of values it is kept to; `push`, 0 for not at all, leads away from a spoilt network."""
 
     scale: float = 1.0
     way: Literal["cfg", "apg", "cfg_zero"] = "cfg"
     rescale: float = 0.0
     mimic: float = 0.0
+    push: float = 0.0
 
     def __post_init__(self) -> None:
         if self.way not in WAYS:
@@ -49,13 +51,18 @@ def combining(guidance: Guidance, prediction: Prediction, interpolant: Interpola
         "apg": lambda: projected(guidance.scale),
         "cfg_zero": lambda: zero_star(guidance.scale, prediction, interpolant),
     }[guidance.way]()
+    if guidance.push:
+        combine = pushed(combine, guidance.push)
     if guidance.mimic:
         combine = mimicking(combine, guidance.mimic)
     return rescaled(combine, guidance.rescale, prediction, interpolant) if guidance.rescale else combine
 
 
-def guided(pair: Pair, combine: Combine) -> Denoise:
-    return lambda x, sigma: combine(*pair(x, sigma), x, sigma)
+def guided(pair: Pair, combine: Combine, spoilt: Denoise | None = None) -> Denoise:
+    """`spoilt` is what `pushed` leads away from, where `combine` holds it."""
+    if spoilt is None:
+        return lambda x, sigma: combine(*pair(x, sigma), x, sigma)
+    return lambda x, sigma: combine(*pair(x, sigma), x, sigma, spoilt(x, sigma))
 
 
 def classifier_free(scale: float) -> Combine:
@@ -100,6 +107,13 @@ def zero_star(scale: float, prediction: Prediction, interpolant: Interpolant, ze
     return combine
 
 
+def pushed(combine: Combine, scale: float) -> Combine:
+    """And away from what a spoilt network says of the same prompt: + scale * (cond - spoilt) (perturbed attention
+    guidance, arXiv:2403.17377, equation 16). Without a negative prompt this is `classifier_free(1 + scale)` of the two.
+    """
+    return lambda cond, uncond, x, sigma, spoilt: combine(cond, uncond, x, sigma) + scale * (cond - spoilt)
+
+
 def _along(a: Tensor, b: Tensor) -> Tensor:
     """The part of a along b, for each row of (b, c, h, w)."""
     dims = (1, 2, 3)
@@ -112,9 +126,9 @@ def rescaled(combine: Combine, amount: float, prediction: Prediction, interpolan
     """What the network says, guided, mixed by `amount` with the same at the standard deviation of what it says of the
     prompt (arXiv:2305.08891, equations 14 to 16)."""
 
-    def again(cond: Tensor, uncond: Tensor, x: Tensor, sigma: float) -> Tensor:
-        alpha = interpolant.alpha(sigma)
-        told, said = (prediction.from_x0(x0, x, alpha, sigma) for x0 in (cond, combine(cond, uncond, x, sigma)))
+    def again(cond: Tensor, uncond: Tensor, x: Tensor, sigma: float, *spoilt: Tensor) -> Tensor:
+        alpha, x0 = interpolant.alpha(sigma), combine(cond, uncond, x, sigma, *spoilt)
+        told, said = (prediction.from_x0(v, x, alpha, sigma) for v in (cond, x0))
         spread, wanted = (out.std(dim=(1, 2, 3), keepdim=True) for out in (said, told))
         return prediction.to_x0(torch.lerp(said, said * (wanted / spread), amount), x, alpha, sigma)
 
@@ -127,8 +141,8 @@ def mimicking(combine: Combine, scale: float, share: float = 0.995) -> Combine:
     classifier-free guidance of `scale`, if that is narrower."""
     model = classifier_free(scale)
 
-    def again(cond: Tensor, uncond: Tensor, x: Tensor, sigma: float) -> Tensor:
-        x0, like = combine(cond, uncond, x, sigma), model(cond, uncond, x, sigma)
+    def again(cond: Tensor, uncond: Tensor, x: Tensor, sigma: float, *spoilt: Tensor) -> Tensor:
+        x0, like = combine(cond, uncond, x, sigma, *spoilt), model(cond, uncond, x, sigma)
         middle = x0.mean(dim=(2, 3), keepdim=True)
         off = x0 - middle
         reach, wanted = (_quantile(v, share) for v in (off, like - like.mean(dim=(2, 3), keepdim=True)))

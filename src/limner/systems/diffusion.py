@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from limner import pictures
 from limner.errors import CheckpointMismatch, UsageError
-from limner.models import ip_adapter
-from limner.models.unet import Residuals, guidance_embedding, micro_conditioning
+from limner.models import ip_adapter, unet
+from limner.models.unet import Residuals, UNet, guidance_embedding, micro_conditioning
 from limner.sampling import samplers, schedules
-from limner.sampling.guidance import Combine, Guidance, combining, composed, guided, within
+from limner.sampling.guidance import Combine, Guidance, classifier_free, combining, composed, guided, within
 from limner.sampling.interpolants import Discrete, Interpolant
 from limner.sampling.predictions import Prediction
 from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, unreached
@@ -44,11 +44,13 @@ def controlled(control: Control, hint: Tensor, x: Tensor, t: Tensor, cond: Condi
 @dataclass(frozen=True)
 class Prompts:
     """The words of a batch: each of the `parts` of AND, and `uncond`, have one row a picture, and so have the parts'
-    `weights`; a picture with fewer parts than its neighbours has some of weight 0."""
+    `weights`; a picture with fewer parts than its neighbours has some of weight 0. `guide` are they as a guide reads
+    them."""
 
     parts: tuple[Conditioning, ...]
     weights: tuple[tuple[float, ...], ...]
     uncond: Conditioning
+    guide: Prompts | None = None
 
     @property
     def alone(self) -> bool:
@@ -75,6 +77,8 @@ class DiffusionSystem(nn.Module):
     weights_hash: Callable[[], str] = staticmethod(lambda: "")
     """Where it was read from files: waits for their hash, which is made beside the drawing."""
     refiner: DiffusionSystem | None = None
+    guide: DiffusionSystem | None = None
+    """A weaker model, which guidance leads away from in place of the negative prompt."""
     refuses = True
     """Whether a prompt may not ask for adapters that are not here: what another model knows, a refiner need not."""
     adapters: Any = None
@@ -148,7 +152,7 @@ class DiffusionSystem(nn.Module):
 
     def widen(self) -> bool:
         """Make the network and the text encoder compute in float32; False if they did."""
-        if self.refiner is not None and self.refiner.widen():
+        if any(other.widen() for other in (self.refiner, self.guide) if other is not None):
             self.widen()
             return True
         parts = (self.network, self.text_encoder)
@@ -176,6 +180,10 @@ class DiffusionSystem(nn.Module):
                 raise UsageError(f"{one.name} is told from {one.start:g} to {one.end:g}, where no step of {steps} is")
         self.parsed(request.prompts, request)
         self.parsed(request.negatives, request, composed=False)
+        if request.pag_scale:
+            self.check_perturbed(request)
+        if self.guide is not None:
+            self.guide.check(replace(request, control=()))
         if self.refiner is not None:
             self.refiner.check(replace(request, clip_skip=None))
 
@@ -217,22 +225,22 @@ class DiffusionSystem(nn.Module):
         turns = {end: tuple(tuple(part.at(end - 1) for part in row) for row in rows) for end in ends}
         weights = tuple(tuple(p[k].weight if k < len(p) else 0.0 for p in said) for k in range(most))
 
-        def told(turn: tuple[tuple[Text, ...], ...]) -> Prompts:
-            read = self.text_encoder.read(turn, self.dialect(request), request.clip_skip)
-            if self.small_noise is not None:
+        def told(system: DiffusionSystem, turn: tuple[tuple[Text, ...], ...]) -> Prompts:
+            read = system.text_encoder.read(turn, system.dialect(request), request.clip_skip)
+            if system.small_noise is not None:
                 levels = torch.full((len(prompts) * (most + 1),), request.noise_level, device=read.tokens.device)
                 read = replace(read, labels=levels)
-            if self.told_guidance:
+            if system.told_guidance:
                 scale = torch.full((len(prompts) * (most + 1),), request.guidance, device=read.tokens.device)
-                read = replace(read, guidance=guidance_embedding(scale, self.told_guidance))
+                read = replace(read, guidance=guidance_embedding(scale, system.told_guidance))
             *parts, uncond = (read.map(lambda v, k=k: v[k :: most + 1]) for k in range(most + 1))
             size = request.width, request.height
-            return Prompts(
-                tuple(self.sized(part, *size) for part in parts), weights, self.sized(uncond, *size, score=2.5)
-            )
+            guide = None if system.guide is None else told(system.guide, turn)
+            sized = tuple(system.sized(part, *size) for part in parts)
+            return Prompts(sized, weights, system.sized(uncond, *size, score=2.5), guide)
 
         known = lru_cache(maxsize=MOST_KNOWN)(told)  # a long prompt that changes at every step would fill the memory
-        mine: Turns = [(end, partial(known, turn), self) for end, turn in turns.items()]
+        mine: Turns = [(end, partial(known, self, turn), self) for end, turn in turns.items()]
         if self.refiner is None:
             return mine
         switch = self.switch(request)
@@ -253,6 +261,22 @@ class DiffusionSystem(nn.Module):
     def refine(self, refiner: DiffusionSystem) -> None:
         """Let another system do the last steps of a drawing (the ensemble of expert denoisers of Stable Diffusion XL,
         arXiv:2307.01952, section 2.5). Raises CheckpointMismatch for one of other latents, noise or prediction."""
+        self.alike(refiner, "go on where", "stops")
+        if self.beside or refiner.beside:
+            raise CheckpointMismatch(f"{self.name} and {refiner.name} see pictures beside the latents: neither refines")
+        refiner.refuses = False
+        self.__dict__["refiner"] = refiner  # not a part of this module: it has weights and adapters of its own
+
+    def guided_by(self, guide: DiffusionSystem) -> None:
+        """Let guidance lead away from what a weaker model says of the same prompt, in place of the negative prompt
+        (autoguidance, arXiv:2406.02070, equation 4). Raises CheckpointMismatch for one of other latents, noise or
+        prediction."""
+        self.alike(guide, "guide what", "draws")
+        guide.refuses = False
+        self.__dict__["guide"] = guide
+
+    def alike(self, other: DiffusionSystem, does: str, that: str) -> None:
+        """Raises CheckpointMismatch unless the two can take turns with the same latents."""
         mine, its = (
             (
                 s.autoencoder.channels,
@@ -261,16 +285,15 @@ class DiffusionSystem(nn.Module):
                 s.interpolant.name,
                 s.interpolant.sigma_max,
                 s.prediction.name,
+                s.beside,
             )
-            for s in (self, refiner)
+            for s in (self, other)
         )
-        if mine != its or self.beside or refiner.beside:
+        if mine != its:
             raise CheckpointMismatch(
-                f"{refiner.name} cannot go on where {self.name} stops: their latents, their noise or what they predict "
+                f"{other.name} cannot {does} {self.name} {that}: their latents, their noise or what they predict "
                 f"differ ({its} and {mine})"
             )
-        refiner.refuses = False
-        self.__dict__["refiner"] = refiner  # not a part of this module: it has weights and adapters of its own
 
     def sized(self, cond: Conditioning, width: int, height: int, score: float = 6.0) -> Conditioning:
         """`cond` with what SDXL is told of sizes in pixels, or its refiner of sizes and of how good pictures look."""
@@ -299,12 +322,18 @@ class DiffusionSystem(nn.Module):
         beside: Tensor | None = None,
         controls: Callable[[], list[tuple[Control, Tensor]]] = list,
         references: Sequence[Reference] = (),
+        network: nn.Module | None = None,
+        against: Denoise | None = None,
+        spoilt: Denoise | None = None,
     ) -> Denoise:
         """The denoiser a solver asks, guided by `combine` (None is not at all) within an `interval`: a row of the
         network for each part and the negative prompt of a picture there, one row elsewhere and without guidance if
-        there is nothing to compose. `controls` gives those of the step, each with its picture (1, 3, H, W)."""
+        there is nothing to compose. `controls` gives those of the step, each with its picture (1, 3, H, W). `network`
+        stands for this system's own; `against` says what the negative prompt would, and `spoilt` what guidance pushes
+        away from besides."""
         combine = None if self.told_guidance else combine
-        first = next(self.network.parameters())
+        network = self.network if network is None else network
+        first = next(network.parameters())
         dtype = first.dtype
         told = [*prompts.parts, prompts.uncond]
         if references:
@@ -326,7 +355,7 @@ class DiffusionSystem(nn.Module):
             rows = len(x) if wanted is None else wanted
             more = [controlled(control, hint, scaled, t, cond, rows) for control, hint in controls()]
             told = {"residuals": Residuals.sum(more)} if more else {}
-            output = self.network(seen, t, cond, **told).to(x.dtype)
+            output = network(seen, t, cond, **told).to(x.dtype)
             return self.prediction.to_x0(output, x, self.interpolant.alpha(sigma), sigma)
 
         def pair(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
@@ -342,7 +371,8 @@ class DiffusionSystem(nn.Module):
 
         if combine is None:
             return plain
-        return within(interval, guided(pair, combine), plain, self.interpolant)
+        both = pair if against is None else lambda x, sigma: (plain(x, sigma), against(x, sigma))
+        return within(interval, guided(both, combine, spoilt), plain, self.interpolant)
 
     def given(self, request: Request, count: int) -> dict[str, Tensor]:
         """What `sample` is given of the picture and the mask of a request, for `count` pictures."""
@@ -403,7 +433,9 @@ class DiffusionSystem(nn.Module):
             x = self.interpolant.mix(start, eps, sigmas[0])
         sampler = samplers.get(request.sampler)
         interval = request.guidance_interval or self.defaults.guidance_interval
-        combine = None if request.guidance == 1 else self.combine(request)
+        combine = self.combine(request)
+        network_of = lru_cache(maxsize=None)(lambda system: system.network)
+        perturbed_of = lru_cache(maxsize=None)(lambda system: unet.perturbed(network_of(system), request.pag_layers))
         controls = [(one, self.hint(one, request)) for one in request.control]
         steps, last = 0, len(sigmas) - 1
 
@@ -411,10 +443,26 @@ class DiffusionSystem(nn.Module):
         def denoiser(turn: int) -> Denoise:
             _, told, system = cond[turn]
             mine = controls if system is self else []
-            return system.denoiser(
-                told(), combine, interval, beside, lambda: [row for row in mine if row[0].at(steps, last)],
-                request.ip_adapter if system is self else (),
-            )  # fmt: skip
+            prompts, network = told(), network_of(system)
+
+            def now() -> list[tuple[Control, Tensor]]:
+                return [row for row in mine if row[0].at(steps, last)]
+
+            def alone(other: DiffusionSystem, prompts: Prompts, network: nn.Module) -> Denoise:
+                fits = other.network.config == system.network.config
+                seen = request.ip_adapter if other is self else ()
+                return other.denoiser(prompts, None, interval, beside, now if fits else list, seen, network)
+
+            against = spoilt = None
+            if request.pag_scale:
+                spoilt = alone(system, prompts, perturbed_of(system))
+            if request.guidance == 1:
+                against, spoilt = spoilt, None
+            elif prompts.guide is not None:
+                assert system.guide is not None
+                against = alone(system.guide, prompts.guide, network_of(system.guide))
+            seen = request.ip_adapter if system is self else ()
+            return system.denoiser(prompts, combine, interval, beside, now, seen, network, against, spoilt)
 
         def on_step(done: int, total: int) -> None:
             nonlocal steps
@@ -440,11 +488,21 @@ class DiffusionSystem(nn.Module):
         image = pictures.to_tensor(control.image, request.width, request.height)
         return ((image[:, :3] + 1 - image[:, 3:] + 1) / 2).to(first.device, first.dtype)
 
-    def combine(self, request: Request) -> Combine:
-        """The guidance that a request asks for, which may remember: one for each drawing."""
+    def check_perturbed(self, request: Request) -> None:
+        if not isinstance(self.network, UNet):
+            raise UsageError(
+                f"{self.name} has no attention among pixels alone to perturb: pag_scale is for U-Nets, such as Stable "
+                "Diffusion's"
+            )
+        unet.within(self.network, request.pag_layers)
+
+    def combine(self, request: Request) -> Combine | None:
+        """The guidance that a request asks for, None for none; it may remember: one for each drawing."""
+        if request.guidance == 1:
+            return classifier_free(1 + request.pag_scale) if request.pag_scale else None
         way = Guidance(
             scale=request.guidance, way=request.guidance_kind, rescale=request.guidance_rescale,  # type: ignore[arg-type]
-            mimic=request.guidance_mimic,
+            mimic=request.guidance_mimic, push=request.pag_scale,
         )  # fmt: skip
         return combining(way, self.prediction, self.interpolant)
 
