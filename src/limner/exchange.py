@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from limner import catalog
+from limner.adapters import control, words
 from limner.adapters import files as adapters
-from limner.adapters import words
 from limner.adapters.names import block
 from limner.checkpoints import components, files, folders, single_files
 from limner.checkpoints.foreign import Foreign
@@ -45,6 +45,8 @@ def inspect(source: str | Path) -> dict[str, Any]:
     if (run := catalog.run_of(path)) is not None:
         return told | {"kind": "checkpoint of a training run", "needs": f"the run to finish, then -m {run}"}
     told["kind"] = "single file"
+    if control.is_control(tensors):
+        return told | _control(path, tensors)
     try:
         return told | _model(single_files.recognise(path, tensors))
     except CheckpointMismatch as error:
@@ -122,6 +124,14 @@ def _word(learned: Mapping[str, Tensor]) -> dict[str, Any]:
     name = words.base(learned)
     vectors = [str(len(tensor) if tensor.dim() > 1 else 1) for tensor in learned.values()]
     return {"kind": "textual inversion", "needs": components.MODEL, "vectors": vectors, "base": [name] if name else []}
+
+
+def _control(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of a ControlNet or a T2I-Adapter: whose."""
+    part = components.recognise({name.removeprefix("control_model."): tuple(t.shape) for name, t in tensors.items()})
+    found, problem = control.bases(path, tensors)
+    told = {"kind": part.what if part else "ControlNet", "needs": components.MODEL, "base": found}
+    return told | {"hash": files.digest(path)} | ({"problem": problem} if problem else {})
 
 
 def _adapter(path: Path) -> dict[str, Any]:

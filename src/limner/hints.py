@@ -19,8 +19,18 @@ NEED_MODELS = ("depth", "pose", "normal", "segmentation", "lineart", "softedge",
 
 
 def make(maker: str, image: Image.Image) -> Image.Image:
-    """What `maker` of MAKERS makes of a picture, in its size, RGB. Raises UnknownName, and UsageError for what takes a
-    model that is not here."""
+    """What `maker` of MAKERS makes of a picture, in its size, RGB. Raises UnknownName, UsageError."""
+    known(maker)
+    return MAKERS[maker](on_white(image))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def known(maker: str) -> None:
+    """Raises UnknownName for no maker, and UsageError for what takes a model that is not here."""
     if maker in NEED_MODELS:
         raise UsageError(
             f"{maker} is found in a picture by a model of its own, which Limner has not: give a picture of it "
@@ -28,8 +38,6 @@ def make(maker: str, image: Image.Image) -> Image.Image:
         )
     if maker not in MAKERS:
         raise UnknownName("maker", maker, tuple(MAKERS))
-    white = Image.new("RGBA", image.size, "white")
-    return MAKERS[maker](Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"))
 
 
 def canny(image: Image.Image, low: float = LOW, high: float = HIGH) -> Image.Image:

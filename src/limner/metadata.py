@@ -78,6 +78,9 @@ CONTROL: dict[str, tuple[type, float, float]] = {
     "start": (float, 0, 1),
     "end": (float, 0, 1),
     "guess": (bool, 0, 1),
+    "maker": (str, 1, 50),  # of what it saw
+    "kind": (str, 1, 50),
+    "image_hash": (str, 1, 64),  # of the picture given
 }
 ADAPTER: dict[str, tuple[type, float, float]] = {
     "name": (str, 1, 200),  # of its file; never a path
@@ -259,6 +262,7 @@ def to_infotext(settings: dict[str, Any]) -> str:
     for k, one in enumerate(settings.get("control", [])):
         told = {"Model": f"{one['name']} [{one['hash']}]", "Weight": one["weight"]}
         told |= {"Guidance Start": one.get("start", 0.0), "Guidance End": one.get("end", 1.0)}
+        told = {"Module": one.get("maker", "none")} | told
         pairs[f"ControlNet {k}"] = ", ".join(f"{name}: {value}" for name, value in told.items())
     for key, weighted in (("Lora hashes", True), ("TI hashes", False)):
         hashes = [f"{one['name']}: {one['hash']}" for one in adapters if ("weight" in one) is weighted]
@@ -312,6 +316,8 @@ def from_infotext(text: str) -> dict[str, Any]:
     adapters += [{"name": name, "hash": value} for name, value in learned.items()]
     if adapters:
         settings |= {"adapters": adapters, "prompt": TAG.sub("", settings["prompt"])}
+    if controls := [_control(text) for name, text in pairs.items() if re.fullmatch(r"ControlNet \d+", name)]:
+        settings["control"] = controls
     if named := re.fullmatch(r"(.+) \[(\w*)\]", pairs.get("Refiner", "")):
         settings |= {"refiner": named[1], "refiner_hash": named[2]}
     if "Size" in pairs:
@@ -326,6 +332,16 @@ def from_infotext(text: str) -> dict[str, Any]:
     if "Schedule type" in pairs:
         settings["schedule"] = names.find(pairs["Schedule type"], names.SCHEDULES) or pairs["Schedule type"]
     return settings
+
+
+def _control(text: str) -> dict[str, Any]:
+    """What an infotext says of a ControlNet."""
+    pairs = {name: value.strip() for name, value in PAIR.findall(text)}
+    named = re.fullmatch(r"(.+) \[(\w+)\]", model := pairs.get("Model", "?"))
+    told: dict[str, Any] = {"name": named[1] if named else model, "hash": named[2] if named else "?"}
+    for key, name, usual in (("Weight", "weight", 1), ("Guidance Start", "start", 0), ("Guidance End", "end", 1)):
+        told[name] = float(pairs.get(key, usual))
+    return told
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -402,7 +418,7 @@ def _check(settings: dict[str, Any], known: dict[str, tuple[type, float, float]]
         if name not in known:
             raise ValueError(f"{name[:50]!r} is no setting this version knows")
         kind, low, high = known[name]
-        fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) is (kind is bool)
         measured = len(value) if isinstance(value, str | list | dict) else value
         if not fits or not low <= measured <= high:  # NaN is in no range
             what = {"str": "a text of {:g} to {:g} characters", "list": "a list of {:g} to {:g}"}

@@ -56,8 +56,6 @@ class Pipeline:
         adapter_folder: str | Path | None = None,
         **values: Any,
     ) -> list[GeneratedImage]:
-        if values.get("control"):
-            values["control"] = controls.opened(self.system, values["control"])
         encoder = values.pop("image_encoder", None)
         if values.get("ip_adapter"):
             values["ip_adapter"] = references.opened(self.system, values["ip_adapter"], encoder)
@@ -201,8 +199,9 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     noise of variation_seed, switch_at (0 to 1, where a refiner takes over), hires (a factor above 1) with
     hires_strength and hires_steps, on_step(done, total); with a Pipeline also lora and embedding (files, or (file,
     weight), for this time only), adapter_folder, where `<lora:name:weight>` of the prompt is looked for, control
-    (ControlNets, each what --control takes, keywords of `limner.adapters.control.open_control`, or its file, image and
-    weight), ip_adapter (the same of IP-Adapters) and image_encoder. What is left out is the model's default.
+    (ControlNets and T2I-Adapters, each what --control takes, keywords of `limner.adapters.control.open_control`, or its
+    file, image and weight), ip_adapter (the same of IP-Adapters) and image_encoder. What is left out is the model's
+    default.
 
     Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
     """
@@ -378,6 +377,8 @@ def prepare(system: System, **values: Any) -> Request:
     known = inspect.signature(check).parameters
     for name in values.keys() - known.keys():
         raise UnknownName("keyword", name, list(known)[2:])
+    if values.get("control"):
+        values["control"] = controls.opened(system, values["control"])
     request = check(system.defaults, system.grid, **values)
     system.check(request)
     if request.hires != 1:
@@ -596,13 +597,18 @@ def ignored(system: System, request: Request) -> list[str]:
         told.append(f"the negative prompt has no effect: {guide.name} guides in its place")
     if request.negative.strip() and request.guidance == 1 and not told_guidance:
         told.append("the negative prompt has no effect at guidance 1: ask for more guidance")
-    if request.image is not None:
-        across, down = request.image.width * request.height, request.image.height * request.width
+    for one in request.control:
+        told += [f"{one.name} has weight 0, and tells nothing"] if not one.weight else []
+        if getattr(system, "refiner", None) is not None:
+            told.append(f"{one.name} tells nothing in the steps of the refiner")
+    shown = [("the picture's", request.image)] if request.image is not None else []
+    for whose, image in shown + [(f"{one.name}'s picture's", one.image) for one in request.control]:
+        across, down = image.width * request.height, image.height * request.width
         side, cut = ("width", 1 - down / across) if across > down else ("height", 1 - across / down)
         if cut >= 0.005:
             told.append(
-                f"{cut:.0%} of the picture's {side} is cut off, equally at both ends, to make its "
-                f"{request.image.width} x {request.image.height} pixels {request.width} x {request.height}: "
+                f"{cut:.0%} of {whose} {side} is cut off, equally at both ends, to make its "
+                f"{image.width} x {image.height} pixels {request.width} x {request.height}: "
                 "ask for a width and height of its shape"
             )
     if system.task == "autoencoding":

@@ -90,8 +90,10 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Control:
-    """A network that tells a U-Net of `image` (ControlNet), by `weight`, at the steps from `start` to `end` of all, 0
-    to 1. `guess` leaves the negative prompt out and tells more the deeper it goes. `name` and `hash` are its file's."""
+    """A network that tells a U-Net of `image` (ControlNet, T2I-Adapter), by `weight`, at the steps from `start` to
+    `end` of all, 0 to 1. `guess` leaves the negative prompt out and tells more the deeper it goes. `name` and `hash`
+    are its file's; `maker`, of `limner.hints.MAKERS`, makes what it sees of `image`, and `kind` says what that is where
+    the network knows several (`limner.models.controlnet.KINDS`). `image_hash` is that of the picture given."""
 
     network: Any = field(compare=False)
     image: Image.Image
@@ -101,6 +103,9 @@ class Control:
     guess: bool = False
     name: str = ""
     hash: str = ""
+    maker: str = ""
+    kind: str = ""
+    image_hash: str = ""
 
     def at(self, step: int, steps: int) -> bool:
         """Whether it is told in a step, counted from 0, of so many (as diffusers has it)."""
@@ -108,8 +113,8 @@ class Control:
 
     def settings(self) -> dict[str, Any]:
         """What a picture remembers of it."""
-        parts = {"start": (self.start, 0.0), "end": (self.end, 1.0), "guess": (self.guess, False)}
-        told = {name: value for name, (value, usual) in parts.items() if value != usual}
+        usual = {"start": 0.0, "end": 1.0, "guess": False, "maker": "", "kind": "", "image_hash": ""}
+        told = {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
         return {"name": self.name, "hash": self.hash, "weight": self.weight, **told}
 
 

@@ -357,6 +357,22 @@ def test_residuals_are_added_where_a_controlnet_adds_them():
     assert torch.equal(ours(x, t, cond, nothing), plain)
 
 
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@torch.no_grad()
+def test_levels_are_told_where_a_t2i_adapter_tells_them(name):
+    """Those of XL, whose first has no attention, after they are halved; and what is left, after the middle."""
+    config = CONFIGS[name]
+    ours, theirs = pair(config, torch.float64)
+    x, t, cond, told = inputs(config, torch.float64)
+    sides = [(20, 12), (10, 6), (5, 3)] if name == "sd1" else [(10, 6), (10, 6), (5, 3), (5, 3)]
+    widths = [*config.widths, config.widths[-1]]
+    levels = tuple(torch.randn(1, width, *side).double() for width, side in zip(widths, sides, strict=False))
+    plain, found = (ours(x, t, cond, Residuals(levels=told)) for told in ((), levels))
+    told["down_intrablock_additional_residuals"] = [level.expand(3, -1, -1, -1).clone() for level in levels]
+    assert difference(found, theirs(x, t, **told).sample) <= 1e-10
+    assert difference(found, plain) > 1e-3
+
+
 @pytest.mark.parametrize("name", ["ddpm", "adm"])
 @torch.no_grad()
 def test_any_size_comes_out_as_it_went_in(name):

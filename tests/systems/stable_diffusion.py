@@ -18,7 +18,7 @@ def noised(module: nn.Module, seed: int) -> nn.Module:
     for name, parameter in module.named_parameters():
         value = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() > 1:
-            value *= parameter[0].numel() ** -0.5 if "embedding" not in name else 1
+            value *= parameter[0].numel() ** -0.5 if "embedding" not in name or parameter.dim() > 2 else 1
         else:
             value = value * 0.1 + (name.endswith("weight"))
         parameter.data = value

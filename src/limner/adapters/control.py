@@ -1,27 +1,36 @@
-"""ControlNets on a system: the network in a file, and a picture that it tells the U-Net of."""
+"""ControlNets and T2I-Adapters on a system: the network in a file, and a picture that it tells the U-Net of."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
-from limner import hints, pictures
+from limner import hints, metadata, pictures
 from limner.adapters.attaching import LARGEST_WEIGHT, stack
-from limner.adapters.files import name_of
-from limner.checkpoints import controlnet, files, folders
-from limner.errors import FileProblem, UnknownName, UsageError
-from limner.models.controlnet import ControlNet
-from limner.models.unet import UNet
+from limner.adapters.files import BASES, bare, name_of
+from limner.checkpoints import controlnet, files, folders, t2i_adapter
+from limner.errors import Assumed, CheckpointMismatch, FileProblem, LimnerError, UnknownName, UsageError
+from limner.models.controlnet import KINDS, ControlNet, ControlNetUnion
+from limner.models.t2i_adapter import T2IAdapter
+from limner.models.unet import UNet, UNetConfig
 from limner.types import Control
 
 MOST_KEPT = 4
 """Networks that a system keeps for the next picture."""
+MAKES = {maker: maker for maker in hints.MAKERS if maker in KINDS} | {
+    "sobel": "softedge", "blur": "tile", "invert": "lineart",
+}  # fmt: skip
+"""The kind of picture that a maker makes."""
+Network = ControlNet | T2IAdapter
 
 
 def open_control(
@@ -34,9 +43,11 @@ def open_control(
     end: float = 1.0,
     guess: bool = False,
     maker: str = "",
+    kind: str = "",
 ) -> Control:
-    """The ControlNet in a file or a folder of diffusers and the picture it is told, which `maker`, one of
-    `limner.hints.MAKERS`, makes of `image`; without, `image` is that picture.
+    """The ControlNet or T2I-Adapter in a file or a folder of diffusers and the picture it is told, which `maker`, one
+    of `limner.hints.MAKERS`, makes of `image`; without, `image` is that picture. A union is told its `kind`, one of
+    `limner.models.controlnet.KINDS`, which follows from `maker` if there is one.
 
     Raises FileProblem, CheckpointMismatch for one of another model, ImageProblem, UsageError, UnknownName.
     """
@@ -46,12 +57,22 @@ def open_control(
         raise UsageError(f"the weight of {path.name} is {weight!r:.40}: give a number from {limits}")
     if not all(isinstance(n, int | float) and math.isfinite(n) for n in (start, end)) or not 0 <= start < end <= 1:
         raise UsageError(f"{path.name} is told from {start!r:.40} to {end!r:.40}: give rising numbers from 0 to 1")
-    network, found = _network(system, path)
-    picture = pictures.open_image(image)
     if maker:
-        picture = hints.make(maker, picture)
+        hints.known(maker)
+    if problem := metadata.misnamed(name_of(path)):
+        raise UsageError(f"{name_of(path)!r:.60} cannot be remembered by a picture ({problem}): rename it")
+    network, found = _network(system, path)
+    if isinstance(network, ControlNetUnion):
+        kind = _kind(path, network, kind or MAKES.get(maker, ""))
+    elif kind:
+        raise UsageError(f"{path.name} knows one kind of picture: leave kind={kind} out")
+    if guess and isinstance(network, T2IAdapter):
+        raise UsageError(f"{path.name} is a T2I-Adapter, and only ControlNets guess")
+    picture = pictures.open_image(image)
+    digest = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:12]
+    guess = guess or (isinstance(network, ControlNet) and network.pooled)
     return Control(
-        network, picture, float(weight), float(start), float(end), guess or network.pooled, name_of(path), found
+        network, picture, float(weight), float(start), float(end), guess, name_of(path), found, maker, kind, digest
     )
 
 
@@ -59,11 +80,17 @@ def opened(system: Any, asked: str | Sequence[Any]) -> list[Control]:
     """Each of what a program asks for: a Control, the text that `parse` reads, or arguments of `open_control`, as
     keywords or as (file, image) and perhaps a weight."""
     found = []
+    if not isinstance(asked, str | list | tuple):
+        raise UsageError(f"control is {asked!r:.80}: give a list of (file, image) or (file, image, weight)")
     for one in [asked] if isinstance(asked, str) else asked:
         one = parse(one) if isinstance(one, str) else one
-        if isinstance(one, Mapping):
-            found.append(open_control(system, **one))
-        elif isinstance(one, tuple | list) and 2 <= len(one) <= 3:
+        try:
+            if isinstance(one, Mapping):
+                found.append(open_control(system, **one))
+                continue
+        except TypeError as error:
+            raise UsageError(f"control is {one!r:.80}: its keywords are those of open_control") from error
+        if isinstance(one, tuple | list) and 2 <= len(one) <= 3:
             found.append(open_control(system, *one))
         elif isinstance(one, Control):
             found.append(one)
@@ -73,7 +100,8 @@ def opened(system: Any, asked: str | Sequence[Any]) -> list[Control]:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """FILE=IMAGE[:WEIGHT][,canny][,start=0.2][,end=0.8][,guess] as keywords of `open_control`. Raises UsageError."""
+    """FILE=IMAGE[:WEIGHT][,canny][,start=0.2][,end=0.8][,kind=depth][,guess] as keywords of `open_control`. Raises
+    UsageError."""
     file, equals, rest = text.partition("=")
     if not equals or not file or not rest:
         raise UsageError(f"{text!r:.200} is no FILE=IMAGE, such as canny.safetensors=edges.png:0.8")
@@ -89,13 +117,92 @@ def parse(text: str) -> dict[str, Any]:
         name, equals, value = option.strip().partition("=")
         if name in ("start", "end") and equals:
             told[name] = _fraction(text, value)
+        elif name == "kind" and equals:
+            told[name] = value
         elif name == "guess" and not equals:
             told["guess"] = True
         elif not equals and name in (*hints.MAKERS, *hints.NEED_MODELS):
             told["maker"] = name
         else:
-            raise UnknownName("option of --control", option, ("start=0.2", "end=0.8", "guess", *hints.MAKERS))
+            known = ("start=0.2", "end=0.8", "kind=depth", "guess", *hints.MAKERS)
+            raise UnknownName("option of --control", option, known)
     return told
+
+
+def resolve(asked: Sequence[dict[str, Any]], remembered: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What is asked for, with what a picture remembers of a file of the same name where nothing else is said. Raises
+    UsageError where the picture remembers one that is not asked for: it does not hold its picture."""
+    rest, found = list(remembered), []
+    for one in asked:
+        old = next((row for row in rest if row["name"] == name_of(Path(one["file"]))), None)
+        if old is not None:
+            rest.remove(old)
+        kept = ("weight", "start", "end", "guess", "maker", "kind")
+        found.append({name: old[name] for name in kept if old and name in old} | one)
+    if rest:
+        raise UsageError(
+            f"painted with the ControlNet {rest[0]['name']!r} (hash {rest[0]['hash']}) and a picture, which is not "
+            "held: add --control FILE=IMAGE"
+        )
+    return found
+
+
+def differing(controls: Sequence[Control], remembered: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each file or picture that is not the one remembered."""
+    told, rest = [], list(remembered)
+    for one in controls:
+        old = next((row for row in rest if row["name"] == one.name), None)
+        if old is None:
+            continue
+        rest.remove(old)
+        rows = (("file", "hash", one.hash), ("picture", "image_hash", one.image_hash))
+        for what, key, mine in rows:
+            its = old.get(key, "?")
+            if its != "?" and not mine.startswith(its) and not its.startswith(mine):
+                told.append(
+                    f"the {what} of {one.name} is not the one painted with (hash {its}): expect another picture"
+                )
+    return told
+
+
+def report(control: Control) -> str:
+    """In one line, what a control does."""
+    what = {ControlNetUnion: "ControlNet (union)", T2IAdapter: "T2I-Adapter"}.get(type(control.network), "ControlNet")
+    sees = f"{control.maker} of " * bool(control.maker) + f"a {control.kind} picture" * bool(control.kind)
+    sees = sees if control.kind else f"{sees}a picture"
+    when = "" if (control.start, control.end) == (0, 1) else f", from {control.start:g} to {control.end:g} of the steps"
+    return f"{control.name}: {what} by {control.weight:g}, told {sees}{when}{', guessing' * control.guess}"
+
+
+def is_control(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors of these names are of a network that is read here."""
+    ends = ("controlnet_cond_embedding.conv_in.weight", "input_hint_block.0.weight")
+    return any(name.endswith(ends) for name in tensors) or t2i_adapter.is_one(tensors)
+
+
+def bases(path: Path, tensors: Mapping[str, Tensor]) -> tuple[list[str], str]:
+    """The models of the catalogue that a network with these tensors fits, and why it fits none."""
+    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    found, problem = [], ""
+    for name in BASES:
+        system: Any = bare(name)
+        if isinstance(system.network, UNet):
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    _read(path, meta, system.network.config, system.network.state_dict(), system.grid)
+                found.append(name)
+            except LimnerError as error:
+                problem = problem or str(error)
+    return found, "" if found else problem
+
+
+def _kind(path: Path, network: ControlNetUnion, kind: str) -> str:
+    known = [name for name, number in KINDS.items() if number < len(network.task_embedding)]
+    if not kind:
+        raise UsageError(f"{path.name} knows several kinds of pictures: say which, kind={' or '.join(known)}")
+    if kind not in known:
+        raise UnknownName("kind of picture", kind, known)
+    return kind
 
 
 def _fraction(text: str, number: str) -> float:
@@ -107,14 +214,20 @@ def _fraction(text: str, number: str) -> float:
         ) from error
 
 
-def _network(system: Any, path: Path) -> tuple[ControlNet, str]:
+def _read(
+    path: Path, tensors: Mapping[str, Tensor], base: UNetConfig, own: Mapping[str, Tensor], factor: int
+) -> Network:
+    if t2i_adapter.is_one(tensors):
+        return t2i_adapter.read(path, tensors, base, factor)
+    return controlnet.read(path, tensors, base, own)
+
+
+def _network(system: Any, path: Path) -> tuple[Network, str]:
     """The network, and the hash of its file."""
     base, adapters = getattr(system, "network", None), stack(system)
     if not isinstance(base, UNet):
         raise UsageError(f"{system.name} takes no ControlNets: those are for U-Nets, such as Stable Diffusion's")
-    settings: Mapping[str, Any] = {}
-    if path.is_dir():
-        settings = folders.Settings(path / "config.json").values
+    settings = folders.Settings(path / "config.json").values if path.is_dir() else {}
     paths = folders.weights(path) if path.is_dir() else [path]
     try:
         key = tuple((str(p), p.stat().st_mtime_ns) for p in paths)
@@ -122,14 +235,25 @@ def _network(system: Any, path: Path) -> tuple[ControlNet, str]:
         raise FileProblem(f"no file {str(path)!r:.200}: give the path of a ControlNet") from error
     if key not in adapters.controls:
         tensors = {name: tensor for part in paths for name, tensor in files.read(part)[0].items()}
-        network = controlnet.read(path, tensors, replace(base.config, guidance_width=0), adapters.bare("network"))
-        network.pooled = bool(settings.get("global_pool_conditions", "shuffle" in path.stem))  # no name tells
-        if settings.get("controlnet_conditioning_channel_order", "rgb") == "bgr":
-            first = network.controlnet_cond_embedding.conv_in
-            first.weight.data = first.weight.data.flip(1)
+        network = _read(path, tensors, replace(base.config, guidance_width=0), adapters.bare("network"), system.grid)
+        if isinstance(network, ControlNet):
+            _settle(network, path, settings)
+        elif settings.get("downscale_factor", network.config.fold) != network.config.fold:
+            raise CheckpointMismatch(f"{path}: its downscale_factor is not that of its weights")
         if len(adapters.controls) >= MOST_KEPT:
             adapters.controls.pop(next(iter(adapters.controls)))
         adapters.controls[key] = network, files.digest(*paths)
     network, found = adapters.controls[key]
     like = next(base.parameters())
     return network.to(like.device, like.dtype), found
+
+
+def _settle(network: ControlNet, path: Path, settings: Mapping[str, Any]) -> None:
+    """What no tensor tells."""
+    network.pooled = bool(settings.get("global_pool_conditions", False))
+    if not settings and "shuffle" in path.stem:
+        network.pooled = True
+        warnings.warn(f"{path}: its name says that it shuffles, so it tells of the picture as a whole", Assumed, 2)
+    if settings.get("controlnet_conditioning_channel_order", "rgb") == "bgr":
+        first = network.controlnet_cond_embedding.conv_in
+        first.weight.data = first.weight.data.flip(1)

@@ -312,7 +312,7 @@ def _problem(entry: Entry, own: Mapping[str, Tensor]) -> str:
 
 
 @lru_cache(maxsize=len(BASES))
-def _bare(name: str) -> nn.Module:
+def bare(name: str) -> nn.Module:
     with torch.device("meta"):
         return catalog.build(catalog.entry(name).config)
 
@@ -321,7 +321,7 @@ def bases(contents: Contents) -> list[tuple[str, Adapter]]:
     """The models of the catalogue that all of a file but a few keys means something in, the best first."""
     found = []
     for name in BASES:
-        adapter, misfit = survey(contents, _bare(name))
+        adapter, misfit = survey(contents, bare(name))
         if adapter.entries and not misfit and len(adapter.unknown) <= MOST_UNKNOWN * adapter.total:
             found.append((name, adapter))
     return sorted(found, key=lambda row: len(row[1].unknown))

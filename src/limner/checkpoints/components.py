@@ -33,6 +33,7 @@ def _with(*wanted: str) -> Callable[[Collection[str]], bool]:
 MODEL = "a whole model"
 MARKS: list[tuple[Component, Callable[[Collection[str]], bool]]] = [  # the first that fits
     (Component("control-LoRA", MODEL), _with("lora_controlnet")),
+    (Component("ControlNet-LLLite"), lambda names: any(name.startswith("lllite_unet_") for name in names)),
     (Component("LoRA as kohya's programs write it", MODEL), _ending(".lora_down.weight")),
     (Component("LoRA as PEFT and diffusers write it", MODEL), _ending(".lora_A.weight", ".lora_A.default.weight")),
     (Component("LoRA as early diffusers wrote it", MODEL), _ending("_lora.down.weight", ".lora.down.weight")),
@@ -40,12 +41,22 @@ MARKS: list[tuple[Component, Callable[[Collection[str]], bool]]] = [  # the firs
     (Component("LoKr", MODEL), _ending(".lokr_w1", ".lokr_w1_a")),
     (Component("OFT", MODEL), _ending(".oft_blocks", ".oft_diag")),
     (Component("IA3", MODEL), _ending(".on_input")),
+    (Component("ControlNet of several kinds (union)", MODEL), _with("task_embedding")),
     (Component("ControlNet as diffusers writes it", MODEL), _with("controlnet_cond_embedding.conv_in.weight")),
+    (Component("ControlNet of Stable Diffusion 3 or FLUX"), _with("controlnet_blocks.0.weight")),
     (
         Component("ControlNet as its authors write it", MODEL),
         _with("control_model.input_hint_block.0.weight", "input_hint_block.0.weight"),
     ),
     (Component("IP-Adapter", f"{MODEL} and an image encoder of CLIP"), _with("ip_adapter.1.to_k_ip.weight")),
+    (
+        Component("T2I-Adapter as diffusers writes it", MODEL),
+        _with("adapter.body.0.resnets.0.block1.weight", "body.0.resnets.0.block1.weight"),
+    ),
+    (
+        Component("T2I-Adapter as its authors write it", MODEL),
+        _with("body.0.block1.weight", "body.0.body.0.block1.weight"),
+    ),
     (Component("textual inversion", MODEL), _with("emb_params", "clip_l", "clip_g", "<concept>")),
     (Component("Stable Diffusion 3"), _ending("joint_blocks.0.context_block.attn.qkv.weight")),
     (Component("FLUX"), _ending("double_blocks.0.img_attn.qkv.weight")),

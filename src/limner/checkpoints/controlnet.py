@@ -1,8 +1,9 @@
-"""ControlNets in files: of the authors' code, of diffusers, and as differences to the U-Net they belong to."""
+"""ControlNets in files: of the authors' code, of diffusers, and as differences to the U-Net they belong to; unions."""
 
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,13 @@ from limner.checkpoints import layouts, unet
 from limner.checkpoints.components import UNETS
 from limner.checkpoints.files import assign
 from limner.checkpoints.layouts import Place
-from limner.errors import CheckpointMismatch
-from limner.models.controlnet import HINT_WIDTHS, ControlNet
+from limner.errors import CheckpointMismatch, Ignored
+from limner.models.controlnet import HINT_WIDTHS, ControlNet, ControlNetUnion
 from limner.models.unet import UNetConfig
 
-HINT = "controlnet_cond_embedding."
+HINT, PREFIX = "controlnet_cond_embedding.", "control_model."
 HINT_BLOCKS = ("conv_in", *(f"blocks.{k}" for k in range(6)), "conv_out")
+LORA, DIFFERENCE, TASKS = "lora_controlnet", "difference", "task_embedding"
 
 
 def ldm_layout(network: ControlNet) -> dict[str, Place]:
@@ -35,51 +37,54 @@ def ldm_layout(network: ControlNet) -> dict[str, Place]:
 
 
 def read(path: Path, tensors: Mapping[str, Tensor], base: UNetConfig, own: Mapping[str, Tensor]) -> ControlNet:
-    """The ControlNet of a file with these tensors, for a U-Net of the configuration `base` whose tensors are `own`.
+    """The ControlNet of a file with these tensors, for a U-Net of the configuration `base` whose tensors are `own`. A
+    whole model beside it is left out, which is told (Ignored).
 
     Raises CheckpointMismatch for one of another model, and for what is none.
     """
-    tensors = {name.removeprefix("control_model."): tensor for name, tensor in tensors.items()}
+    inside = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+    if beside := len(tensors.keys() - {DIFFERENCE, LORA}) - len(inside) if inside else 0:
+        warnings.warn(f"{path}: {beside} tensors beside the ControlNet are left out", Ignored, stacklevel=2)
+    tensors = inside | {name: tensors[name] for name in (DIFFERENCE, LORA) if name in tensors} if inside else tensors
     if f"{HINT}conv_in.weight" in tensors:
         _same_base(path, tensors, base)
-        network = _bare(_with_depths(base, tensors), _hint_widths(tensors))
+        network = _bare(_with_depths(base, tensors), tensors)
         layout = {name: Place(name) for name in network.state_dict()}
     elif "input_hint_block.0.weight" in tensors:
-        network = _bare(replace(base, in_channels=base.out_channels))
-        layout = ldm_layout(network)
-        if "lora_controlnet" in tensors:
-            tensors = _whole(path, tensors, layout, own)
         _same_base(path, tensors, base)
+        network = _bare(replace(base, in_channels=base.out_channels), {})
+        layout = ldm_layout(network)
+        if LORA in tensors or DIFFERENCE in tensors:
+            tensors = _whole(path, tensors, layout, own)
     else:
         first = min(tensors, default="none")
         raise CheckpointMismatch(
-            f"{path} is no ControlNet: of its {len(tensors)} tensors (first: {first:.100}) none is one's"
-        )
-    if unions := sorted(name for name in tensors if name.startswith(("task_embedding", "control_add_embedding"))):
-        raise CheckpointMismatch(
-            f"{path} is a ControlNet of several kinds (union: {unions[0]}), which Limner does not read"
+            f"{path} is no ControlNet or T2I-Adapter: none of its {len(tensors)} tensors is one's (first: {first:.100})"
         )
     layouts.fit(layout, network.state_dict(), tensors, f"{path}, read as a ControlNet")
     assign(network, layouts.read(layout, tensors, path), path)
     return network.requires_grad_(False).eval()
 
 
-def _bare(config: UNetConfig, hint_widths: tuple[int, ...] = HINT_WIDTHS) -> ControlNet:
-    with torch.device("meta"):
-        return ControlNet(config, hint_widths)
-
-
-def _hint_widths(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+def _bare(config: UNetConfig, tensors: Mapping[str, Tensor]) -> ControlNet:
+    """The network with nothing in its weights yet, a union if there are tensors of one."""
     names = [f"{HINT}conv_in.weight", *(f"{HINT}blocks.{2 * k + 1}.weight" for k in range(9))]
-    return tuple(tensors[name].shape[0] for name in names if name in tensors)
+    widths = tuple(tensors[name].shape[0] for name in names if name in tensors) or HINT_WIDTHS
+    with torch.device("meta"):
+        if TASKS not in tensors:
+            return ControlNet(config, widths)
+        return ControlNetUnion(config, widths, len(tensors[TASKS]), _count(tensors, "transformer_layes.{}.ln_1.weight"))
+
+
+def _count(tensors: Mapping[str, Tensor], name: str) -> int:
+    return next(k for k in itertools.count() if name.format(k) not in tensors)
 
 
 def _with_depths(base: UNetConfig, tensors: Mapping[str, Tensor]) -> UNetConfig:
     """`base` with as many transformers as there are: small ControlNets of SDXL have fewer, or none."""
 
     def depth(place: str) -> int:
-        blocks = (f"{place}.transformer_blocks.{k}.norm1.weight" for k in itertools.count())
-        return next(k for k, name in enumerate(blocks) if name not in tensors)
+        return _count(tensors, f"{place}.transformer_blocks.{{}}.norm1.weight")
 
     levels = range(len(base.widths))
     return replace(
@@ -92,7 +97,8 @@ def _with_depths(base: UNetConfig, tensors: Mapping[str, Tensor]) -> UNetConfig:
 
 def _same_base(path: Path, tensors: Mapping[str, Tensor], base: UNetConfig) -> None:
     """Raises CheckpointMismatch for a ControlNet of a U-Net that reads other words."""
-    text = next((t.shape[-1] for name, t in tensors.items() if name.endswith("attn2.to_k.weight")), base.text_width)
+    ends = ("attn2.to_k.weight", "attn2.to_k.down")
+    text = next((t.shape[1] for name, t in tensors.items() if name.endswith(ends) and t.dim() > 1), base.text_width)
     if text != base.text_width:
         its, mine = (UNETS.get(width, f"a model of words {width} wide") for width in (text, base.text_width))
         raise CheckpointMismatch(f"{path} is a ControlNet of {its}, this is {mine}: take one made for it")
@@ -101,22 +107,31 @@ def _same_base(path: Path, tensors: Mapping[str, Tensor], base: UNetConfig) -> N
 def _whole(
     path: Path, tensors: Mapping[str, Tensor], layout: Mapping[str, Place], own: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of a control-LoRA: W + up x down in place of W, as Stability's files have it."""
-    found = {
-        name: t for name, t in tensors.items() if not name.endswith((".up", ".down")) and name != "lora_controlnet"
-    }
+    """The tensors of a control-LoRA, W + up x down in place of W, as Stability's files have it; or of the differences
+    from W that the authors' code can write."""
+    marks, differs = {LORA, DIFFERENCE}, DIFFERENCE in tensors
+    found = {name: t for name, t in tensors.items() if not name.endswith((".up", ".down")) and name not in marks}
     for ours, place in layout.items():
         module = place.name.removesuffix(".weight")
         up, down = tensors.get(f"{module}.up"), tensors.get(f"{module}.down")
-        if place.name in found or ours not in own or (up is None) != (down is None):
+        if ours not in own or (up is None) != (down is None):
             continue
-        weight = own[ours]
+        weight, there = own[ours].float(), found.get(place.name)
+        if there is not None:
+            if differs and there.shape == weight.shape:
+                found[place.name] = weight.to(there.device) + there.float()
+            continue
         if up is not None and down is not None:
             if up.shape[0] != weight.shape[0] or up.shape[1] != down.shape[0] or down[0].numel() != weight[0].numel():
                 raise CheckpointMismatch(
                     f"{path}: {module}.up {tuple(up.shape)} and .down {tuple(down.shape)} make no {tuple(weight.shape)}"
                 )
-            product = up.flatten(1).float() @ down.flatten(1).float()
-            weight = (weight.float().cpu() + product.view(weight.shape)).to(up.dtype)
-        found[place.name] = weight.cpu()
+            weight = weight.to(up.device) + (up.flatten(1).float() @ down.flatten(1).float()).view(weight.shape)
+        elif differs:
+            continue  # is missing
+        found[place.name] = weight.to(own[ours].dtype)
+    used = {place.name.removesuffix(".weight") for place in layout.values()}
+    stray = [name for name in tensors if name.endswith((".up", ".down")) and name.rpartition(".")[0] not in used]
+    if stray:
+        raise CheckpointMismatch(f"{path}: {len(stray)} of its keys are of no module (first: {min(stray):.100})")
     return found

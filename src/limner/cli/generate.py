@@ -156,8 +156,9 @@ def paint(
         typer.Option(
             "--control",
             metavar="FILE=IMAGE[:WEIGHT]",
-            help="A ControlNet and the picture it follows; may be given again. FILE=IMAGE:0.8,canny,end=0.7 follows "
-            "edges of IMAGE, at the first 0.7 of the steps. Also sobel, scribble, blur, tile, invert; start=; guess.",
+            help="A ControlNet or T2I-Adapter and the picture it follows; may be given again. "
+            "FILE=IMAGE:0.8,canny,end=0.7 follows edges of IMAGE, at the first 0.7 of the steps. Also sobel, scribble, "
+            "blur, tile, invert; start=; guess; kind=depth of a union.",
         ),
     ] = None,
     ip_adapter: Annotated[
@@ -235,8 +236,9 @@ def paint(
         "noise_level": noise_level,
         "wildcards": wildcards,
     }
-    remembered = _remembered(settings, image, mask, model, control, ip_adapter) if settings else {}
+    remembered = _remembered(settings, image, mask, model, ip_adapter) if settings else {}
     painted_with, adapters = remembered.pop("model_hash", None), remembered.pop("adapters", [])
+    controlled = remembered.pop("control", [])
     asked = remembered | {k: v for k, v in flags.items() if v is not None}
     if "prompt" not in asked and image is None:
         raise UsageError('no prompt: say what to paint, such as limner "a red fox"')
@@ -281,10 +283,10 @@ def paint(
     for sentence in told:
         tell(sentence)
     given: dict[str, Any] = {"image": image, "mask": mask}
-    if control:
-        from limner.adapters import control as controls
-
-        given["control"] = [controls.open_control(pipe.system, **controls.parse(text)) for text in control]
+    if control or controlled:
+        given["control"], sentences = _control(pipe, control or [], controlled, tell)
+        for sentence in sentences:
+            _told(sentence)
     if ip_adapter:
         from limner.adapters import references
 
@@ -364,12 +366,7 @@ as_paint(generate_command, {}, [name for name in inspect.signature(paint).parame
 
 
 def _remembered(
-    path: Path,
-    image: Path | None,
-    mask: Path | None,
-    model: str | None,
-    control: list[str] | None,
-    ip_adapter: list[str] | None,
+    path: Path, image: Path | None, mask: Path | None, model: str | None, ip_adapter: list[str] | None
 ) -> dict[str, Any]:
     """The settings in `path` that can be asked for again. Weights are never loaded because a picture names them."""
     from limner import catalog
@@ -384,14 +381,11 @@ def _remembered(
         raise UsageError(f"{str(path)!r} was painted over another picture, which it does not hold: add -i PICTURE")
     if "mask_blur" in settings and mask is None:
         raise UsageError(f"{str(path)!r} was painted under a mask, which it does not hold: add --mask MASK")
-    for key, what, flag, given in (
-        ("control", "ControlNet", "--control", control), ("ip_adapter", "IP-Adapter", "--ip-adapter", ip_adapter),
-    ):  # fmt: skip
-        if (painted := settings.pop(key, [])) and not given:
-            raise UsageError(
-                f"{str(path)!r} was painted with the {what} {painted[0]['name']!r} and a picture, which it does not "
-                f"hold: add {flag} FILE=IMAGE"
-            )
+    if (painted := settings.pop("ip_adapter", [])) and not ip_adapter:
+        raise UsageError(
+            f"{str(path)!r} was painted with the IP-Adapter {painted[0]['name']!r} and a picture, which it does not "
+            "hold: add --ip-adapter FILE=IMAGE"
+        )
     return {k: v for k, v in settings.items() if k != "limner"}
 
 
@@ -415,6 +409,19 @@ def _attach(
     asked, told = asking.resolve([asking.parse(text, folders) for text in files] + tags, remembered, folders)
     done, vain = asking.attach(attaching.stack(pipe.system), asked) if asked else ([], [])
     return None if prompt is None else text, done, told + vain
+
+
+def _control(
+    pipe: Pipeline, asked: list[str], remembered: list[dict[str, Any]], tell: Callable[[str], None]
+) -> tuple[list[Any], list[str]]:
+    """The controls asked for, with what a picture remembers of them, and a sentence on each."""
+    from limner.adapters import control
+
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        found = control.opened(pipe.system, control.resolve([control.parse(text) for text in asked], remembered))
+    for sentence in [str(warning.message) for warning in warned] + control.differing(found, remembered):
+        tell(sentence)
+    return found, [control.report(one) for one in found]
 
 
 def _same_hash(a: str, b: str) -> bool:

@@ -1,16 +1,30 @@
-"""ControlNet (arXiv:2302.05543): a second way down, told of a picture, that adds to what a U-Net hands over."""
+"""ControlNet (arXiv:2302.05543): a second way down, told of a picture, that adds to what a U-Net hands over.
+
+A union (ControlNet++, of xinsir) is one for several kinds of pictures: it is told which kind it sees, beside the time
+and, by a small transformer, in every pixel. Unusual: in the authors' code that transformer's attention runs over the
+batch, whose rows are alike where one picture is drawn. So every row attends to itself here, and a picture does not
+depend on its neighbours.
+"""
 
 from __future__ import annotations
 
 import itertools
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from limner.models.unet import DownPath, Residuals, UNetConfig, zero
+from limner.models.unet import DownPath, EmbeddingMLP, Residuals, UNetConfig, zero
+from limner.nn.embeddings import sinusoid
 from limner.types import Conditioning
 
 HINT_WIDTHS = (16, 32, 96, 256)
+UNION_HINT_WIDTHS = (48, 96, 192, 384)
+KINDS = {
+    "pose": 0, "depth": 1, "softedge": 2, "scribble": 2, "canny": 3, "lineart": 3, "mlsd": 3, "normal": 4,
+    "segmentation": 5, "tile": 6,
+}  # fmt: skip
+"""What a union's pictures can be, and the number that it knows each by."""
 
 
 class ControlNet(DownPath):
@@ -26,17 +40,65 @@ class ControlNet(DownPath):
         for module in (*self.controlnet_down_blocks, self.controlnet_mid_block):
             zero(module)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Conditioning, hint: Tensor) -> Residuals:
-        """Noisy latents (b, c, h, w) at times t (b,), as the U-Net sees them, and a picture `hint` (b, 3, 8 h, 8 w) in
-        [0, 1] -> what the U-Net adds."""
-        emb = self.embed(t, cond)
-        x = self.conv_in(x).add_(self.controlnet_cond_embedding(hint))
+    def see(self, hint: Tensor, kind: int = 0) -> Tensor:
+        """What is made of a picture (1, 3, 8 h, 8 w) in [0, 1] once, whatever the time: (1, d, h, w)."""
+        return self.controlnet_cond_embedding(hint)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Conditioning, seen: Tensor) -> Residuals:
+        """Noisy latents (b, c, h, w) at times t (b,), as the U-Net sees them, and what `see` made -> what the U-Net
+        adds."""
+        return self.added(self.conv_in(x).add_(seen), self.embed(t, cond), cond)
+
+    def added(self, x: Tensor, emb: Tensor, cond: Conditioning) -> Residuals:
         middle, skips = self.down(x, emb, cond.tokens, cond.mask)
         down = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         added = [*down, self.controlnet_mid_block(middle)]
         if self.pooled:
             added = [residual.mean(dim=(2, 3), keepdim=True) for residual in added]
         return Residuals(tuple(added[:-1]), added[-1])
+
+
+class ControlNetUnion(ControlNet):
+    def __init__(
+        self, config: UNetConfig, hint_widths: tuple[int, ...] = UNION_HINT_WIDTHS, num_kinds: int = 6, depth: int = 1
+    ) -> None:
+        super().__init__(config, hint_widths)
+        width = config.widths[0]
+        self.task_embedding = nn.Parameter(width**0.5 * torch.randn(num_kinds, width))
+        self.transformer_layes = nn.ModuleList(UnionBlock(width) for _ in range(depth))  # as it is spelled in files
+        self.spatial_ch_projs = nn.Linear(width, width)
+        self.control_add_embedding = EmbeddingMLP(256 * num_kinds, 4 * width)
+        zero(self.spatial_ch_projs)
+
+    def see(self, hint: Tensor, kind: int = 0) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """As a ControlNet, of a `kind` that is a number of KINDS; and what the time is told of it (1, d)."""
+        made = self.controlnet_cond_embedding(hint)
+        task = made.mean(dim=(2, 3)) + self.task_embedding[kind]  # 1 d
+        for block in self.transformer_layes:
+            task = block(task)
+        marks = F.one_hot(torch.tensor([kind], device=hint.device), len(self.task_embedding))[0]
+        told = self.control_add_embedding(sinusoid(marks, 256).flatten()[None].to(hint.dtype))
+        return made + self.spatial_ch_projs(task)[:, :, None, None], told
+
+    def forward(self, x: Tensor, t: Tensor, cond: Conditioning, seen: tuple[Tensor, Tensor]) -> Residuals:  # type: ignore[override]
+        made, told = seen
+        return self.added(self.conv_in(x).add_(made), self.embed(t, cond, told), cond)
+
+
+class UnionBlock(nn.Module):
+    """CLIP's block on one token a row (b, d), whose attention to itself alone is its value."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, 1)
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias  # of queries, keys and values
+        x = x + self.attn.out_proj(F.linear(self.ln_1(x), weight.chunk(3)[2], bias.chunk(3)[2]))
+        y = self.mlp["c_fc"](self.ln_2(x))
+        return x + self.mlp["c_proj"](y * torch.sigmoid(1.702 * y))
 
 
 class HintEmbedding(nn.Module):

@@ -169,18 +169,24 @@ UNET_TINY_PIXELS = replace(DDPM_CIFAR, widths=(32, 64), num_blocks=1, depths=(0,
 
 @dataclass(frozen=True)
 class Residuals:
-    """What a second network adds to this one (ControlNet, arXiv:2302.05543): `down` to what the way down hands over to
-    the way up, in the order of its making, conv_in's output first; `mid` to what the middle makes."""
+    """What a second network adds to this one. Of a ControlNet (arXiv:2302.05543): `down` to what the way down hands
+    over to the way up, in the order of its making, conv_in's output first; `mid` to what the middle makes. Of a
+    T2I-Adapter (arXiv:2302.08453): `levels` on the way down, at the end of each level, and of the middle if there is
+    one more."""
 
     down: tuple[Tensor, ...] = ()
     mid: Tensor | None = None
+    levels: tuple[Tensor, ...] = ()
 
     @staticmethod
     def sum(parts: Sequence[Residuals]) -> Residuals:
         """Of several networks at once."""
-        down = zip(*(part.down for part in parts if part.down), strict=True)
+        down, levels = (
+            tuple(sum(same[1:], same[0]) for same in zip(*(row for row in rows if row), strict=True))
+            for rows in ([part.down for part in parts], [part.levels for part in parts])
+        )
         mid = [part.mid for part in parts if part.mid is not None]
-        return Residuals(tuple(sum(same[1:], same[0]) for same in down), sum(mid[1:], mid[0]) if mid else None)
+        return Residuals(down, sum(mid[1:], mid[0]) if mid else None, levels)
 
 
 class DownPath(nn.Module):
@@ -207,16 +213,21 @@ class DownPath(nn.Module):
 
         self.mid_block = Middle(config)
 
-    def down(self, x: Tensor, emb: Tensor, text: Tensor | None, mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """What follows conv_in: what the middle makes, and what the way down hands over, x first."""
+    def down(
+        self, x: Tensor, emb: Tensor, text: Tensor | None, mask: Tensor | None, added: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What follows conv_in: what the middle makes, and what the way down hands over, x first. `added` are `levels`
+        of `Residuals`."""
         skips = [x]
-        for level in self.down_blocks:
-            x, more = level(x, emb, text, mask)
-            skips += more
-        return self.mid_block(x, emb, text, mask), skips
+        for i, level in enumerate(self.down_blocks):
+            x, made = level(x, emb, text, mask, added[i] if i < len(added) else None)
+            skips += made
+        x = self.mid_block(x, emb, text, mask)
+        return x + added[-1] if len(added) > len(self.down_blocks) else x, skips
 
-    def embed(self, t: Tensor, cond: Conditioning) -> Tensor:
-        """What every block is told of the time, the sizes and the class, after the SiLU that all of them begin with."""
+    def embed(self, t: Tensor, cond: Conditioning, more: Tensor | None = None) -> Tensor:
+        """What every block is told of the time, the sizes and the class, and `more` (b, d), after the SiLU that all of
+        them begin with."""
         config = self.config
         frequencies = sinusoid(t, config.widths[0], config.sines_first, config.freq_shift)
         emb = self.time_embedding(frequencies.to(self.conv_in.weight.dtype), cond.guidance)
@@ -226,7 +237,7 @@ class DownPath(nn.Module):
         if self.class_embedding is not None:
             assert cond.labels is not None, "the network wants cond.labels"
             emb = emb + self.class_embedding(cond.labels)
-        return F.silu(emb)
+        return F.silu(emb if more is None else emb + more)
 
 
 class UNet(DownPath):
@@ -264,7 +275,7 @@ class UNet(DownPath):
             assert text is not None
             text = torch.cat([text, cond.images], dim=1)
 
-        x, skips = self.down(self.conv_in(x), emb, text, mask)
+        x, skips = self.down(self.conv_in(x), emb, text, mask, () if residuals is None else residuals.levels)
 
         if residuals is not None:
             if residuals.down:
@@ -299,16 +310,23 @@ class DownLevel(nn.Module):
                 else ResBlock(config, width, width, halve=True)
             )
 
-    def forward(self, x: Tensor, emb: Tensor, text: Tensor | None, mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, emb: Tensor, text: Tensor | None, mask: Tensor | None, added: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`added` joins what the last block makes, or, in a level without attention, what follows it."""
         made = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, emb)
             if self.attentions:
                 x = self.attentions[i](x, text, mask)
             made.append(x)
+        if added is not None and (self.attentions or not self.downsamplers):
+            made[-1] = x = x + added
         for downsample in self.downsamplers:
             x = downsample(x, emb)
             made.append(x)
+        if added is not None and self.downsamplers and not self.attentions:
+            made[-1] = x = x + added
         return x, made
 
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from limner import pictures
+from limner import hints, pictures
 from limner.errors import CheckpointMismatch, UsageError
 from limner.models import ip_adapter, unet
+from limner.models.controlnet import KINDS
 from limner.models.unet import Residuals, UNet, guidance_embedding, micro_conditioning
 from limner.sampling import samplers, schedules
 from limner.sampling.guidance import Combine, Guidance, classifier_free, combining, composed, guided, within
@@ -24,13 +26,16 @@ from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, u
 from limner.types import Conditioning, Control, Defaults, Denoise, Images, Latents, Reference, Request
 
 
-def controlled(control: Control, hint: Tensor, x: Tensor, t: Tensor, cond: Conditioning, wanted: int) -> Residuals:
-    """What a control adds at x: one that guesses only to the first `wanted` rows, a tenth of its weight at the first
-    level of detail and rising to all of it in the middle (arXiv:2302.05543, its code's guess mode)."""
+def controlled(control: Control, seen: Any, x: Tensor, t: Tensor, cond: Conditioning, wanted: int) -> Residuals:
+    """What a control adds at x, which has `seen` its picture: one that guesses only to the first `wanted` rows, a tenth
+    of its weight at the first level of detail and rising to all of it in the middle (arXiv:2302.05543, its code's guess
+    mode)."""
     rows = wanted if control.guess else len(x)
     if not rows:
         return Residuals()
-    added = control.network(x[:rows], t[:rows], cond.map(lambda v: v[:rows]), hint.expand(rows, -1, -1, -1))
+    added = control.network(x[:rows], t[:rows], cond.map(lambda v: v[:rows]), seen)
+    if added.levels:
+        return Residuals(levels=tuple(control.weight * level for level in added.levels))
     count = len(added.down) + 1
     scales = torch.logspace(-1, 0, count).tolist() if control.guess else [1.0] * count
 
@@ -320,7 +325,7 @@ class DiffusionSystem(nn.Module):
         combine: Combine | None,
         interval: tuple[float, float],
         beside: Tensor | None = None,
-        controls: Callable[[], list[tuple[Control, Tensor]]] = list,
+        controls: Callable[[], list[tuple[Control, Any]]] = list,
         references: Sequence[Reference] = (),
         network: nn.Module | None = None,
         against: Denoise | None = None,
@@ -328,7 +333,7 @@ class DiffusionSystem(nn.Module):
     ) -> Denoise:
         """The denoiser a solver asks, guided by `combine` (None is not at all) within an `interval`: a row of the
         network for each part and the negative prompt of a picture there, one row elsewhere and without guidance if
-        there is nothing to compose. `controls` gives those of the step, each with its picture (1, 3, H, W). `network`
+        there is nothing to compose. `controls` gives those of the step, each with what it saw of its picture. `network`
         stands for this system's own; `against` says what the negative prompt would, and `spoilt` what guidance pushes
         away from besides."""
         combine = None if self.told_guidance else combine
@@ -436,7 +441,7 @@ class DiffusionSystem(nn.Module):
         combine = self.combine(request)
         network_of = lru_cache(maxsize=None)(lambda system: system.network)
         perturbed_of = lru_cache(maxsize=None)(lambda system: unet.perturbed(network_of(system), request.pag_layers))
-        controls = [(one, self.hint(one, request)) for one in request.control]
+        controls = [(one, self.hint(one, request)) for one in request.control if one.weight]
         steps, last = 0, len(sigmas) - 1
 
         @lru_cache(maxsize=1)
@@ -445,7 +450,7 @@ class DiffusionSystem(nn.Module):
             mine = controls if system is self else []
             prompts, network = told(), network_of(system)
 
-            def now() -> list[tuple[Control, Tensor]]:
+            def now() -> list[tuple[Control, Any]]:
                 return [row for row in mine if row[0].at(steps, last)]
 
             def alone(other: DiffusionSystem, prompts: Prompts, network: nn.Module) -> Denoise:
@@ -481,12 +486,14 @@ class DiffusionSystem(nn.Module):
             x = sampler(denoise, x, sigmas, self.interpolant, noise=lambda: noise(shape), on_step=on_step)
         return self.interpolant.input_scale(sigmas[-1]) * x if sigmas[-1] else x
 
-    def hint(self, control: Control, request: Request) -> Tensor:
-        """The picture of a control in the size of the request, colours on white, (1, 3, height, width) in [0, 1]."""
+    def hint(self, control: Control, request: Request) -> Any:
+        """What a control sees of its picture, which is on white, in [0, 1] and of the size of the request."""
         first = next(self.network.parameters())
         control.network.to(first.device, first.dtype)  # which may have been widened since it was opened
-        image = pictures.to_tensor(control.image, request.width, request.height)
-        return ((image[:, :3] + 1 - image[:, 3:] + 1) / 2).to(first.device, first.dtype)
+        image = pictures.fit(hints.on_white(control.image), request.width, request.height)
+        image = hints.make(control.maker, image) if control.maker else image
+        hint = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+        return control.network.see(hint.to(first.device, first.dtype), KINDS.get(control.kind, 0))
 
     def check_perturbed(self, request: Request) -> None:
         if not isinstance(self.network, UNet):
