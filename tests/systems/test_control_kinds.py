@@ -389,3 +389,27 @@ def test_all_of_them_compute_in_half_precision(systems, union, adapter):
         )
         apart = np.abs(np.asarray(found.image, dtype=int) - np.asarray(whole.image, dtype=int))
         assert 0 < apart.mean() < 16
+
+
+@pytest.mark.parametrize("kind", ["union", "t2i", "light", "ldm", "lora"])
+def test_tensors_of_other_shapes_are_refused_in_a_line(systems, union, adapter, tiny, kind):
+    base, path = systems["sdxl" if kind == "union" else "sd1"][1].system.network.config, Path("file")
+    own, _, written, ours = tiny
+    tensors = {
+        "union": lambda: load_file(union[1] / WEIGHTS),
+        "t2i": lambda: original(adapter("full")[0], "full"),
+        "light": lambda: original(adapter("light")[0], "light"),
+        "ldm": lambda: written,
+        "lora": lambda: {k: t for k, t in written.items() if ours[k] not in own}
+        | {"lora_controlnet": torch.zeros(0), "time_embed.0.up": torch.zeros(128, 2),
+           "time_embed.0.down": torch.zeros(2, 32)},
+    }[kind]()  # fmt: skip
+    base = UNET_TINY if kind in ("ldm", "lora") else base
+    for name in [*sorted(tensors)[::9], *(n for n in tensors if n.startswith(("task", "conv_in", "time", "input_hi")))]:
+        for shape in ((), (0,), (1, 0, 2), (7, 7, 7, 7)):
+            if name == "lora_controlnet":
+                continue
+            damaged = tensors | {name: torch.zeros(shape)}
+            with pytest.raises(CheckpointMismatch) as error:
+                control._read(path, damaged, base, own, 2)
+            assert "\n" not in str(error.value)

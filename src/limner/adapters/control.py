@@ -217,9 +217,12 @@ def _fraction(text: str, number: str) -> float:
 def _read(
     path: Path, tensors: Mapping[str, Tensor], base: UNetConfig, own: Mapping[str, Tensor], factor: int
 ) -> Network:
-    if t2i_adapter.is_one(tensors):
-        return t2i_adapter.read(path, tensors, base, factor)
-    return controlnet.read(path, tensors, base, own)
+    try:
+        if t2i_adapter.is_one(tensors):
+            return t2i_adapter.read(path, tensors, base, factor)
+        return controlnet.read(path, tensors, base, own)
+    except (IndexError, TypeError, ValueError, ZeroDivisionError, UsageError) as error:
+        raise CheckpointMismatch(f"{path} is like a ControlNet, but its shapes do not fit together") from error
 
 
 def _network(system: Any, path: Path) -> tuple[Network, str]:
