@@ -309,6 +309,18 @@ def tiny() -> tuple[dict[str, torch.Tensor], ControlNet, dict[str, torch.Tensor]
     return own, net, layouts.write(layout, net.state_dict()), {p.name: ours for ours, p in layout.items()}  # type: ignore[return-value]
 
 
+def test_models_that_are_told_more_take_the_same_controlnets(tiny, tmp_path):
+    """Those for inpainting, and consistency models."""
+    own, net, written, _ = tiny
+    base = replace(UNET_TINY, in_channels=9, guidance_width=16)
+    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 7, UNET_TINY.text_width)
+    cond = Conditioning(text, guidance=torch.randn(1, 16))
+    for tensors in (written, net.state_dict()):
+        found = controlnet.read(tmp_path, tensors, base, own)
+        seen = found.see(torch.rand(1, 3, 64, 64))
+        assert torch.equal(found(x, t, cond, seen).mid, net(x, t, Conditioning(text), seen).mid)
+
+
 def test_one_kept_as_differences_from_its_model_is_added_to_it(tiny, tmp_path):
     own, net, written, ours = tiny
     stored = {name: t - own[ours[name]] if ours[name] in own else t for name, t in written.items()}

@@ -52,7 +52,7 @@ def read(path: Path, tensors: Mapping[str, Tensor], base: UNetConfig, own: Mappi
         layout = {name: Place(name) for name in network.state_dict()}
     elif "input_hint_block.0.weight" in tensors:
         _same_base(path, tensors, base)
-        network = _bare(replace(base, in_channels=base.out_channels), {})
+        network = _bare(_seeing_latents(base), {})
         layout = ldm_layout(network)
         if LORA in tensors or DIFFERENCE in tensors:
             tensors = _whole(path, tensors, layout, own)
@@ -80,6 +80,11 @@ def _count(tensors: Mapping[str, Tensor], name: str) -> int:
     return next(k for k in itertools.count() if name.format(k) not in tensors)
 
 
+def _seeing_latents(base: UNetConfig) -> UNetConfig:
+    """`base` told no more than what it denoises: no mask beside it, no scale of guidance."""
+    return replace(base, in_channels=base.out_channels, guidance_width=0)
+
+
 def _with_depths(base: UNetConfig, tensors: Mapping[str, Tensor]) -> UNetConfig:
     """`base` with as many transformers as there are: small ControlNets of SDXL have fewer, or none."""
 
@@ -88,8 +93,7 @@ def _with_depths(base: UNetConfig, tensors: Mapping[str, Tensor]) -> UNetConfig:
 
     levels = range(len(base.widths))
     return replace(
-        base,
-        in_channels=base.out_channels,
+        _seeing_latents(base),
         depths=tuple(depth(f"down_blocks.{i}.attentions.0") for i in levels),
         mid_depth=depth("mid_block.attentions.0"),
     )
