@@ -223,7 +223,7 @@ def on_meta(make: Callable[[], torch.nn.Module]) -> dict[str, torch.Tensor]:
 def test_real_sizes_have_the_names_and_shapes_of_diffusers():
     """Of its default configurations, which are the published ones."""
     rows = [
-        (T2IAdapter(T2I_SD1) if False else on_meta(lambda: T2IAdapter(T2I_SD1)), on_meta(diffusers.T2IAdapter)),
+        (on_meta(lambda: T2IAdapter(T2I_SD1)), on_meta(diffusers.T2IAdapter)),
         (
             on_meta(lambda: T2IAdapter(T2I_SD1_LIGHT)),
             on_meta(
@@ -250,6 +250,27 @@ def test_real_sizes_have_the_names_and_shapes_of_diffusers():
     for ours, theirs in rows:
         wanted = {k.removeprefix("adapter."): tuple(v.shape) for k, v in theirs.items()}
         assert {k: tuple(v.shape) for k, v in ours.items()} == wanted
+
+
+def test_t2i_adapters_of_the_authors_have_the_published_names(tmp_path):
+    """As diffusers' script of conversion lists them."""
+    full = {"conv_in", "body.2.in_conv", "body.4.in_conv", *(f"body.{k}.block{b}" for k in range(8) for b in (1, 2))}
+    light = {f"body.{i}.{name}" for i in range(4) for name in ("in_conv", "out_conv")}
+    light |= {f"body.{i}.body.{k}.block{b}" for i in range(4) for k in range(4) for b in (1, 2)}
+    for config, names in ((T2I_SD1, full), (T2I_SD1_LIGHT, light)):
+        ours = on_meta(lambda config=config: T2IAdapter(config))
+        stored = {}
+        for name in names:
+            match name.split("."):
+                case ["body", i, "body", k, block]:
+                    name_here = f"body.{i}.resnets.{k}.{block}"
+                case ["body", k, part] if config is T2I_SD1:
+                    level, at = divmod(int(k), 2)
+                    name_here = f"body.{level}.in_conv" if part == "in_conv" else f"body.{level}.resnets.{at}.{part}"
+                case _:
+                    name_here = name
+            stored |= {f"{name}.{tensor}": ours[f"{name_here}.{tensor}"] for tensor in ("weight", "bias")}
+        assert t2i_adapter.read(tmp_path, stored, SD1, 8).config == config
 
 
 @pytest.mark.parametrize(("name", "config"), [("sd1", SD1), ("sdxl", SDXL)])

@@ -168,8 +168,8 @@ def differing(controls: Sequence[Control], remembered: Sequence[Mapping[str, Any
 def report(control: Control) -> str:
     """In one line, what a control does."""
     what = {ControlNetUnion: "ControlNet (union)", T2IAdapter: "T2I-Adapter"}.get(type(control.network), "ControlNet")
-    sees = f"{control.maker} of " * bool(control.maker) + f"a {control.kind} picture" * bool(control.kind)
-    sees = sees if control.kind else f"{sees}a picture"
+    sees = f"{control.maker} of a picture" if control.maker else "a picture"
+    sees += f" of {control.kind}" if control.kind not in ("", control.maker) else ""
     when = "" if (control.start, control.end) == (0, 1) else f", from {control.start:g} to {control.end:g} of the steps"
     return f"{control.name}: {what} by {control.weight:g}, told {sees}{when}{', guessing' * control.guess}"
 
