@@ -68,6 +68,14 @@ def test_canny_is_opencvs(seed):
     assert 0.005 < (found > 0).mean() < 0.5
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_canny_is_that_of_opencv_where_it_is_installed(seed):
+    cv2 = pytest.importorskip("cv2")
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 33, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(seed / 2))
+    assert (shades(hints.make("canny", image)) == cv2.Canny(np.asarray(image), 100, 200)).all()
+
+
 def test_canny_finds_the_outline_of_a_square_and_nothing_in_a_ramp():
     square = Image.new("RGB", (32, 32))
     ImageDraw.Draw(square).rectangle((8, 8, 23, 23), fill="white")

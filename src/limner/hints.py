@@ -15,7 +15,7 @@ from limner.errors import UnknownName, UsageError
 LOW, HIGH = 100.0, 200.0
 """Canny's thresholds, of the sum of both slopes' magnitudes of 8-bit grey; ControlNet's own."""
 SIDES = torch.tensor([[1.0, 2.0, 1.0], [0.0, 0.0, 0.0], [-1.0, -2.0, -1.0]])  # Sobel
-NEED_MODELS = ("depth", "pose", "normal", "segmentation", "lineart", "softedge", "mlsd")
+NEED_MODELS = ("depth", "pose", "openpose", "normal", "segmentation", "lineart", "softedge", "hed", "mlsd")
 
 
 def make(maker: str, image: Image.Image) -> Image.Image:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from limner import catalog, metadata, pipeline
+from limner import catalog, hints, metadata, pictures, pipeline
 from limner.adapters import control
 from limner.checkpoints import controlnet, layouts
 from limner.errors import CheckpointMismatch, FileProblem, ImageProblem, UnknownName, UsageError
@@ -26,6 +26,10 @@ KINDS = {
     "sd1": {
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "block_out_channels": (32, 64),
         "layers_per_block": 1, "cross_attention_dim": 64,
+    },
+    "sd2_v": {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "block_out_channels": (64, 128),
+        "layers_per_block": 1, "cross_attention_dim": 64, "attention_head_dim": (1, 2), "use_linear_projection": True,
     },
     "sdxl": {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "block_out_channels": (64, 128),
@@ -345,8 +349,16 @@ def test_one_that_tells_of_the_whole_picture_and_one_of_colours_the_other_way(sy
             assert a.shape == b.shape
 
 
-def test_makers_from_a_line_reach_the_network(systems, nets, here):
+def test_a_maker_makes_what_the_network_sees_in_the_size_that_is_drawn(systems, nets, here, monkeypatch):
     """depth takes a model that is not here."""
-    picture().save(here / "in.png")
+    pipe, photo = systems["sd1"][1], picture(side=100)
+    edges = hints.make("canny", pictures.fit(photo, 32, 32))
+    photo.save(here / "in.png")
+    made = drawn(pipe, monkeypatch, control=f"{nets['sd1', 5][1]}=in.png:0.7,canny")
+    given, plain = (drawn(pipe, monkeypatch, control=[(nets["sd1", 5][1], im, 0.7)]) for im in (edges, photo))
+    assert torch.equal(made, given)
+    assert not torch.equal(made, plain)
+    larger = pipe.generate("a fox", seed=1, steps=2, hires=2, control=f"{nets['sd1', 5][1]}=in.png:0.7,canny")
+    assert larger[0].image.size == (64, 64)
     with pytest.raises(UsageError, match="depth is found"):
         control.open_control(systems["sd1"][1].system, **control.parse(f"{nets['sd1', 5][1]}=in.png,depth"))

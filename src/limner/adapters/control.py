@@ -230,6 +230,8 @@ def _network(system: Any, path: Path) -> tuple[Network, str]:
     base, adapters = getattr(system, "network", None), stack(system)
     if not isinstance(base, UNet):
         raise UsageError(f"{system.name} takes no ControlNets: those are for U-Nets, such as Stable Diffusion's")
+    if getattr(system, "enlarges", 1) > 1:
+        raise UsageError(f"{system.name} takes no ControlNets: it follows the picture that it enlarges")
     settings = folders.Settings(path / "config.json").values if path.is_dir() else {}
     paths = folders.weights(path) if path.is_dir() else [path]
     try:
