@@ -69,7 +69,7 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "noise_level": (int, 0, 999),  # of a picture that was enlarged
     "adapters": (list, 1, 100),  # each as `ADAPTER`: of LoRA and its kin, with a weight; without, a learned word
     "control": (list, 1, 100),  # each as `CONTROL`
-    "ip_adapter": (list, 1, 100),  # the same
+    "ip_adapter": (list, 1, 100),  # each as `IP_ADAPTER`
 }
 CONTROL: dict[str, tuple[type, float, float]] = {
     "name": (str, 1, 200),
@@ -81,6 +81,13 @@ CONTROL: dict[str, tuple[type, float, float]] = {
     "maker": (str, 1, 50),  # of what it saw
     "kind": (str, 1, 50),
     "image_hash": (str, 1, 64),  # of the picture given
+}
+IP_ADAPTER: dict[str, tuple[type, float, float]] = {
+    "name": (str, 1, 200),
+    "hash": (str, 1, 64),
+    "weight": (float, -100, 100),
+    "blocks": (dict, 1, 1000),  # factors of blocks
+    "image_hash": (str, 1, 64),  # of the picture shown
 }
 ADAPTER: dict[str, tuple[type, float, float]] = {
     "name": (str, 1, 200),  # of its file; never a path
@@ -264,6 +271,8 @@ def to_infotext(settings: dict[str, Any]) -> str:
         told |= {"Guidance Start": one.get("start", 0.0), "Guidance End": one.get("end", 1.0)}
         told = {"Module": one.get("maker", "none")} | told
         pairs[f"ControlNet {k}"] = ", ".join(f"{name}: {value}" for name, value in told.items())
+    for k, one in enumerate(settings.get("ip_adapter", [])):
+        pairs[f"IP-Adapter {k}"] = f"Model: {one['name']} [{one['hash']}], Weight: {one['weight']}"
     for key, weighted in (("Lora hashes", True), ("TI hashes", False)):
         hashes = [f"{one['name']}: {one['hash']}" for one in adapters if ("weight" in one) is weighted]
         pairs[key] = ", ".join(hashes) or None
@@ -391,10 +400,13 @@ def _from_json(text: str) -> dict[str, Any]:
 def check_settings(settings: dict[str, Any]) -> None:
     """Raise ValueError unless every setting is known, of its type and in its range."""
     _check(settings, SETTINGS)
-    for one in [*settings.get("control", []), *settings.get("ip_adapter", [])]:
-        if not isinstance(one, dict) or not {"name", "hash", "weight"} <= one.keys():
-            raise ValueError(f"{one!r:.40} is no ControlNet or IP-Adapter")
-        _check(one, CONTROL)
+    for name, what, known in (("control", "ControlNet", CONTROL), ("ip_adapter", "IP-Adapter", IP_ADAPTER)):
+        for one in settings.get(name, []):
+            if not isinstance(one, dict) or not {"name", "hash", "weight"} <= one.keys():
+                raise ValueError(f"{one!r:.40} is no {what}")
+            _check(one, known)
+            for block, factor in one.get("blocks", {}).items():
+                _check({"name": block, "weight": factor}, ADAPTER)
     for one in settings.get("adapters", []):
         if not isinstance(one, dict) or not {"name", "hash"} <= one.keys():
             raise ValueError(f"{one!r:.40} is no adapter")

@@ -59,6 +59,8 @@ class Pipeline:
         encoder = values.pop("image_encoder", None)
         if values.get("ip_adapter"):
             values["ip_adapter"] = references.opened(self.system, values["ip_adapter"], encoder)
+        elif encoder is not None:
+            raise UsageError("image_encoder is what an IP-Adapter sees with, and none was given: give ip_adapter")
         one_file = [[given] if isinstance(given, str | Path) else list(given) for given in (lora, embedding)]
         asked = [*one_file[0], *one_file[1]]
         tags: list[Any] = []
@@ -591,8 +593,9 @@ def ignored(system: System, request: Request) -> list[str]:
     if request.switch_at != SWITCH_AT and getattr(system, "refiner", None) is None:
         told.append("switch_at has no effect without a refiner: add --refiner FILE")
     guide = getattr(system, "guide", None)
-    if request.guidance == 1 and guide is not None:
-        told.append(f"{guide.name} guides nothing at guidance 1: ask for more guidance")
+    if guide is not None and (request.guidance == 1 or told_guidance):
+        why = f"as {system.name} is told its guidance" if told_guidance else "at guidance 1: ask for more guidance"
+        told.append(f"{guide.name} guides nothing, {why}")
     elif request.negative.strip() and guide is not None:
         told.append(f"the negative prompt has no effect: {guide.name} guides in its place")
     if request.negative.strip() and request.guidance == 1 and not told_guidance:
@@ -601,6 +604,7 @@ def ignored(system: System, request: Request) -> list[str]:
         told += [f"{one.name} has weight 0, and tells nothing"] if not one.weight else []
         if getattr(system, "refiner", None) is not None:
             told.append(f"{one.name} tells nothing in the steps of the refiner")
+    told += [f"{one.name} has weight 0, and shows nothing" for one in request.ip_adapter if not one.weight]
     shown = [("the picture's", request.image)] if request.image is not None else []
     for whose, image in shown + [(f"{one.name}'s picture's", one.image) for one in request.control]:
         across, down = image.width * request.height, image.height * request.width

@@ -5,7 +5,7 @@ Shapes: b batch, c channels, h w height and width, l text tokens, d width of a t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -121,7 +121,8 @@ class Control:
 @dataclass(frozen=True)
 class Reference:
     """A picture that a U-Net is told of as words (IP-Adapter): `network` by `weight` adds `words` (1, n, d) to those of
-    the prompt and `nothing`, of no picture, to those of the negative prompt."""
+    the prompt and `nothing`, of no picture, to those of the negative prompt. `blocks` are factors of blocks, of which
+    the longest name that a module begins with counts; `image_hash` is that of the picture."""
 
     network: Any = field(compare=False)
     words: Tensor = field(compare=False)
@@ -129,10 +130,18 @@ class Reference:
     weight: float = 1.0
     name: str = ""
     hash: str = ""
+    blocks: Mapping[str, float] = field(default_factory=dict)
+    image_hash: str = ""
+
+    def weight_in(self, module: str) -> float:
+        """How much it counts in a module of the network."""
+        fitting = [block for block in self.blocks if f"{module}.".startswith(f"{block}.")]
+        return self.weight * (self.blocks[max(fitting, key=len)] if fitting else 1.0)
 
     def settings(self) -> dict[str, Any]:
         """What a picture remembers of it."""
-        return {"name": self.name, "hash": self.hash, "weight": self.weight}
+        told = {"name": self.name, "hash": self.hash, "weight": self.weight, "image_hash": self.image_hash}
+        return told | ({"blocks": dict(self.blocks)} if self.blocks else {})
 
 
 @dataclass(frozen=True, kw_only=True)

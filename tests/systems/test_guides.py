@@ -120,6 +120,18 @@ def test_a_picture_remembers_how_it_was_perturbed(folders, limner, here):
     assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes()
 
 
+def test_a_network_that_is_told_its_guidance_is_perturbed_alone(tmp_path, weak):
+    system = pipeline.load(stable_diffusion.lcm(tmp_path), guide_model=weak).system
+    told = {"steps": 1, "guidance": 8.0, "sampler": "euler"}
+    strong, pushed = latents(system, **told), latents(system, pag_scale=2.0, **told)
+    own, system.network = system.network, unet.perturbed(system.network, ["mid_block"])
+    poor = latents(system, **told)
+    system.network = own
+    assert (pushed - (strong + 2.0 * (strong - poor))).abs().max() <= 1e-4 * pushed.abs().max()
+    with pytest.warns(Ignored, match="sd1 guides nothing, as .* is told its guidance"):
+        pipeline.generate(system, "fox", steps=1)
+
+
 # ---------------------------------------------------------------- autoguidance
 
 
@@ -167,7 +179,7 @@ def test_what_a_guide_takes_the_place_of_is_told(folders, weak):
     pipe = pipeline.load(folders["sd1"], guide_model=weak)
     with pytest.warns(Ignored, match="the negative prompt has no effect: sd1 guides in its place"):
         pipe.generate("fox", negative="dull", steps=1)
-    with pytest.warns(Ignored, match="sd1 guides nothing at guidance 1"):
+    with pytest.warns(Ignored, match="sd1 guides nothing, at guidance 1"):
         pipe.generate("fox", guidance=1, steps=1)
 
 

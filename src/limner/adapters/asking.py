@@ -30,11 +30,18 @@ class Asked:
 
 def parse(text: str, folders: tuple[Path, ...] = (Path(),)) -> Asked:
     """FILE[:WEIGHT][,BLOCK=WEIGHT...]; a bare name is of a file in `folders`. Raises UsageError, FileProblem."""
+    path, weight, blocks = weighted(text)
+    return Asked(_file(path, folders), weight, blocks)
+
+
+def weighted(text: str) -> tuple[str, float | None, dict[str, float]]:
+    """FILE[:WEIGHT][,BLOCK=WEIGHT...] as a path, the weight, and those of blocks. Raises UsageError."""
     path, colon, told = text.rpartition(":")
     whole = os.path.exists(text)  # noqa: PTH110 (Path's may raise)
+    weight: float | None = None
+    blocks: dict[str, float] = {}
     if not colon or whole or "/" in told or "\\" in told:
-        return Asked(_file(text, folders))
-    weight, blocks = None, {}
+        return text, weight, blocks
     for n, part in enumerate(told.split(",")):
         block, equals, number = part.rpartition("=")
         try:
@@ -49,7 +56,7 @@ def parse(text: str, folders: tuple[Path, ...] = (Path(),)) -> Asked:
             weight = value
         else:
             raise UsageError(f"{text!r:.200}: {part!r:.50} does not say of which block it is the weight")
-    return Asked(_file(path, folders), weight, blocks)
+    return path, weight, blocks
 
 
 def _file(text: str, folders: tuple[Path, ...]) -> Path:

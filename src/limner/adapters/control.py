@@ -22,7 +22,7 @@ from limner.errors import Assumed, CheckpointMismatch, FileProblem, LimnerError,
 from limner.models.controlnet import KINDS, ControlNet, ControlNetUnion
 from limner.models.t2i_adapter import T2IAdapter
 from limner.models.unet import UNet, UNetConfig
-from limner.types import Control
+from limner.types import Control, Reference
 
 MOST_KEPT = 4
 """Networks that a system keeps for the next picture."""
@@ -30,6 +30,7 @@ MAKES = {maker: maker for maker in hints.MAKERS if maker in KINDS} | {
     "sobel": "softedge", "blur": "tile", "invert": "lineart",
 }  # fmt: skip
 """The kind of picture that a maker makes."""
+KIND = {"--control": "ControlNet", "--ip-adapter": "IP-Adapter"}
 Network = ControlNet | T2IAdapter
 
 
@@ -129,7 +130,9 @@ def parse(text: str) -> dict[str, Any]:
     return told
 
 
-def resolve(asked: Sequence[dict[str, Any]], remembered: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def resolve(
+    asked: Sequence[dict[str, Any]], remembered: Sequence[Mapping[str, Any]], flag: str = "--control"
+) -> list[dict[str, Any]]:
     """What is asked for, with what a picture remembers of a file of the same name where nothing else is said. Raises
     UsageError where the picture remembers one that is not asked for: it does not hold its picture."""
     rest, found = list(remembered), []
@@ -137,17 +140,17 @@ def resolve(asked: Sequence[dict[str, Any]], remembered: Sequence[Mapping[str, A
         old = next((row for row in rest if row["name"] == name_of(Path(one["file"]))), None)
         if old is not None:
             rest.remove(old)
-        kept = ("weight", "start", "end", "guess", "maker", "kind")
+        kept = ("weight", "start", "end", "guess", "maker", "kind", "blocks")
         found.append({name: old[name] for name in kept if old and name in old} | one)
     if rest:
         raise UsageError(
-            f"painted with the ControlNet {rest[0]['name']!r} (hash {rest[0]['hash']}) and a picture, which is not "
-            "held: add --control FILE=IMAGE"
+            f"painted with the {KIND[flag]} {rest[0]['name']!r} (hash {rest[0]['hash']}) and a picture, which is not "
+            f"held: add {flag} FILE=IMAGE"
         )
     return found
 
 
-def differing(controls: Sequence[Control], remembered: Sequence[Mapping[str, Any]]) -> list[str]:
+def differing(controls: Sequence[Control | Reference], remembered: Sequence[Mapping[str, Any]]) -> list[str]:
     """A sentence for each file or picture that is not the one remembered."""
     told, rest = [], list(remembered)
     for one in controls:

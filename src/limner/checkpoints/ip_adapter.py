@@ -14,7 +14,7 @@ from limner.checkpoints import layouts
 from limner.checkpoints.components import UNETS
 from limner.checkpoints.files import assign
 from limner.checkpoints.layouts import Place
-from limner.errors import CheckpointMismatch
+from limner.errors import CheckpointMismatch, UsageError
 from limner.models.clip_vision import CLIP_L, CLIPVision, CLIPVisionConfig
 from limner.models.ip_adapter import FullProjection, ImageProjection, IPAdapter, Resampler, attentions
 from limner.models.unet import UNet
@@ -23,11 +23,25 @@ SEEN, LAYERS = "image_proj.", "ip_adapter."
 WANTED = f"{LAYERS}1.to_k_ip.weight"
 
 
-def read(path: Path, tensors: Mapping[str, Tensor], network: UNet, encoder: CLIPVision) -> IPAdapter:
-    """The IP-Adapter of a file with these tensors, for `network` and for what `encoder` sees.
+HEADS = {768: 12, 1024: 16, 1280: 16, 1664: 16}
+"""Of towers of these widths, CLIP's B, L, H and bigG, which no shape tells."""
 
-    Raises CheckpointMismatch for one of another model or another encoder, and for what is none.
+
+def sees(path: Path, tensors: Mapping[str, Tensor], encoder: CLIPVision) -> bool:
+    """Whether an encoder says of a picture, or of its states, as many numbers as the adapter is told.
+
+    Raises CheckpointMismatch for an adapter that is not whole.
     """
+    said, config = {"proj": encoder.config.projection}, encoder.config
+    name = next((name for name in ("proj", "proj_in", "proj.0") if f"{SEEN}{name}.weight" in tensors), "proj")
+    try:
+        return tensors[f"{SEEN}{name}.weight"].shape[1] == said.get(name, config.width)
+    except (KeyError, IndexError) as error:
+        raise CheckpointMismatch(f"{path} is like an IP-Adapter, but not whole: there is no {error}") from error
+
+
+def check(path: Path, tensors: Mapping[str, Tensor], network: UNet) -> None:
+    """Raises CheckpointMismatch unless a file with these tensors is of an IP-Adapter for a network like this."""
     if WANTED not in tensors:
         first = min(tensors, default="none")
         raise CheckpointMismatch(
@@ -42,7 +56,15 @@ def read(path: Path, tensors: Mapping[str, Tensor], network: UNet, encoder: CLIP
     if text != mine:
         its, own = (UNETS.get(width, f"a model of words {width} wide") for width in (text, mine))
         raise CheckpointMismatch(f"{path} is an IP-Adapter of {its}, this is {own}: take one made for it")
-    widths = [attention.to_q.out_features for attention in attentions(network)]
+
+
+def read(path: Path, tensors: Mapping[str, Tensor], network: UNet, encoder: CLIPVision) -> IPAdapter:
+    """The IP-Adapter of a file with these tensors, which passed `check`, for `network` and for an encoder that `sees`.
+
+    Raises CheckpointMismatch for what is not whole, or not of this size.
+    """
+    text = network.config.text_width
+    widths = [attention.to_q.out_features for attention in attentions(network).values()]
     try:
         with torch.device("meta"):
             adapter = IPAdapter(
@@ -56,16 +78,9 @@ def read(path: Path, tensors: Mapping[str, Tensor], network: UNet, encoder: CLIP
         number, _, name = rest.partition(".")
         theirs = f"{SEEN}{rest}" if part == "projection" else f"{LAYERS}{2 * int(number) + 1}.{name}"
         layout[ours] = Place(theirs)
-    wanted = encoder.config.projection if adapter.projection.whole else encoder.config.width
-    seen = tensors[f"{SEEN}{'proj_in' if isinstance(adapter.projection, Resampler) else 'proj'}"
-                   f"{'.0' if isinstance(adapter.projection, FullProjection) else ''}.weight"].shape[1]  # fmt: skip
-    if seen != wanted:
-        raise CheckpointMismatch(
-            f"{path} is told of pictures by {seen} numbers, its image encoder says {wanted}: give --image-encoder FILE "
-            "with the other (ViT-H says 1024 or 1280, ViT-bigG 1280 or 1664)"
-        )
     layouts.fit(layout, adapter.state_dict(), tensors, f"{path}, read as an IP-Adapter")
     assign(adapter, layouts.read(layout, tensors, path), path)
+    adapter.projection.float()  # files are in half precision, and it works once a picture
     return adapter.requires_grad_(False).eval()
 
 
@@ -84,8 +99,8 @@ def _projection(tensors: Mapping[str, Tensor], text: int, encoder: CLIPVision) -
 
 
 def read_encoder(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> CLIPVision:
-    """The tower of pictures in a file with these tensors; `settings` are those beside it, if any: no name tells how
-    many heads there are (16 in all that are known). Raises CheckpointMismatch."""
+    """The tower of pictures in a file with these tensors; `settings` are those beside it, which tell heads and
+    activation: of the published sizes they are known. Raises CheckpointMismatch."""
     tensors = {
         name if name.startswith(("vision_model.", "visual_projection.")) else f"vision_model.{name}": tensor
         for name, tensor in tensors.items()
@@ -97,17 +112,20 @@ def read_encoder(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[st
         config = CLIPVisionConfig(
             width=width,
             depth=next(k for k in itertools.count() if f"encoder.layers.{k}.layer_norm1.weight" not in shapes),
-            num_heads=int(settings.get("num_attention_heads", 16)),
+            num_heads=int(settings.get("num_attention_heads", HEADS.get(width, 0))),
             hidden=shapes["encoder.layers.0.mlp.fc1.weight"][0],
-            activation=settings.get("hidden_act", "quick_gelu" if width == CLIP_L.width else "gelu"),
+            activation=settings.get("hidden_act", "quick_gelu" if width <= CLIP_L.width else "gelu"),
             projection=shapes["visual_projection.weight"][0],
             size=patch * round((shapes["embeddings.position_embedding.weight"][0] - 1) ** 0.5),
             patch=patch,
+            norm_eps=float(settings.get("layer_norm_eps", 1e-5)),
         )
         with torch.device("meta"):
             encoder = CLIPVision(config)
     except (KeyError, IndexError) as error:
         raise CheckpointMismatch(f"{path} is no CLIP tower of pictures: there is no {error}") from error
+    except (UsageError, ValueError, TypeError) as error:
+        raise CheckpointMismatch(f"{path}: {error}; is the config.json of transformers beside it?") from error
     layout = {name: Place(name) for name in encoder.state_dict()}
     layouts.fit(layout, encoder.state_dict(), tensors, f"{path}, read as an image encoder")
     assign(encoder, layouts.read(layout, tensors, path), path)

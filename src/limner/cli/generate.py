@@ -163,7 +163,11 @@ def paint(
     ] = None,
     ip_adapter: Annotated[
         list[str] | None,
-        typer.Option("--ip-adapter", metavar="FILE=IMAGE[:WEIGHT]", help="A picture as words of the prompt."),
+        typer.Option(
+            "--ip-adapter",
+            metavar="FILE=IMAGE[:WEIGHT]",
+            help="An IP-Adapter and a picture, as words of the prompt; may be given again. FILE=IMAGE:0.6,mid_block=0",
+        ),
     ] = None,
     image_encoder: Annotated[
         Path | None, typer.Option("--image-encoder", help="What an IP-Adapter sees with. [default: beside it]")
@@ -236,7 +240,8 @@ def paint(
         "noise_level": noise_level,
         "wildcards": wildcards,
     }
-    remembered = _remembered(settings, image, mask, model, ip_adapter) if settings else {}
+    remembered = _remembered(settings, image, mask, model) if settings else {}
+    shown = remembered.pop("ip_adapter", [])
     painted_with, adapters = remembered.pop("model_hash", None), remembered.pop("adapters", [])
     controlled = remembered.pop("control", [])
     asked = remembered | {k: v for k, v in flags.items() if v is not None}
@@ -287,10 +292,14 @@ def paint(
         given["control"], sentences = _control(pipe, control or [], controlled, tell)
         for sentence in sentences:
             _told(sentence)
-    if ip_adapter:
+    if ip_adapter or shown:
+        from limner.adapters import control as controls
         from limner.adapters import references
 
-        given["ip_adapter"] = references.opened(pipe.system, ip_adapter, image_encoder)
+        rows = controls.resolve([references.parse(text) for text in ip_adapter or []], shown, "--ip-adapter")
+        given["ip_adapter"] = references.opened(pipe.system, rows, image_encoder)
+        for sentence in controls.differing(given["ip_adapter"], shown):
+            tell(sentence)
     elif image_encoder is not None:
         raise UsageError("--image-encoder is what an IP-Adapter sees with: add --ip-adapter FILE=IMAGE")
     if expand is not None or keep_size:
@@ -365,9 +374,7 @@ OF_OTHERS = {"expand", "keep_size", "enlarge", "factor", "noise_level"}
 as_paint(generate_command, {}, [name for name in inspect.signature(paint).parameters if name not in OF_OTHERS])
 
 
-def _remembered(
-    path: Path, image: Path | None, mask: Path | None, model: str | None, ip_adapter: list[str] | None
-) -> dict[str, Any]:
+def _remembered(path: Path, image: Path | None, mask: Path | None, model: str | None) -> dict[str, Any]:
     """The settings in `path` that can be asked for again. Weights are never loaded because a picture names them."""
     from limner import catalog
 
@@ -381,11 +388,6 @@ def _remembered(
         raise UsageError(f"{str(path)!r} was painted over another picture, which it does not hold: add -i PICTURE")
     if "mask_blur" in settings and mask is None:
         raise UsageError(f"{str(path)!r} was painted under a mask, which it does not hold: add --mask MASK")
-    if (painted := settings.pop("ip_adapter", [])) and not ip_adapter:
-        raise UsageError(
-            f"{str(path)!r} was painted with the IP-Adapter {painted[0]['name']!r} and a picture, which it does not "
-            "hold: add --ip-adapter FILE=IMAGE"
-        )
     return {k: v for k, v in settings.items() if k != "limner"}
 
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from limner.nn.clip import Layer
+from limner.errors import UsageError
+from limner.nn.clip import ACTIVATIONS, Layer
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -30,6 +31,12 @@ class CLIPVisionConfig:
     size: int = 224
     patch: int = 14
     norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.width % self.num_heads:
+            raise UsageError(f"width={self.width} is not in equal parts over num_heads={self.num_heads}")
+        if self.activation not in ACTIVATIONS:
+            raise UsageError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
 
 
 OPENCLIP_H = CLIPVisionConfig()  # IP-Adapter's for Stable Diffusion 1, and for XL in the files called vit-h

@@ -5,7 +5,7 @@ Names of the tensors are those of its authors' files, `image_proj.` and `ip_adap
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -112,23 +112,24 @@ class IPAdapter(nn.Module):
         )
 
 
-def attentions(network: UNet) -> list[Attention]:
-    """The attentions to text of a U-Net in the order of IP-Adapter's files: down, up, middle."""
-    parts = (network.down_blocks, network.up_blocks, network.mid_block)
-    return [block.attn2 for part in parts for block in part.modules() if isinstance(block, TransformerBlock)]
+def attentions(network: UNet) -> dict[str, Attention]:
+    """The attentions to text of a U-Net by name, in the order of IP-Adapter's files: down, up, middle."""
+    found = {f"{k}.attn2": block.attn2 for k, block in network.named_modules() if isinstance(block, TransformerBlock)}
+    order = ("down_blocks", "up_blocks", "mid_block")
+    return dict(sorted(found.items(), key=lambda row: order.index(row[0].partition(".")[0])))
 
 
 @contextmanager
-def attached(network: UNet, adapters: Sequence[tuple[IPAdapter, float]]) -> Iterator[None]:
+def attached(network: UNet, adapters: Sequence[tuple[IPAdapter, Callable[[str], float]]]) -> Iterator[None]:
     """While it lasts, `network` attends to `cond.images`, the words of all `adapters` one after the other, each by its
-    weight."""
-    rows = attentions(network) if adapters else []
-    for k, attention in enumerate(rows):
+    weight in a module of this name."""
+    rows = attentions(network) if adapters else {}
+    for k, (name, attention) in enumerate(rows.items()):
         attention.beside = [
-            (one.projection.count, cast(nn.ModuleDict, one.layers[k]), weight) for one, weight in adapters
+            (one.projection.count, cast(nn.ModuleDict, one.layers[k]), weight_in(name)) for one, weight_in in adapters
         ]
     try:
         yield
     finally:
-        for attention in rows:
+        for attention in rows.values():
             attention.beside = ()

@@ -16,7 +16,7 @@ import copy
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -528,8 +528,9 @@ def micro_conditioning(pooled: Tensor, numbers: Tensor) -> Tensor:
 
 def sharing(network: nn.Module) -> nn.Module:
     """A copy with the very weights of `network`, whose modules can be changed while that one draws something else."""
-    weights = (*network.parameters(), *network.buffers())
-    return copy.deepcopy(network, {id(weight): weight for weight in weights})
+    kept: list[Any] = [*network.parameters(), *network.buffers()]
+    kept += [own for module in network.modules() if isinstance(module, Attention) for _, own, _ in module.beside]
+    return copy.deepcopy(network, {id(one): one for one in kept})
 
 
 def self_attentions(network: nn.Module) -> dict[str, Attention]:

@@ -40,8 +40,9 @@ class Attention(nn.Module):
         k, v = self.heads(self.to_k(source)), self.heads(self.to_v(source))
         attended = v if self.identity else F.scaled_dot_product_attention(q, k, v, attn_mask=where)
         for words, own, weight in others:
-            k, v = self.heads(own["to_k_ip"](words)), self.heads(own["to_v_ip"](words))
-            attended = attended + weight * F.scaled_dot_product_attention(q, k, v)
+            if weight:
+                k, v = self.heads(own["to_k_ip"](words)), self.heads(own["to_v_ip"](words))
+                attended = attended + weight * F.scaled_dot_product_attention(q, k, v)
         return self.to_out(rearrange(attended, "b h n e -> b n (h e)"))
 
     def heads(self, x: Tensor) -> Tensor:

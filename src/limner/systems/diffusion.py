@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -336,7 +337,6 @@ class DiffusionSystem(nn.Module):
         there is nothing to compose. `controls` gives those of the step, each with what it saw of its picture. `network`
         stands for this system's own; `against` says what the negative prompt would, and `spoilt` what guidance pushes
         away from besides."""
-        combine = None if self.told_guidance else combine
         network = self.network if network is None else network
         first = next(network.parameters())
         dtype = first.dtype
@@ -438,36 +438,35 @@ class DiffusionSystem(nn.Module):
             x = self.interpolant.mix(start, eps, sigmas[0])
         sampler = samplers.get(request.sampler)
         interval = request.guidance_interval or self.defaults.guidance_interval
-        combine = self.combine(request)
-        network_of = lru_cache(maxsize=None)(lambda system: system.network)
-        perturbed_of = lru_cache(maxsize=None)(lambda system: unet.perturbed(network_of(system), request.pag_layers))
+        combine, push = self.combine(request), classifier_free(1 + request.pag_scale) if request.pag_scale else None
+        perturbed = lru_cache(maxsize=None)(lambda system: unet.perturbed(system.network, request.pag_layers))
+        seeing = [self]  # controls and pictures as words, and a guide that can
+        if self.guide is not None and self.guide.network.config == self.network.config:
+            seeing.append(self.guide)
         controls = [(one, self.hint(one, request)) for one in request.control if one.weight]
         steps, last = 0, len(sigmas) - 1
 
         @lru_cache(maxsize=1)
         def denoiser(turn: int) -> Denoise:
             _, told, system = cond[turn]
-            mine = controls if system is self else []
-            prompts, network = told(), network_of(system)
+            prompts = told()
 
             def now() -> list[tuple[Control, Any]]:
-                return [row for row in mine if row[0].at(steps, last)]
+                return [row for row in controls if row[0].at(steps, last)]
 
-            def alone(other: DiffusionSystem, prompts: Prompts, network: nn.Module) -> Denoise:
-                fits = other.network.config == system.network.config
-                seen = request.ip_adapter if other is self else ()
-                return other.denoiser(prompts, None, interval, beside, now if fits else list, seen, network)
+            def sees(other: DiffusionSystem) -> tuple[Any, Sequence[Reference]]:
+                return (now, request.ip_adapter) if any(other is one for one in seeing) else (list, ())
 
-            against = spoilt = None
-            if request.pag_scale:
-                spoilt = alone(system, prompts, perturbed_of(system))
-            if request.guidance == 1:
-                against, spoilt = spoilt, None
-            elif prompts.guide is not None:
+            def plain(other: DiffusionSystem, said: Prompts, network: nn.Module | None = None) -> Denoise:
+                return other.denoiser(said, None, interval, beside, *sees(other), network)
+
+            against, spoilt = None, plain(system, prompts, perturbed(system)) if request.pag_scale else None
+            if system.unguided(request):
+                return system.denoiser(prompts, push, interval, beside, *sees(system), None, spoilt)
+            if prompts.guide is not None:
                 assert system.guide is not None
-                against = alone(system.guide, prompts.guide, network_of(system.guide))
-            seen = request.ip_adapter if system is self else ()
-            return system.denoiser(prompts, combine, interval, beside, now, seen, network, against, spoilt)
+                against = plain(system.guide, prompts.guide)
+            return system.denoiser(prompts, combine, interval, beside, *sees(system), None, against, spoilt)
 
         def on_step(done: int, total: int) -> None:
             nonlocal steps
@@ -481,8 +480,10 @@ class DiffusionSystem(nn.Module):
             return x0 if paint is None else torch.lerp(start, x0, paint)  # type: ignore[arg-type]
 
         like = next(self.network.parameters())
-        references = [(one.network.to(like.device, like.dtype), one.weight) for one in request.ip_adapter]
-        with ip_adapter.attached(self.network, references):
+        references = [(one.network.to(like.device, like.dtype), one.weight_in) for one in request.ip_adapter]
+        with contextlib.ExitStack() as attached:
+            for system in seeing:
+                attached.enter_context(ip_adapter.attached(system.network, references))
             x = sampler(denoise, x, sigmas, self.interpolant, noise=lambda: noise(shape), on_step=on_step)
         return self.interpolant.input_scale(sigmas[-1]) * x if sigmas[-1] else x
 
@@ -503,10 +504,12 @@ class DiffusionSystem(nn.Module):
             )
         unet.within(self.network, request.pag_layers)
 
-    def combine(self, request: Request) -> Combine | None:
-        """The guidance that a request asks for, None for none; it may remember: one for each drawing."""
-        if request.guidance == 1:
-            return classifier_free(1 + request.pag_scale) if request.pag_scale else None
+    def unguided(self, request: Request) -> bool:
+        """Whether the prompt is followed plainly: as asked for, or since the network is told the guidance instead."""
+        return request.guidance == 1 or self.told_guidance > 0
+
+    def combine(self, request: Request) -> Combine:
+        """The guidance that a request asks for, which may remember: one for each drawing."""
         way = Guidance(
             scale=request.guidance, way=request.guidance_kind, rescale=request.guidance_rescale,  # type: ignore[arg-type]
             mimic=request.guidance_mimic, push=request.pag_scale,
