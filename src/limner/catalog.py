@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from limner.checkpoints import autoencoder as kl
-from limner.checkpoints import files, folders, hub, layouts, single_files
+from limner.checkpoints import files, folders, hub, layouts, parts, single_files
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.layouts import Place
 from limner.checkpoints.quantization import quantize
@@ -348,16 +348,20 @@ def load(
     device: torch.device | str = "cpu",
     prediction: Literal["eps", "v"] | None = None,
     dtype: torch.dtype | None = None,
+    vae: str | Path | None = None,
+    text_encoders: Sequence[str | Path] = (),
 ) -> AutoencodingSystem | DiffusionSystem:
     """A system by name ("icons"), weight file of ours or of Stable Diffusion, folder of a training run or of diffusers,
     ready to draw. `prediction` is for models of other programs whose files do not say, or not truly, what they predict;
     `dtype` is what the network computes in, else for models of other programs what is fastest, half precision on a GPU
-    and bfloat16 on a processor that has it, and float32 for the rest.
+    and bfloat16 on a processor that has it, and float32 for the rest. `vae` is another autoencoder, `text_encoders` are
+    files with other text towers; of a single file that is a U-Net alone, they are what it lacks.
 
-    Raises UnknownName, FileProblem, CheckpointMismatch.
+    Raises UsageError, UnknownName, FileProblem, CheckpointMismatch.
     """
     path = find(source)
-    found = recognise(path, prediction)
+    codec, texts = None if vae is None else Path(vae), [Path(file) for file in text_encoders]
+    found = recognise(path, prediction, codec, texts)
     for sentence in () if found is None else found.assumed:
         warnings.warn(f"{path}: {sentence}", Assumed, stacklevel=2)
     if found is not None:
@@ -377,7 +381,23 @@ def load(
     beside = ThreadPoolExecutor(1)
     system.weights_hash = beside.submit(files.digest, *([path] if found is None else found.files)).result
     beside.shutdown(wait=False)
-    return system.requires_grad_(False).eval().to(device)
+    system.requires_grad_(False).eval().to(device)
+    if codec is not None:
+        if found is None or not any(place.name.startswith(f"{codec}/") for place in found.layout.values()):
+            put_autoencoder(system, codec)
+        else:
+            system.vae = {"vae": _title(codec), "vae_hash": files.digest(*parts.weights(codec))}
+    if texts:
+        names = ", ".join(map(_title, texts))
+        paths = [path for file in texts for path in parts.weights(file)]
+        system.vae = system.vae | {"text_encoder": names, "text_encoder_hash": files.digest(*paths)}
+    return system
+
+
+def _title(path: Path) -> str:
+    """What a picture remembers of a file by: its name, or that of its folder where the file's tells nothing."""
+    dull = path.stem in ("model", "diffusion_pytorch_model", "pytorch_model", "vae")
+    return path.absolute().parent.name if dull else path.name if path.is_dir() else path.stem
 
 
 def put_autoencoder(system: AutoencodingSystem | DiffusionSystem, source: str | Path) -> None:
@@ -442,10 +462,18 @@ def put_guide(
     system.guided_by(guide)
 
 
-def recognise(path: Path, prediction: Literal["eps", "v"] | None = None) -> Foreign | None:
+def recognise(
+    path: Path,
+    prediction: Literal["eps", "v"] | None = None,
+    vae: Path | None = None,
+    text_encoders: Sequence[Path] = (),
+) -> Foreign | None:
     """The model of another program at `path`, None for a file of ours. `prediction` says what it predicts, whatever the
-    file does. Raises FileProblem, CheckpointMismatch, UsageError."""
+    file does; a single file takes `text_encoders`, and `vae` if it has none. Raises FileProblem, CheckpointMismatch,
+    UsageError."""
     if path.is_dir():
+        if text_encoders:
+            raise UsageError(f"{path} is a folder, which has its text encoders: put others into a single file's model")
         found = folders.recognise(path)
         return replace(found, prediction=prediction or found.prediction)
     tensors, metadata = files.read(path)
@@ -455,7 +483,10 @@ def recognise(path: Path, prediction: Literal["eps", "v"] | None = None) -> Fore
                 f"{path} is of a checkpoint, which only training reads (--resume {run}, or init_from={path}): to draw, "
                 f"finish the run and give -m {run}"
             )
-        return single_files.recognise(path, tensors, prediction)
+        bare = not any(name.startswith(parts.CODEC) for name in tensors)
+        return single_files.recognise(path, tensors, prediction, vae if bare else None, text_encoders)
+    if text_encoders:
+        raise UsageError(f"{path} is a file of Limner's own, which has its text encoder: leave other ones out")
     if prediction is not None:
         raise UsageError(f"{path} is a file of Limner's own, which says what it predicts: leave prediction out")
     return None

@@ -37,6 +37,8 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "model_hash": (str, 1, 64),  # SHA-256 of the weights, or the first digits of it
     "vae": (str, 1, 200),  # the name of its file
     "vae_hash": (str, 1, 64),
+    "text_encoder": (str, 1, 400),  # the names of their files
+    "text_encoder_hash": (str, 1, 64),
     "prompt": (str, 0, MAX_PROMPT),
     "negative": (str, 0, MAX_PROMPT),
     "seed": (int, 0, 2**64 - 1),

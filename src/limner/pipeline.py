@@ -141,12 +141,14 @@ def load(
     vae: str | Path | None = None,
     refiner: str | Path | None = None,
     guide_model: str | Path | None = None,
+    text_encoder: str | Path | Sequence[str | Path] = (),
 ) -> Pipeline:
     """A pipeline by model name, weight file of ours or of Stable Diffusion, folder of a run or of diffusers. `device`
     "auto" takes a CUDA device when there is one; `prediction` is for files that do not say what they predict; `dtype`
     is what the network computes in, by default what is fastest on the device without harm; `vae` is
     a file or folder with another autoencoder, `refiner` a model that does the last steps, `guide_model` a weaker one
-    that guidance leads away from in place of the negative prompt (autoguidance).
+    that guidance leads away from in place of the negative prompt (autoguidance), `text_encoder` one or several files
+    with other text towers. A file with a U-Net alone needs `vae` and `text_encoder`.
 
     Raises UsageError for a device that is not here, UnknownName, FileProblem, CheckpointMismatch; warns (Assumed) of
     what a file did not tell.
@@ -157,9 +159,8 @@ def load(
         raise UnknownName("prediction", str(prediction), ("eps", "v"))
     if dtype not in ("auto", *DTYPES):
         raise UnknownName("dtype", str(dtype), ("auto", *DTYPES))
-    system = catalog.load(source, find_device(device), prediction, DTYPES.get(dtype))
-    if vae is not None:
-        catalog.put_autoencoder(system, vae)
+    texts = [text_encoder] if isinstance(text_encoder, str | Path) else list(text_encoder)
+    system = catalog.load(source, find_device(device), prediction, DTYPES.get(dtype), vae, texts)
     if refiner is not None:
         catalog.put_refiner(system, refiner, find_device(device), DTYPES.get(dtype))
     if guide_model is not None:

@@ -30,7 +30,7 @@ def tensors(name: str) -> dict[str, torch.Tensor]:
         tensors={}, files=(),
     )  # fmt: skip
     places = zip(single_files.prefixes(model), towers, strict=True)
-    named = {prefix: single_files.TOWERS[prefix][1](tower) for prefix, tower in places}
+    named = {prefix: single_files.tower_layout(prefix, tower) for prefix, tower in places}
     rows = single_files.layout(config.network, config.autoencoder, named)
     return layouts.write(rows, system.state_dict())
 

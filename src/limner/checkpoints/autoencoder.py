@@ -65,6 +65,20 @@ def ldm_config(shapes: Mapping[str, Sequence[int]], scale: float) -> KLConfig:
     )
 
 
+def own_config(shapes: Mapping[str, Sequence[int]], scale: float) -> KLConfig:
+    """As `ldm_config`, of a file with diffusers' names, which are ours."""
+    down = "encoder.down_blocks.{}.resnets.{}.conv1.weight".format
+    levels = next(i for i in itertools.count() if down(i, 0) not in shapes)
+    return KLConfig(
+        image_channels=shapes["encoder.conv_in.weight"][1],
+        latent_channels=shapes["decoder.conv_in.weight"][1],
+        widths=tuple(shapes[down(i, 0)][0] for i in range(levels)),
+        blocks=next(j for j in itertools.count() if down(0, j) not in shapes),
+        quant_convs="quant_conv.weight" in shapes,
+        scale=scale,
+    )
+
+
 def early_diffusers_layout(config: AutoencoderConfig) -> Layout:
     """Files that diffusers wrote until mid-2023, which spell attention `query`, `key`, `value` and `proj_attn`."""
     return early_diffusers(ldm_layout(config))

@@ -7,7 +7,7 @@ What it is follows from names and shapes. What those do not tell is assumed, and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from limner.checkpoints import autoencoder, components, distilled, layouts, text, unet
+from limner.checkpoints import autoencoder, components, distilled, layouts, parts, text, unet
 from limner.checkpoints.distilled import LCM, PLAYGROUND, PLAYGROUND_NOISE
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.layouts import Layout, Place, prefixed
+from limner.checkpoints.parts import CODEC, EMA, NETWORK
 from limner.errors import CheckpointMismatch, UsageError
 from limner.models.autoencoder import KL_SD1, KL_SDXL, KL_UPSCALER, KLConfig, check_each
 from limner.models.unet import UNetConfig
@@ -26,7 +27,7 @@ from limner.sampling.interpolants import SMALL_NOISE, EDMConfig, VPConfig
 from limner.text import bpe
 from limner.text.clip import OPENCLIP_H, CLIPTextConfig, CLIPTowersConfig
 
-NETWORK, CODEC, EMA, SMALL = "model.diffusion_model.", "first_stage_model.", "model_ema.", "low_scale_model."
+SMALL = "low_scale_model."
 BESIDE = {  # noise, numbers of the loss and marks
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
@@ -39,20 +40,18 @@ ASSUMED = (
     "other of eps and v as prediction"
 )
 NOISE_ASSUMED = "no name tells the noise of an upscaler: that of Stable Diffusion's x4 upscaler is taken"
-Tower = tuple[Callable[[Mapping[str, tuple[int, ...]]], CLIPTextConfig], Callable[[CLIPTextConfig], Layout]]
-CLIP: Tower = (text.clip_config, text.transformers_layout)
-OPENCLIP: Tower = (text.openclip_config, text.openclip_layout)
-FLAT: Tower = (  # as early merges have it
-    lambda shapes: text.clip_config({f"text_model.{name}": shape for name, shape in shapes.items()}),
-    lambda config: text.transformers_layout(config, flat=True),
-)
-TOWERS = {
-    "cond_stage_model.transformer.": CLIP,  # Stable Diffusion 1
-    "cond_stage_model.model.": OPENCLIP,  # 2
-    "conditioner.embedders.0.transformer.": CLIP,  # XL
-    "conditioner.embedders.1.model.": OPENCLIP,
-    "conditioner.embedders.0.model.": OPENCLIP,  # its refiner
+TOWERS = {  # where a whole model has its text towers, and whether they are OpenCLIP's
+    "cond_stage_model.transformer.": False,  # Stable Diffusion 1
+    "cond_stage_model.model.": True,  # 2
+    "conditioner.embedders.0.transformer.": False,  # XL
+    "conditioner.embedders.1.model.": True,
+    "conditioner.embedders.0.model.": True,  # its refiner
 }
+
+
+def tower_layout(prefix: str, config: CLIPTextConfig) -> Layout:
+    """The places of a tower under a prefix of `TOWERS`, without the prefix."""
+    return text.openclip_layout(config) if TOWERS[prefix] else text.transformers_layout(config)
 
 
 def layout(network: UNetConfig, codec: KLConfig, towers: Mapping[str, Layout]) -> dict[str, Place]:
@@ -65,42 +64,66 @@ def layout(network: UNetConfig, codec: KLConfig, towers: Mapping[str, Layout]) -
 
 
 def recognise(
-    path: Path, tensors: Mapping[str, Tensor], prediction: Literal["eps", "v", "x0"] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    prediction: Literal["eps", "v", "x0"] | None = None,
+    vae: Path | None = None,
+    text_encoders: Sequence[Path] = (),
 ) -> Foreign:
-    """What a file with these tensors is. Raises CheckpointMismatch."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-    def part(prefix: str) -> dict[str, tuple[int, ...]]:
-        return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-
-    named = [prefix for prefix in TOWERS if any(name.startswith(prefix) for name in shapes)]
-    for what, found in (("U-Net", part(NETWORK)), ("autoencoder", part(CODEC)), ("text encoder", named)):
-        if not found and (component := components.recognise(shapes)) is not None and what == "U-Net":
-            needs = f", and needs {component.needs}" if component.needs else ""
-            raise CheckpointMismatch(f"{path} is no whole model that can be drawn with: it is {component.what}{needs}")
-        if not found:
-            raise CheckpointMismatch(
-                f"{path} holds no {what} of Stable Diffusion (the first of its {len(shapes)} tensors is "
-                f"{min(shapes, default='none')!r:.80}): give a file with all of a model"
-            )
+    """What a file with these tensors is. `vae` and `text_encoders` are files that hold what it lacks, or what is to
+    stand in place of what it has. Raises FileProblem, CheckpointMismatch."""
+    held = parts.network(tensors, BESIDE)
+    named = [prefix for prefix in TOWERS if any(name.startswith(prefix) for name in tensors)]
+    if not held.tensors:
+        raise _no_network(path, tensors)
+    others = f" with {vae}" * (vae is not None) + "".join(f" and {file}" for file in text_encoders)
     try:
-        network = unet.ldm_config(part(NETWORK))
+        network, rows = parts.network_config(held)
         xl = network.vector_width > 0
-        codec = autoencoder.ldm_config(part(CODEC), _like(network).scale)
-        kinds = [FLAT if f"{p}embeddings.token_embedding.weight" in shapes else TOWERS[p] for p in named]
-        towers = [config(part(prefix)) for prefix, (config, _) in zip(named, kinds, strict=True)]
+        own = parts.under(tensors, CODEC)
+        if (vae is None and not own.tensors) or not (named or text_encoders):
+            raise _incomplete(path, network, not own.tensors and vae is None, not (named or text_encoders))
+        given = own if vae is None else parts.codec(vae)
+        codec, more = parts.codec_config(given, _like(network).scale)
+        kinds = [(openclip, parts.under(tensors, p)) for p, openclip in TOWERS.items() if p in named]
+        if text_encoders:
+            found = [tower for file in text_encoders for tower in parts.towers(file)]
+            kinds = [
+                (openclip, tower)
+                for (openclip, _), tower in zip(
+                    parts.wanted(network), parts.ordered(network, found, f"{path}{others}"), strict=True
+                )
+            ]
+        read = [parts.tower_config(tower, openclip) for openclip, tower in kinds]
     except KeyError as error:
-        raise CheckpointMismatch(f"{path} is like Stable Diffusion, but not whole: there is no {error}") from error
+        raise CheckpointMismatch(
+            f"{path}{others} is like Stable Diffusion, but not whole: there is no {error}"
+        ) from error
     except (ValueError, IndexError, UsageError) as error:
-        raise CheckpointMismatch(f"{path} is like Stable Diffusion, but its shapes do not fit together") from error
+        raise CheckpointMismatch(
+            f"{path}{others} is like Stable Diffusion, but its shapes do not fit together"
+        ) from error
+    towers = [config for config, _ in read]
+    places = prefixed(rows, "network.", "") | prefixed(more, "autoencoder.", "")
+    for i, (_, tower) in enumerate(read):
+        places |= prefixed(tower, f"text_encoder.{i}.", "")
+    replaced = (CODEC,) * (vae is not None) + (tuple(named) if text_encoders else ())
+    wanted = {place.name for place in places.values()}
+    mine = {name: t for name, t in tensors.items() if not name.startswith(replaced)} if replaced else tensors
+    averaged = any(name.startswith(EMA) for name in wanted)
+    needed = {name: t for name, t in mine.items() if name in wanted or not superfluous(name, averaged)}
+    beside = Counter(name.split(".")[0] for name in mine if name not in needed)
+    for part in [given] * (vae is not None) + ([tower for _, tower in kinds] if text_encoders else []):
+        needed |= {part.full(name): tensor for name, tensor in part.tensors.items() if not superfluous(name)}
     enlarges = network.num_classes > 0
     last = towers[-1]
-    two = named == ["cond_stage_model.model."]
+    two = not xl and last.activation == "gelu"
     # what diffusers converted lacks the layer that is skipped, and the projection with it
     skipped = xl or (two and (last.projection is not None or last.depth == OPENCLIP_H.depth))
     words = CLIPTowersConfig(towers=tuple(towers), skip=int(skipped), normed=not xl, zero_empty=xl and len(towers) > 1)
     noise, codec, told = _continuous(path, tensors, codec)
-    predicted: Any = prediction or told or ("v" if "v_pred" in shapes or (two and predicts_v(tensors)) else "eps")
+    predicted: Any = prediction or told or ("v" if "v_pred" in tensors else "")
+    predicted = predicted or ("v" if two and predicts_v(places, tensors) else "eps")
     assumed = [NOISE_ASSUMED] if enlarges else []
     few = LCM if network.guidance_width else PLAYGROUND if noise == PLAYGROUND_NOISE else None
     if few is None and (says := distilled.by_name(path, xl)) is not None:
@@ -115,19 +138,41 @@ def recognise(
         autoencoder=codec,
         text=words,
         tokenizers=(bpe.shipped(),) * len(towers),
-        noise=SMALL_NOISE if enlarges else noise or VPConfig(zero_snr="ztsnr" in shapes),
+        noise=SMALL_NOISE if enlarges else noise or VPConfig(zero_snr="ztsnr" in tensors),
         small_noise=SMALL_NOISE if enlarges else None,
         prediction=predicted,
-        layout=layout(network, codec, {p: rows(t) for p, (_, rows), t in zip(named, kinds, towers, strict=True)}),
-        tensors={name: tensor for name, tensor in tensors.items() if not superfluous(name)},
+        layout=places,
+        tensors=needed,
         files=(path,),
-        beside=Counter(name.split(".")[0] for name in tensors if superfluous(name)),
+        beside=beside,
         assumed=tuple(assumed),
         sampler=few.sampler if few else "",
         schedule=few.schedule if few else "karras" if noise else "",
         steps=few.steps if few else 0,
         guidance=few.guidance if few else 0.0,
         size=few.size if few else 0,
+    )
+
+
+def _no_network(path: Path, tensors: Mapping[str, Tensor]) -> CheckpointMismatch:
+    component = components.recognise({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    if component is not None:
+        needs = f", and needs {component.needs}" if component.needs else ""
+        return CheckpointMismatch(f"{path} is no whole model that can be drawn with: it is {component.what}{needs}")
+    return CheckpointMismatch(
+        f"{path} holds no U-Net of Stable Diffusion (the first of its {len(tensors)} tensors is "
+        f"{min(tensors, default='none')!r:.80}): give a file with all of a model"
+    )
+
+
+def _incomplete(path: Path, network: UNetConfig, codec: bool, towers: bool) -> CheckpointMismatch:
+    """What the file of a U-Net lacks, and how to give it."""
+    lacks = ["no autoencoder"] * codec + ["no text encoder"] * towers
+    names = " and ".join(name for _, name in parts.wanted(network))
+    give = ["its autoencoder with --vae FILE"] * codec + [f"{names} with --text-encoder FILE"] * towers
+    kind = components.UNETS.get(network.text_width, "Stable Diffusion's kind")
+    return CheckpointMismatch(
+        f"{path} holds {' and '.join(lacks)} of Stable Diffusion, but a U-Net of {kind}: give {' and '.join(give)}"
     )
 
 
@@ -166,7 +211,7 @@ def prefixes(found: Foreign) -> tuple[str, ...]:
 
 def export(found: Foreign) -> dict[str, Tensor]:
     """The tensors of a single file of this model. Raises CheckpointMismatch."""
-    towers = {p: TOWERS[p][1](tower) for p, tower in zip(prefixes(found), found.text.towers, strict=True)}
+    towers = {p: tower_layout(p, tower) for p, tower in zip(prefixes(found), found.text.towers, strict=True)}
     ours = layouts.read(found.layout, found.tensors, found.source)
     written = layouts.write(layout(found.network, found.autoencoder, towers), ours)
     return written | (marks(found) if found.network.vector_width else {})
@@ -183,8 +228,11 @@ def marks(found: Foreign) -> dict[str, Tensor]:
     return {name: torch.zeros(0) for name, there in kept if there}
 
 
-def superfluous(name: str) -> bool:
-    """Whether a tensor of this name says nothing that we need."""
+def superfluous(name: str, averaged: bool = False) -> bool:
+    """Whether a tensor of this name says nothing that we need, in a file whose averages are the only weights or in
+    another."""
+    if averaged and name.startswith(EMA):
+        return name in (f"{EMA}decay", f"{EMA}num_updates")
     reads = name.startswith(("cond_stage_model.", "conditioner.embedders."))
     return (
         name in BESIDE
@@ -193,7 +241,8 @@ def superfluous(name: str) -> bool:
     )
 
 
-def predicts_v(tensors: Mapping[str, Tensor]) -> bool:
+def predicts_v(places: Layout, tensors: Mapping[str, Tensor]) -> bool:
     """Whether a Stable Diffusion 2 predicts v, which no name tells: this bias of published ones spreads more then."""
-    bias = tensors.get(f"{NETWORK}output_blocks.11.1.transformer_blocks.0.norm1.bias")
+    place = places.get("network.up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias")
+    bias = tensors.get(place.name) if place else None
     return bias is None or bias.float().std().item() > 0.09

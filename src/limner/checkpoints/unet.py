@@ -9,6 +9,7 @@ no text is read, attention is theirs.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 
 from limner.checkpoints.layouts import Place, early_diffusers
@@ -129,34 +130,79 @@ def ldm_config(shapes: Mapping[str, Sequence[int]]) -> UNetConfig:
             levels[-1].append(_depth(shapes, f"input_blocks.{n}.1"))
         else:
             break
-    first, out = shapes["input_blocks.0.0.weight"], shapes["out.2.weight"]
     at = [f"input_blocks.{1 + i * (len(levels[0]) + 1)}.1" for i in range(len(levels))]  # the first of a level
-    attention = next((place for place, depths in zip(at, levels, strict=True) if any(depths)), "middle_block.1")
+    return _config(
+        shapes, "input_blocks.0.0", "out.2", widths, len(levels[0]), [max(depths, default=0) for depths in levels], at,
+        "middle_block.1", {"vector": "label_emb.0.0", "classes": "label_emb", "guidance": "time_embed.cond_proj"},
+    )  # fmt: skip
+
+
+def own_config(shapes: Mapping[str, Sequence[int]]) -> UNetConfig:
+    """As `ldm_config`, of a file with diffusers' names, which are ours."""
+    levels = next(i for i in itertools.count() if f"down_blocks.{i}.resnets.0.conv1.weight" not in shapes)
+    at = [f"down_blocks.{i}.attentions.0" for i in range(levels)]
+    return _config(
+        shapes, "conv_in", "conv_out", [shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)],
+        next(j for j in itertools.count() if f"down_blocks.0.resnets.{j}.conv1.weight" not in shapes),
+        [_depth(shapes, place) for place in at], at, "mid_block.attentions.0",
+        {"vector": "add_embedding.linear_1", "classes": "class_embedding", "guidance": "time_embedding.cond_proj"},
+    )  # fmt: skip
+
+
+def _config(
+    shapes: Mapping[str, Sequence[int]],
+    first: str,
+    out: str,
+    widths: list[int],
+    num_blocks: int,
+    depths: list[int],
+    at: list[str],
+    middle: str,
+    told: Mapping[str, str],
+) -> UNetConfig:
+    """`at` are the first attentions of the levels, where there is one; `told` is where numbers and classes come in."""
+    attention = next((place for place, depth in zip(at, depths, strict=True) if depth), middle)
     linear = len(shapes[f"{attention}.proj_in.weight"]) == 2
     text_width = shapes[f"{attention}.transformer_blocks.0.attn2.to_k.weight"][1]
-    classes = shapes.get("label_emb.weight", (0,))[0]
+    vector, classes, guidance = (f"{told[name]}.weight" for name in ("vector", "classes", "guidance"))
+    num_classes = shapes.get(classes, (0,))[0]
     sources = [shapes.get(f"{place}.transformer_blocks.0.attn1.to_k.weight", (0, 0))[1] for place in at]
     only = tuple(source == text_width != width for source, width in zip(sources, widths, strict=True))
     return UNetConfig(
-        in_channels=first[1],
-        out_channels=out[0],
+        in_channels=shapes[f"{first}.weight"][1],
+        out_channels=shapes[f"{out}.weight"][0],
         widths=tuple(widths),
-        num_blocks=len(levels[0]),
-        depths=tuple(max(depths, default=0) for depths in levels),
-        mid_depth=_depth(shapes, "middle_block.1"),
-        num_heads=8 if classes or not linear else 0,
-        head_width=0 if classes or not linear else 64,
+        num_blocks=num_blocks,
+        depths=tuple(depths),
+        mid_depth=_depth(shapes, middle),
+        num_heads=8 if num_classes or not linear else 0,
+        head_width=0 if num_classes or not linear else 64,
         text_width=text_width,
         text_only=only if any(only) else (),
         linear_projection=linear,
-        vector_width=shapes.get("label_emb.0.0.weight", (0, 0))[1],
-        guidance_width=shapes.get("time_embed.cond_proj.weight", (0, 0))[1],
-        num_classes=classes,
+        vector_width=shapes.get(vector, (0, 0))[1],
+        guidance_width=shapes.get(guidance, (0, 0))[1],
+        num_classes=num_classes,
     )
 
 
 def _depth(shapes: Mapping[str, Sequence[int]], place: str) -> int:
     return next(k for k in itertools.count() if f"{place}.transformer_blocks.{k}.norm1.weight" not in shapes)
+
+
+_WORDS = (
+    "input_blocks|output_blocks|middle_block|transformer_blocks|in_layers|out_layers|emb_layers|skip_connection|"
+    "time_embed|label_emb|cond_proj|proj_in|proj_out|to_q|to_k|to_v|to_out|attn[12]|norm[123]|norm|ff|net|proj|op|"
+    "conv|out|weight|bias|[0-9]"
+)
+
+
+def dotted(name: str) -> str:
+    """A name of `ldm_layout` from which the dots were taken, as the averaged weights (EMA) of Latent Diffusion's
+    training bear them: only a block's own number has more than one digit."""
+    name = re.sub(r"(input_blocks|output_blocks)([0-9]+)([0-9])", r"\1.\2.\3.", name)
+    parts = (part if part.isdigit() else ".".join(re.findall(_WORDS, part)) for part in name.split(".") if part)
+    return ".".join(parts)
 
 
 def old_diffusers_layout(config: UNetConfig) -> dict[str, Place]:

@@ -195,6 +195,14 @@ def paint(
     vae: Annotated[
         Path | None, typer.Option("--vae", help="Another autoencoder of Stable Diffusion: a file, or a folder.")
     ] = None,
+    text_encoder: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--text-encoder",
+            metavar="FILE",
+            help="A text encoder for a U-Net file, or in place of a model's own; given twice for SDXL.",
+        ),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="What would be ignored or assumed is an error.")] = False,
     prediction: Annotated[
         str | None, typer.Option("--prediction", help="eps or v, for a model file that does not say it.")
@@ -270,7 +278,12 @@ def paint(
     if guided and guide_model is None:
         raise UsageError(f"{str(settings)!r} was painted with the guide {guided!r}: add --guide-model FILE")
     tell = _told if not strict else _refused
-    pipe = _load(name, device, prediction, dtype, vae, refiner, guide_model, tell)
+    painted_texts, texts_hash = asked.pop("text_encoder", None), asked.pop("text_encoder_hash", None)
+    if painted_texts and not text_encoder:
+        raise UsageError(f"{str(settings)!r} was painted with text encoders ({painted_texts}): add --text-encoder FILE")
+    pipe = _load(name, device, prediction, dtype, vae, refiner, guide_model, text_encoder or [], tell)
+    if texts_hash and texts_hash != pipe.system.vae["text_encoder_hash"]:
+        tell(f"the text encoders are not those painted with (hash {texts_hash}): expect another picture")
     if guide_hash and guide_hash != pipe.system.guide.model_hash:  # type: ignore[attr-defined]
         tell(f"{guide_model} is not the guide painted with (hash {guide_hash}): expect another picture")
     if refiner_hash and refiner_hash != pipe.system.refiner.model_hash:  # type: ignore[attr-defined]
@@ -455,6 +468,7 @@ def _load(
     vae: Path | None,
     refiner: str | None,
     guide_model: str | None,
+    text_encoder: list[Path],
     tell: Callable[[str], None],
 ) -> Pipeline:
     """The pipeline, imported and loaded without looking for garbage: all of it stays, and looking takes 0.2 s. What had
@@ -465,7 +479,7 @@ def _load(
         from limner import pipeline
 
         with warnings.catch_warnings(record=True, action="always", category=Assumed) as assumed:
-            pipe = pipeline.load(name, device, prediction, dtype, vae, refiner, guide_model)  # type: ignore[arg-type]
+            pipe = pipeline.load(name, device, prediction, dtype, vae, refiner, guide_model, text_encoder)  # type: ignore[arg-type]
         for warning in assumed:
             tell(str(warning.message))
         return pipe

@@ -1,0 +1,158 @@
+"""Parts of a Stable Diffusion in files of their own: a U-Net, an autoencoder, text towers, in any program's names.
+
+What each must be follows from the U-Net: names and shapes do not tell CLIP from OpenCLIP, nor an autoencoder's scale.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from limner.checkpoints import autoencoder, files, folders, text, unet
+from limner.checkpoints.layouts import Layout, Place, early_diffusers
+from limner.errors import CheckpointMismatch
+from limner.models.autoencoder import KLConfig
+from limner.models.unet import UNetConfig
+from limner.text.clip import CLIPTextConfig
+
+Shapes = Mapping[str, Sequence[int]]
+NETWORK, CODEC, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
+CODECS = (CODEC, "vae.", "autoencoder.", "")
+SIZES = 256
+"""Width of each number that SDXL is told."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Tensors of a part by the names that they have in it, and the name in the file of any of them."""
+
+    tensors: Mapping[str, Tensor]
+    full: Callable[[str], str]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def placed(self, layout: Layout) -> dict[str, Place]:
+        return {ours: replace(place, name=self.full(place.name)) for ours, place in layout.items()}
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str, file: str = "") -> Held:
+    """What begins with `prefix`, of the model's own file, or of the `file` named before every name."""
+    inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return Held(inside, lambda name: f"{file}{prefix}{name}")
+
+
+def network(tensors: Mapping[str, Tensor], beside: Collection[str]) -> Held:
+    """The U-Net of a file: in a whole model, as its averages (EMA) alone, or bare, without what is `beside` it."""
+    held = under(tensors, NETWORK)
+    if not held.tensors and (averaged := under(tensors, f"{EMA}diffusion_model")).tensors:
+        named = {unet.dotted(name): tensor for name, tensor in averaged.tensors.items()}
+        return Held(named, lambda name: averaged.full(name.replace(".", "")))
+    bare = {"input_blocks.0.0.weight", "out.2.weight"}, {"conv_in.weight", "down_blocks.0.resnets.0.conv1.weight",
+                                                         "up_blocks.0.resnets.0.conv1.weight"}  # fmt: skip
+    if not held.tensors and any(names <= tensors.keys() for names in bare):
+        return Held({name: t for name, t in tensors.items() if name not in beside}, lambda name: name)
+    return held
+
+
+def network_config(held: Held) -> tuple[UNetConfig, dict[str, Place]]:
+    """The U-Net, and the places of its tensors. Raises KeyError for a name that every one has."""
+    if "conv_in.weight" in held.tensors:
+        config = unet.own_config(held.shapes)
+        return config, held.placed({name: Place(name) for name in unet.ldm_layout(config)})
+    config = unet.ldm_config(held.shapes)
+    return config, held.placed(unet.ldm_layout(config))
+
+
+def codec_config(held: Held, scale: float) -> tuple[KLConfig, dict[str, Place]]:
+    """As `network_config` of an autoencoder."""
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" not in held.tensors:
+        config = autoencoder.ldm_config(held.shapes, scale)
+        return config, held.placed(autoencoder.ldm_layout(config))
+    config = autoencoder.own_config(held.shapes, scale)
+    names = autoencoder.ldm_layout(config)
+    early = any(".query." in name for name in held.tensors)
+    return config, held.placed(early_diffusers(names) if early else {name: Place(name) for name in names})
+
+
+def tower_config(held: Held, openclip: bool) -> tuple[CLIPTextConfig, dict[str, Place]]:
+    """As `network_config` of a text tower, OpenCLIP's or else OpenAI's."""
+    if "token_embedding.weight" in held.tensors:
+        config, layout = text.openclip_config(held.shapes), text.openclip_layout
+    elif "embeddings.token_embedding.weight" in held.tensors:
+        config = text.clip_config({f"text_model.{name}": shape for name, shape in held.shapes.items()})
+        return _kind(config, openclip), held.placed(text.transformers_layout(config, flat=True))
+    else:
+        config, layout = text.clip_config(held.shapes), text.transformers_layout
+    return _kind(config, openclip), held.placed(layout(config))
+
+
+def _kind(config: CLIPTextConfig, openclip: bool) -> CLIPTextConfig:
+    usual = CLIPTextConfig()
+    return replace(config, activation="gelu" if openclip else usual.activation, pad=0 if openclip else usual.pad)
+
+
+# -------------------------------------------------------------------- files of their own
+
+
+def weights(source: Path) -> list[Path]:
+    """The files of a part: a file, or those in a folder of diffusers or transformers. Raises FileProblem."""
+    return folders.weights(source) if source.is_dir() else [source]
+
+
+def read(source: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in weights(source) for name, tensor in files.read(path)[0].items()}
+
+
+def codec(source: Path) -> Held:
+    """The autoencoder of a file, alone or in a whole model. Raises FileProblem, CheckpointMismatch."""
+    tensors = {name: t for name, t in read(source).items() if not name.startswith(("loss.", EMA))}
+    for prefix in CODECS:
+        held = under(tensors, prefix, f"{source}/")
+        if "decoder.conv_in.weight" in held.tensors:
+            return Held({name: t for name, t in held.tensors.items() if not name.startswith("loss.")}, held.full)
+    raise CheckpointMismatch(f"{source} holds no autoencoder: there is no 'decoder.conv_in.weight' in it")
+
+
+def towers(source: Path) -> list[Held]:
+    """The text towers of a file, alone or in whatever it is a part of, without CLIP's half for pictures. Raises
+    FileProblem, CheckpointMismatch."""
+    tensors = read(source)
+    mark = re.compile(r"(.*?)(text_model\.)?(embeddings\.)?token_embedding\.weight")
+    prefixes = [match[1] for name in sorted(tensors) if (match := mark.fullmatch(name))]
+    found = [under(tensors, prefix, f"{source}/") for prefix in prefixes]
+    if not found:
+        raise CheckpointMismatch(f"{source} holds no text encoder of CLIP's kind: there is no token_embedding in it")
+    return [Held(text.text_tower(held.tensors), held.full) for held in found]
+
+
+def wanted(config: UNetConfig) -> list[tuple[bool, str]]:
+    """The text towers that a U-Net reads with, in order: whether each is OpenCLIP's, and which it is."""
+    if not config.vector_width:
+        return [(True, f"OpenCLIP's H, {config.text_width} wide") if config.linear_projection else
+                (False, f"CLIP-L, {config.text_width} wide")]  # fmt: skip
+    pooled = config.vector_width - 6 * SIZES
+    if config.vector_width - 5 * SIZES == config.text_width:  # the refiner
+        return [(True, f"OpenCLIP's bigG, {config.text_width} wide")]
+    return [(False, f"CLIP-L, {config.text_width - pooled} wide"), (True, f"OpenCLIP's bigG, {pooled} wide")]
+
+
+def ordered(config: UNetConfig, found: Sequence[Held], sources: str) -> list[Held]:
+    """Text towers in the order in which the U-Net reads with them. Raises CheckpointMismatch unless they are those."""
+    kinds = wanted(config)
+    rows = sorted(((_width(held), held) for held in found), key=lambda row: row[0])  # CLIP-L is the narrower
+    if len(rows) != len(kinds) or sum(width for width, _ in rows) != config.text_width:
+        have = " and ".join(str(width) for width, _ in rows) or "none"
+        need = " and ".join(name for _, name in kinds)
+        raise CheckpointMismatch(f"{sources}: the U-Net reads with {need}, but the text encoders given are {have} wide")
+    return [held for _, held in rows]
+
+
+def _width(held: Held) -> int:
+    _, width = next(shape for name, shape in held.shapes.items() if name.endswith("token_embedding.weight"))
+    return width
