@@ -68,6 +68,9 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "hires_steps": (int, 1, 1000),
     "prompt_dialect": (str, 1, 50),
     "clip_skip": (int, 1, 1000),
+    "compat": (str, 1, 20),
+    "noise_delta": (int, 0, 2**31),
+    "place": (int, 0, 1023),  # in a batch of ComfyUI's
     "noise_level": (int, 0, 999),  # of a picture that was enlarged
     "adapters": (list, 1, 100),  # each as `ADAPTER`: of LoRA and its kin, with a weight; without, a learned word
     "control": (list, 1, 100),  # each as `CONTROL`
@@ -108,6 +111,7 @@ NUMBERS = {
     "Refiner switch at": "switch_at",
     "Hires upscale": "hires",
     "Hires steps": "hires_steps",
+    "ENSD": "noise_delta",
 }  # infotext -> setting
 
 XMP = (
@@ -264,6 +268,8 @@ def to_infotext(settings: dict[str, Any]) -> str:
         "Denoising strength": f"{over:.12g}" if over is not None else None,
         **{key: f"{settings[name]:.12g}" if name in settings else None for key, name in NUMBERS.items()},
         "Refiner": f"{settings['refiner']} [{settings['refiner_hash']}]" if "refiner" in settings else None,
+        "RNG": {"a1111-cpu": "CPU"}.get(settings.get("compat", "")),
+        "Compat": settings.get("compat"),
         "Guidance kind": settings.get("guidance_kind"),
         "Version": f"limner {settings['limner']}" if "limner" in settings else None,
     }
@@ -310,7 +316,9 @@ def from_infotext(text: str) -> dict[str, Any]:
     }
     numbers = {"Steps": ("steps", int), "Seed": ("seed", int), "CFG scale": ("guidance", float)}
     numbers |= {"Denoising strength": ("strength", float), "Clip skip": ("clip_skip", int)}
-    numbers |= {key: (name, int if name.endswith(("seed", "steps")) else float) for key, name in NUMBERS.items()}
+    numbers |= {
+        key: (name, int if name.endswith(("seed", "steps", "delta")) else float) for key, name in NUMBERS.items()
+    }
     if "Hires upscale" in pairs:  # the strength is that of the second pass
         numbers["Denoising strength"] = ("hires_strength", float)
     for key, (name, kind) in numbers.items():

@@ -19,6 +19,7 @@ from limner import __version__, catalog, names, pictures
 from limner.adapters import asking, attaching, references
 from limner.adapters import control as controls
 from limner.errors import Assumed, FileProblem, Ignored, UnknownName, UsageError
+from limner.sampling import compat as programs
 from limner.sampling import samplers, schedules
 from limner.sampling.guidance import WAYS
 from limner.text.prompts import AND, DIALECTS, Wildcards, expand
@@ -37,6 +38,7 @@ CHUNK = 8
 SELDOM: dict[str, Any] = {
     "guidance_kind": "cfg", "guidance_rescale": 0.0, "guidance_mimic": 0.0, "guidance_interval": None, "variation": 0.0,
     "pag_scale": 0.0, "pag_layers": ("mid_block",),
+    "compat": "", "noise_delta": 0, "place": 0,
 }  # fmt: skip
 """What a picture remembers only where it was asked for, and what is said by leaving it out."""
 
@@ -199,11 +201,12 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     clip_skip from 1, wildcards (folder of .txt files), guidance_kind ("cfg", "apg", "cfg_zero"), guidance_rescale 0 to
     1, guidance_mimic (a scale), guidance_interval (low, high, of the noise), pag_scale (perturbed attention guidance,
     beside the other or alone; 3 is usual) with pag_layers (blocks, "mid_block" without), variation 0 to 1 towards the
-    noise of variation_seed, switch_at (0 to 1, where a refiner takes over), hires (a factor above 1) with
-    hires_strength and hires_steps, on_step(done, total); with a Pipeline also lora and embedding (files, or (file,
-    weight), for this time only), adapter_folder, where `<lora:name:weight>` of the prompt is looked for, control
-    (ControlNets and T2I-Adapters, each what --control takes, keywords of `limner.adapters.control.open_control`, or its
-    file, image and weight), ip_adapter (the same of IP-Adapters) and image_encoder. What is left out is the model's
+    noise of variation_seed, compat ("a1111", "a1111-cpu", "comfyui") to do as these do, with noise_delta and place,
+    switch_at (0 to 1, where a refiner takes over), hires (a factor above 1) with hires_strength and hires_steps,
+    on_step(done, total); with a Pipeline also lora and embedding (files, or (file, weight), for this time only),
+    adapter_folder, where `<lora:name:weight>` of the prompt is looked for, control (ControlNets and T2I-Adapters, each
+    what --control takes, keywords of `limner.adapters.control.open_control`, or its file, image and weight), ip_adapter
+    (the same of IP-Adapters) and image_encoder. What is left out is the model's
     default.
 
     Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
@@ -211,7 +214,8 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     request = prepare(system, prompt=prompt, **values)
     for sentence in ignored(system, request):
         warnings.warn(sentence, Ignored, stacklevel=3)
-    seeds = [request.seed + (0 if request.variation else i) for i in range(request.batch)]
+    one_seed = request.variation or request.compat == "comfyui"
+    seeds = [request.seed + (0 if one_seed else i) for i in range(request.batch)]
     images = draw(system, list(request.prompts), seeds, request, negatives=list(request.negatives))
     return [
         GeneratedImage(finished(x, request), seed, {**describe(system, request, place), "seed": seed})
@@ -286,6 +290,7 @@ def draw(
         told = replace(
             request,
             variation_seed=request.variation_seed + begin,
+            place=request.place + begin,
             on_step=_overall(request.on_step, turn, len(turns)),
         )
         latents = to_latents(system, prompts[some], negatives[some], seeds[some], told)
@@ -303,10 +308,7 @@ def to_latents(system: System, prompts: list[str], negatives: list[str], seeds: 
     """Latents of pictures that are drawn at once."""
     device = next(system.parameters()).device  # type: ignore[attr-defined]
     # 1. one noise source a picture, so that a picture does not depend on its neighbours
-    noise = noise_source(seeds, device)
-    if request.variation:
-        others = [request.variation_seed + place for place in range(len(seeds))]
-        noise = varied(noise, noise_source(others, device), request.variation)
+    noise = noise_of(seeds, device, request)
     # 2. the words
     cond = system.condition(prompts, request, negatives)
     # 3. from noise, or from the picture given, to latents
@@ -319,6 +321,7 @@ def to_latents(system: System, prompts: list[str], negatives: list[str], seeds: 
     second = larger(system, request, _overall(request.on_step, 1, 2))
     drawn = torch.nn.functional.interpolate(small, (second.height, second.width), mode="bicubic").clamp(-1, 1)
     begun = system.given(second, len(prompts)) | {"start": system.encode(drawn)}  # type: ignore[attr-defined]
+    noise = noise_of(seeds, device, request) if request.compat else noise  # which begin anew
     return system.sample(system.condition(prompts, second, negatives), second, noise, **begun)
 
 
@@ -345,19 +348,33 @@ def noise_source(seeds: list[int], device: torch.device | str) -> Callable[[tupl
     return lambda shape: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
-def varied(
-    noise: Callable[[tuple[int, ...]], Tensor], other: Callable[[tuple[int, ...]], Tensor], share: float
-) -> Callable[[tuple[int, ...]], Tensor]:
+def noise_of(seeds: list[int], device: torch.device | str, request: Request) -> Callable[[tuple[int, ...]], Tensor]:
+    """What a request draws for pictures of these seeds."""
+
+    def source(seeds: list[int]) -> Callable[[tuple[int, ...]], Tensor]:
+        if not request.compat:
+            return noise_source(seeds, device)
+        return programs.Source(request.compat, seeds, device, request.noise_delta, request.place)
+
+    if not request.variation:
+        return source(seeds)
+    others = source([request.variation_seed + place for place in range(len(seeds))])
+    return Varied(source(seeds), others, request.variation, programs.slerp if request.compat else slerp)
+
+
+class Varied:
     """`noise` whose first draw is turned towards that of `other`, by `share` of the angle between them (slerp), picture
     by picture: so its variance stays what it was."""
-    first = True
 
-    def draw(shape: tuple[int, ...]) -> Tensor:
-        nonlocal first
-        eps, first, turned = noise(shape), False, first
-        return slerp(eps, other(shape), share) if turned else eps
+    def __init__(self, noise: Any, other: Any, share: float, turn: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+        self.noise, self.other, self.share, self.turn, self.began = noise, other, share, turn, False
 
-    return draw
+    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+        eps, began, self.began = self.noise(shape), self.began, True
+        return eps if began else self.turn(eps, self.other(shape), self.share)
+
+    def brownian(self, shape: tuple[int, ...], levels: Sequence[float]) -> programs.Brownian:
+        return self.noise.brownian(shape, levels)
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
@@ -383,6 +400,8 @@ def prepare(system: System, **values: Any) -> Request:
     if values.get("control"):
         values["control"] = controls.opened(system, values["control"])
     request = check(system.defaults, system.grid, **values)
+    if request.compat and system.clip_skip is None:
+        raise UsageError(f"{request.compat} does not draw with {system.name}: leave compat out")
     system.check(request)
     if request.hires != 1:
         last = larger(system, request)
@@ -431,6 +450,9 @@ def check(
     prompt_dialect: str | None = None,
     clip_skip: int | None = None,
     noise_level: int | None = None,
+    compat: str | None = None,
+    noise_delta: int | None = None,
+    place: int | None = None,
     control: Sequence[Control] = (),
     ip_adapter: Sequence[Reference] = (),
     wildcards: str | Path | None = None,
@@ -463,8 +485,19 @@ def check(
     ]
     sampler, fused = names.split(defaults.sampler if sampler is None else sampler)
     sampler = samplers.find(sampler)
-    schedule = next(said for said in (schedule, fused, defaults.schedule) if said is not None)
-    schedule = schedules.settle(schedule, sampler)
+    if compat and compat not in programs.PROGRAMS:
+        raise UnknownName("program", str(compat), programs.PROGRAMS)
+    if noise_delta and not (compat or "").startswith("a1111"):
+        raise UsageError("noise_delta is A1111's eta noise seed delta: ask for it with compat a1111")
+    if place and compat != "comfyui":
+        raise UsageError("place is that of a picture in ComfyUI's batch: ask for it with compat comfyui")
+    schedule = next(s for s in (schedule, fused, "auto" if compat else defaults.schedule) if s is not None)
+    if compat:
+        programs.require(sampler)
+        schedule = programs.settle(schedule, sampler, compat)
+        prompt_dialect = programs.PROGRAMS[compat] if prompt_dialect is None else prompt_dialect
+    else:
+        schedule = schedules.settle(schedule, sampler)
     seed = _whole("seed", secrets.randbelow(2**32) if seed is None else seed, 0, MAX_SEED - 100_000)
     batch = _whole("batch", 1 if batch is None else batch, 1, 1024)
     if variation_seed is not None and not variation:
@@ -534,6 +567,9 @@ def check(
         hires_strength=_number("hires_strength", 0.5 if hires_strength is None else hires_strength, 0, 1, above=True),
         hires_steps=_whole("hires_steps", steps if hires_steps is None else hires_steps, 1, 1000),
         variation_seed=_whole("variation_seed", variation_seed or 0, 0, MAX_SEED - 100_000),
+        compat=compat or "",
+        noise_delta=_whole("noise_delta", noise_delta or 0, 0, 2**31),
+        place=_whole("place", place or 0, 0, 1023),
         noise_level=_whole("noise_level", NOISE_LEVEL if noise_level is None else noise_level, 0, 999),
         control=tuple(control),
         ip_adapter=tuple(ip_adapter),
@@ -591,6 +627,10 @@ def ignored(system: System, request: Request) -> list[str]:
         told.append(f"{idle}: without effect, as {system.name} is told how much to follow the prompt, not guided")
     elif kinds and request.guidance == 1:
         told.append(f"{' and '.join(kinds)} have no effect at guidance 1: ask for more guidance")
+    if request.compat and request.sampler in programs.OTHERS:
+        told.append(f"{request.sampler} is Limner's: {request.compat} has other formulas for it, or none")
+    if request.compat == "comfyui" and request.variation:
+        told.append("ComfyUI knows no variations: they are A1111's")
     if request.switch_at != SWITCH_AT and getattr(system, "refiner", None) is None:
         told.append("switch_at has no effect without a refiner: add --refiner FILE")
     guide = getattr(system, "guide", None)
@@ -643,6 +683,8 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
         value = getattr(request, name)
         if value != nothing or _usual(system, name) != nothing:
             settings[name] = list(value) if isinstance(value, tuple) else value
+    if request.compat == "comfyui" and request.place + place:
+        settings["place"] = request.place + place
     if request.hires != 1:
         settings |= {name: getattr(request, name) for name in ("hires", "hires_strength", "hires_steps")}
     if request.variation:

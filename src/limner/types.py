@@ -155,7 +155,9 @@ class Request:
     all pictures have the same seed then. `pag_scale` is `push` there, away from a network whose pixels attend to
     themselves alone in `pag_layers`. `hires` times the size is what is drawn in the end: over what was drawn first,
     with a strength and steps of its own. `switch_at` is the share of the noise after which a refiner takes over.
-    `noise_level` is the timestep whose noise an upscaler puts over the picture first."""
+    `noise_level` is the timestep whose noise an upscaler puts over the picture first. `compat` is a program of
+    `limner.sampling.compat` to do as, `noise_delta` A1111's number of the name, `place` that of the first picture in a
+    batch of ComfyUI's."""
 
     prompt: str
     negative: str
@@ -188,6 +190,9 @@ class Request:
     prompt_dialect: str | None = None
     clip_skip: int | None = None
     noise_level: int = 0
+    compat: str = ""
+    noise_delta: int = 0
+    place: int = 0
     control: tuple[Control, ...] = ()
     ip_adapter: tuple[Reference, ...] = ()
     on_step: OnStep | None = field(default=None, compare=False)

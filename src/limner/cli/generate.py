@@ -92,6 +92,16 @@ def paint(
     clip_skip: Annotated[
         int | None, typer.Option("--clip-skip", help="CLIP's layer to take words from, 1 the last, 2 that before.")
     ] = None,
+    compat: Annotated[
+        str | None,
+        typer.Option(
+            "--compat",
+            help="Do as a1111, a1111-cpu (its RNG: CPU) or comfyui: noise, levels, steps over a picture, prompts.",
+        ),
+    ] = None,
+    noise_delta: Annotated[
+        int | None, typer.Option("--noise-delta", help="With --compat a1111: its eta noise seed delta (ENSD).")
+    ] = None,
     wildcards: Annotated[
         Path | None, typer.Option("--wildcards", help="Folder of NAME.txt, a line of which is put for __NAME__.")
     ] = None,
@@ -246,6 +256,8 @@ def paint(
         "prompt_dialect": dialect,
         "clip_skip": clip_skip,
         "noise_level": noise_level,
+        "compat": compat,
+        "noise_delta": noise_delta,
         "wildcards": wildcards,
     }
     remembered = _remembered(settings, image, mask, model) if settings else {}

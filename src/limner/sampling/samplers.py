@@ -264,7 +264,7 @@ def dpmpp_2m_sde(
             whole = (1 + eta) * h
             share = interpolant.alpha(following) * (1 + math.expm1(-whole) / whole) if heun else gain / 2
             x = x + share * (x0 - previous) * (h / last_h)
-        x = _noised(x, following * math.sqrt(max(0.0, 1 - q ** (2 * eta))), told)
+        x = _noised(x, following * math.sqrt(max(0.0, 1 - q ** (2 * eta))), told, (sigma, following))
         previous, last_h = x0, h
     return x
 
@@ -291,7 +291,7 @@ def dpmpp_3m_sde(
                 slope = slope + bend * r0
                 x = x - alpha * (phi2 / whole - 0.5) * bend
             x = x + alpha * phi2 * slope
-        x = _noised(x, following * math.sqrt(max(0.0, 1 - q ** (2 * eta))), told)
+        x = _noised(x, following * math.sqrt(max(0.0, 1 - q ** (2 * eta))), told, (sigma, following))
         past = [(x0, h), *past[:1]]
     return x
 
@@ -404,13 +404,14 @@ def _reported(steps: list[tuple[float, float]], told: Told) -> Iterator[tuple[fl
             on_step(done, len(steps))
 
 
-def _noised(x: Tensor, fresh: float, told: Told) -> Tensor:
-    """x and `fresh` noise."""
+def _noised(x: Tensor, fresh: float, told: Told, ends: tuple[float, float] | None = None) -> Tensor:
+    """x and `fresh` noise, which may depend on the ends of the step (`limner.sampling.compat.Brownian`)."""
     if fresh <= 0:
         return x
     noise = told.get("noise")
     assert noise is not None, "a stochastic sampler needs a noise source"
-    return x + fresh * noise()
+    between = getattr(noise, "between", None)
+    return x + fresh * (noise() if between is None or ends is None else between(*ends))
 
 
 def _moved(x: Tensor, x0: Tensor, sigma: float, following: float, interpolant: Interpolant) -> Tensor:
@@ -426,7 +427,7 @@ def _ancestral(
     eps = (x - interpolant.alpha(sigma) * x0) / sigma
     fresh = _fresh(sigma, following, interpolant, eta)
     x = interpolant.alpha(following) * x0 + math.sqrt(max(0.0, following**2 - fresh**2)) * eps
-    return _noised(x, fresh, told)
+    return _noised(x, fresh, told, (sigma, following))
 
 
 def _down(sigma: float, following: float, interpolant: Interpolant, eta: float) -> tuple[float, float, float]:

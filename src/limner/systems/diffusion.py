@@ -19,7 +19,7 @@ from limner.errors import CheckpointMismatch, UsageError
 from limner.models import ip_adapter, unet
 from limner.models.controlnet import KINDS
 from limner.models.unet import Residuals, UNet, guidance_embedding, micro_conditioning
-from limner.sampling import samplers, schedules
+from limner.sampling import compat, samplers, schedules
 from limner.sampling.guidance import Combine, Guidance, classifier_free, combining, composed, guided, within
 from limner.sampling.interpolants import Discrete, Interpolant
 from limner.sampling.predictions import Prediction
@@ -204,8 +204,17 @@ class DiffusionSystem(nn.Module):
     def sigmas(self, request: Request) -> list[float]:
         """What the sampler walks; over a picture, the end of it. Raises UsageError for a schedule that the interpolant
         cannot have."""
+        if request.compat:
+            return self.levels(request)[0]
         sigmas = schedules.plan(request.schedule, request.sampler, request.steps, self.interpolant)
         return sigmas if request.strength is None else schedules.from_strength(sigmas, request.strength)
+
+    def levels(self, request: Request) -> tuple[list[float], list[float]]:
+        """What another program walks, and the schedule that it is the end of."""
+        again = request.image is None and request.strength is not None
+        return compat.sigmas(
+            request.compat, request.schedule, request.sampler, request.steps, request.strength, self.interpolant, again
+        )
 
     def parsed(self, texts: Sequence[str], request: Request, composed: bool = True) -> list[tuple[Part, ...]]:
         """The parts of every text. Raises UsageError for what cannot be meant or done."""
@@ -232,7 +241,8 @@ class DiffusionSystem(nn.Module):
         weights = tuple(tuple(p[k].weight if k < len(p) else 0.0 for p in said) for k in range(most))
 
         def told(system: DiffusionSystem, turn: tuple[tuple[Text, ...], ...]) -> Prompts:
-            read = system.text_encoder.read(turn, system.dialect(request), request.clip_skip)
+            empty = {"zero": False} if request.compat == "comfyui" else {}
+            read = system.text_encoder.read(turn, system.dialect(request), request.clip_skip, **empty)
             if system.small_noise is not None:
                 levels = torch.full((len(prompts) * (most + 1),), request.noise_level, device=read.tokens.device)
                 read = replace(read, labels=levels)
@@ -430,7 +440,16 @@ class DiffusionSystem(nn.Module):
             small = self.small_noise.mix(beside, noise(tuple(beside.shape[1:])), sigma)
             beside = self.small_noise.input_scale(sigma) * small
         eps = noise(shape)
-        if start is None or (request.mask is not None and request.strength == 1):  # it knows nothing of what was there
+        anew = start is None or (request.mask is not None and request.strength == 1)
+        draw: Any = lambda: noise(shape)  # noqa: E731
+        if request.compat:
+            levels = self.levels(request)
+            x = compat.begin(request.compat, request.sampler, self.interpolant, None if anew else start, eps, levels)
+            if request.sampler in compat.BROWNIAN:
+                draw = noise.brownian(shape, levels[request.compat != "comfyui"])  # type: ignore[attr-defined]
+        elif start is None or (
+            request.mask is not None and request.strength == 1
+        ):  # it knows nothing of what was there
             bare = request.sampler in schedules.BARE and request.schedule != "leading"
             bare = bare and isinstance(self.interpolant, Discrete)
             x = sigmas[0] * eps if bare else self.interpolant.start(eps, sigmas[0])
@@ -484,7 +503,7 @@ class DiffusionSystem(nn.Module):
         with contextlib.ExitStack() as attached:
             for system in seeing:
                 attached.enter_context(ip_adapter.attached(system.network, references))
-            x = sampler(denoise, x, sigmas, self.interpolant, noise=lambda: noise(shape), on_step=on_step)
+            x = sampler(denoise, x, sigmas, self.interpolant, noise=draw, on_step=on_step)
         return self.interpolant.input_scale(sigmas[-1]) * x if sigmas[-1] else x
 
     def hint(self, control: Control, request: Request) -> Any:

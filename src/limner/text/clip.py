@@ -276,13 +276,16 @@ class CLIPTowers(nn.ModuleList):
         return Conditioning(tokens=tokens, pooled=pooled)
 
     @torch.no_grad()
-    def read(self, groups: Sequence[Sequence[Text]], dialect: Dialect, clip_skip: int | None) -> Conditioning:
+    def read(
+        self, groups: Sequence[Sequence[Text]], dialect: Dialect, clip_skip: int | None, zero: bool = True
+    ) -> Conditioning:
         """A row for each text of each group. The texts of a group get as many chunks as the longest, with empty ones
         (A1111), or keep their own (ComfyUI); where rows differ, the rest is zeros that the mask hides. `pooled` is that
         of the first chunk.
 
         A1111's weights multiply a chunk's states, whose mean is then restored; ComfyUI's go from the states of the
-        empty prompt through the state at the same place. Raises UsageError for a clip skip not in `clip_skips`.
+        empty prompt through the state at the same place. `zero` False reads empty prompts as any. Raises UsageError for
+        a clip skip not in `clip_skips`.
         """
         skip = self.checked(clip_skip) - 1 - self.left_out
         chunks = {text: [tower.chunks(text, dialect) for tower in self] for group in groups for text in group}  # type: ignore[operator]
@@ -295,7 +298,7 @@ class CLIPTowers(nn.ModuleList):
             side, pooled = tower.read(rows, dialect, skip)  # type: ignore[operator]
             sides.append(side)
         tokens = [torch.cat(row, dim=-1) for row in zip(*sides, strict=True)]  # l d
-        if self.zero_empty:
+        if self.zero_empty and zero:
             said = [any(piece.text for section in text for piece in section) for text in texts]
             tokens = [states * known for states, known in zip(tokens, said, strict=True)]
             pooled = pooled * pooled.new_tensor(said)[:, None]
