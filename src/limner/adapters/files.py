@@ -12,6 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Container, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -167,7 +168,8 @@ def contents_of(path: str | Path) -> Contents:
 
 def name_of(path: Path) -> str:
     """What an adapter is called: its file without the ending, or PEFT's folder."""
-    path = path.resolve()
+    with suppress(OSError, RuntimeError):  # links in a circle
+        path = path.resolve()
     return path.name if path.is_dir() else path.parent.name if path.name == PEFT_FILE else path.stem
 
 
@@ -339,7 +341,9 @@ def _refusal(contents: Contents, adapter: Adapter, misfit: str, system: nn.Modul
         return f"{begin}: {misfit}"
     if not is_adapter(contents):
         first = min(contents.tensors, default="none")
-        return f"{contents.path} is no adapter: of its {adapter.total} keys (first: {first:.100}) none is of one"
+        return (
+            f"{contents.path} is no adapter: of its {adapter.total} keys (first: {files.shown(first)}) none is of one"
+        )
     first = adapter.unknown[0]
     spelling, part = split(first, contents.tensors)
     near = difflib.get_close_matches(spelling, spellings(system), n=1, cutoff=0.6)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from limner.checkpoints import layouts, unet
 from limner.checkpoints.components import UNETS
-from limner.checkpoints.files import assign
+from limner.checkpoints.files import assign, shown
 from limner.checkpoints.layouts import Place
 from limner.errors import CheckpointMismatch, Ignored
 from limner.models.controlnet import HINT_WIDTHS, ControlNet, ControlNetUnion
@@ -57,9 +57,9 @@ def read(path: Path, tensors: Mapping[str, Tensor], base: UNetConfig, own: Mappi
         if LORA in tensors or DIFFERENCE in tensors:
             tensors = _whole(path, tensors, layout, own)
     else:
-        first = min(tensors, default="none")
+        first = shown(min(tensors, default="none"))
         raise CheckpointMismatch(
-            f"{path} is no ControlNet or T2I-Adapter: none of its {len(tensors)} tensors is one's (first: {first:.100})"
+            f"{path} is no ControlNet or T2I-Adapter: none of its {len(tensors)} tensors is one's (first: {first})"
         )
     layouts.fit(layout, network.state_dict(), tensors, f"{path}, read as a ControlNet")
     assign(network, layouts.read(layout, tensors, path), path)

@@ -81,12 +81,23 @@ def unpickled(path: Path) -> Any:
     with path.open("rb") as opened:
         mapped = opened.read(4) == ZIP
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # the reader raises many kinds
         reason = "more than tensors in it" if "weights_only" in str(error).lower() else "not whole"
         raise FileProblem(
             f"{path} is not opened ({reason}): it may run code; have a program you trust make a .safetensors of it"
         ) from error
+    _dense(stored, path)
+    return stored
+
+
+def _dense(stored: Any, path: Path, name: Any = "", depth: int = 4) -> None:
+    """Raises FileProblem for a tensor that is sparse or holds no values, in tables up to so deep."""
+    if isinstance(stored, Tensor) and (stored.layout != torch.strided or stored.device.type == "meta"):
+        raise FileProblem(f"{path}: {shown(str(name))} is sparse, or has no values: only whole tensors are read")
+    if isinstance(stored, dict) and depth:
+        for key, value in stored.items():
+            _dense(value, path, key, depth - 1)
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
@@ -113,9 +124,13 @@ def config_in(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     if CONFIG_KEY not in metadata:
         raise FileProblem(f"{path} is a safetensors file of another program: it carries no limner configuration")
     try:
-        return json.loads(metadata[CONFIG_KEY])
-    except json.JSONDecodeError as error:
-        raise FileProblem(f"{path}: its limner configuration is not JSON ({error.msg})") from error
+        config = json.loads(metadata[CONFIG_KEY])
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "too deep")
+        raise FileProblem(f"{path}: its limner configuration is not JSON ({reason})") from error
+    if not isinstance(config, dict):
+        raise FileProblem(f"{path}: its limner configuration is not a JSON object")
+    return config
 
 
 def digest(*paths: Path) -> str:
@@ -135,11 +150,16 @@ def digest(*paths: Path) -> str:
 def account(expected: Set[str], found: Set[str], source: Path | str) -> None:
     """Every key must be there and nothing else: CheckpointMismatch names the first that is missing or left over."""
     kinds = ((sorted(expected - found), "missing"), (sorted(found - expected), "unknown"))
-    parts = [f"{len(names)} {word} (first: {names[0]})" for names, word in kinds if names]
+    parts = [f"{len(names)} {word} (first: {shown(names[0])})" for names, word in kinds if names]
     if parts:
         raise CheckpointMismatch(
             f"{source}: {' and '.join(parts)} of {len(expected)} keys; is it a file of another model?"
         )
+
+
+def shown(name: str) -> str:
+    """A name out of a file, as one line has room for it."""
+    return name if name.isprintable() and len(name) <= 200 else f"{name[:100]!r} ..."
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:

@@ -218,7 +218,7 @@ def _shards(index: Path) -> list[Path]:
     """The files that an index names, which must lie beside it."""
     places = Settings(index).values.get("weight_map")
     names = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
-    if not names or any(Path(name).name != name for name in names):
+    if not names or any(Path(name).name != name or "\0" in name for name in names):
         raise FileProblem(f"{index} does not name files beside it")
     return [index.parent / name for name in names]
 
