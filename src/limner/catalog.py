@@ -416,7 +416,7 @@ def put_autoencoder(system: AutoencodingSystem | DiffusionSystem, source: str | 
             raise CheckpointMismatch(
                 f"{path} scales latents by {told:g}, {system.name} by {own.scale:g}: another family's"
             )
-    tensors = {name: tensor for part in paths for name, tensor in files.read(part)[0].items()}
+    tensors = files.read_all(paths)
     for prefix in ("first_stage_model.", "vae.", "autoencoder."):
         inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         tensors = inside or tensors
@@ -441,12 +441,8 @@ def put_refiner(
 ) -> None:
     """Let the model of another file do the last steps. Raises what `load` does, and CheckpointMismatch for one that
     cannot go on where this stops."""
-    if not isinstance(system, DiffusionSystem):
-        raise CheckpointMismatch(f"{system.name} draws nothing that a refiner could go on with")
-    refiner = load(source, device, dtype=dtype)
-    if not isinstance(refiner, DiffusionSystem):
-        raise CheckpointMismatch(f"{source} is an autoencoder, not a model that refines")
-    system.refine(refiner)
+    first, refiner = _pair(system, source, device, dtype, "a refiner could go on with", "refines")
+    first.refine(refiner)
 
 
 def put_guide(
@@ -454,12 +450,25 @@ def put_guide(
 ) -> None:
     """Let guidance lead away from what the model of another file says (autoguidance). Raises what `load` does, and
     CheckpointMismatch for one that does not draw as this does."""
+    first, guide = _pair(system, source, device, dtype, "could be guided", "guides")
+    first.guided_by(guide)
+
+
+def _pair(
+    system: AutoencodingSystem | DiffusionSystem,
+    source: str | Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    would: str,
+    does: str,
+) -> tuple[DiffusionSystem, DiffusionSystem]:
+    """A system and the model of another file that is to work with it, both of which must draw."""
     if not isinstance(system, DiffusionSystem):
-        raise CheckpointMismatch(f"{system.name} draws nothing that could be guided")
-    guide = load(source, device, dtype=dtype)
-    if not isinstance(guide, DiffusionSystem):
-        raise CheckpointMismatch(f"{source} is an autoencoder, not a model that guides")
-    system.guided_by(guide)
+        raise CheckpointMismatch(f"{system.name} draws nothing that {would}")
+    other = load(source, device, dtype=dtype)
+    if not isinstance(other, DiffusionSystem):
+        raise CheckpointMismatch(f"{source} is an autoencoder, not a model that {does}")
+    return system, other
 
 
 def recognise(

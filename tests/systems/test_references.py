@@ -138,19 +138,26 @@ def test_real_sizes_have_the_published_names_and_shapes(config, millions):
     assert sum(v.numel() for v in ours.values()) // 10**6 == millions
 
 
+def expected(systems: Any, theirs: Any, adapters: Any, scale: Any, images: Any) -> torch.Tensor:
+    """Latents of diffusers with one adapter or several, from which it is free again afterwards."""
+    count = len(adapters) if isinstance(adapters, list) else 0
+    theirs.load_ip_adapter(adapters, subfolder=[None] * count or None, weight_name=[""] * count or "")
+    theirs.set_ip_adapter_scale(scale)
+    latents = theirs(
+        "a red fox", ip_adapter_image=images, num_inference_steps=10, guidance_scale=5.0, height=32, width=32,
+        output_type="latent", generator=torch.Generator().manual_seed(3),
+    ).images  # fmt: skip
+    theirs.unload_ip_adapter()
+    theirs.image_encoder, theirs.feature_extractor = systems["encoder"], systems["seer"]
+    return latents
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", WIDTHS)
 def test_it_draws_what_diffusers_draws(systems, base, kind, tmp_path, monkeypatch):
     _, pipe, theirs, widths = systems[base]
     parts = adapter(kind, WIDTHS[base], widths)
-    theirs.load_ip_adapter(parts, subfolder=None, weight_name="")
-    theirs.set_ip_adapter_scale(0.6)
-    wanted = theirs(
-        "a red fox", ip_adapter_image=picture(0, 28), num_inference_steps=10, guidance_scale=5.0, height=32, width=32,
-        output_type="latent", generator=torch.Generator().manual_seed(3),
-    ).images  # fmt: skip
-    theirs.unload_ip_adapter()
-    theirs.image_encoder, theirs.feature_extractor = systems["encoder"], systems["seer"]
+    wanted = expected(systems, theirs, parts, 0.6, picture(0, 28))
     file = tmp_path / "ip.safetensors"
     save_file(flat(parts), file)
     before = drawn(pipe, monkeypatch)
@@ -167,14 +174,7 @@ def test_two_add_up_in_their_order_and_torchs_files_are_read(systems, tmp_path, 
     """With diffusers, which takes both at once."""
     _, pipe, theirs, widths = systems["sd1"]
     both = [adapter(kind, 64, widths, seed) for kind, seed in (("plain", 0), ("plus", 7))]
-    theirs.load_ip_adapter(both, subfolder=[None] * 2, weight_name=[""] * 2)
-    theirs.set_ip_adapter_scale([0.6, -0.3])
-    wanted = theirs(
-        "a red fox", ip_adapter_image=[picture(0, 28), picture(1, 28)], num_inference_steps=10, guidance_scale=5.0,
-        height=32, width=32, output_type="latent", generator=torch.Generator().manual_seed(3),
-    ).images  # fmt: skip
-    theirs.unload_ip_adapter()
-    theirs.image_encoder, theirs.feature_extractor = systems["encoder"], systems["seer"]
+    wanted = expected(systems, theirs, both, [0.6, -0.3], [picture(0, 28), picture(1, 28)])
     for k, parts in enumerate(both):
         torch.save(parts, tmp_path / f"ip{k}.bin")
     ask = [(tmp_path / "ip0.bin", picture(0, 28), 0.6), (tmp_path / "ip1.bin", picture(1, 28), -0.3)]
@@ -210,14 +210,7 @@ def test_perturbed_attention_sees_it_too_as_diffusers_has_it(systems, file, monk
 
 def test_weights_of_blocks_are_those_of_diffusers(systems, file, monkeypatch):
     _, pipe, theirs, widths = systems["sd1"]
-    theirs.load_ip_adapter(adapter("plus", 64, widths), subfolder=None, weight_name="")
-    theirs.set_ip_adapter_scale({"up": {"block_1": [0.9, 0.9]}})
-    wanted = theirs(
-        "a red fox", ip_adapter_image=picture(0, 28), num_inference_steps=10, guidance_scale=5.0, height=32, width=32,
-        output_type="latent", generator=torch.Generator().manual_seed(3),
-    ).images  # fmt: skip
-    theirs.unload_ip_adapter()
-    theirs.image_encoder, theirs.feature_extractor = systems["encoder"], systems["seer"]
+    wanted = expected(systems, theirs, adapter("plus", 64, widths), {"up": {"block_1": [0.9, 0.9]}}, picture(0, 28))
     blocks = {"mid_block": 0, "down_blocks": 0, "up_blocks": 0, "up_blocks.1": 0.9}
     ask = {"file": file, "image": picture(0, 28), "blocks": blocks}
     found = drawn(pipe, monkeypatch, ip_adapter=[ask])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from limner.adapters import files
 from limner.adapters.attaching import Stack, candidates, find
 from limner.errors import FileProblem, UsageError
 from limner.text.prompts import TAG, tagged
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,38 @@ def weighted(text: str) -> tuple[str, float | None, dict[str, float]]:
         else:
             raise UsageError(f"{text!r:.200}: {part!r:.50} does not say of which block it is the weight")
     return path, weight, blocks
+
+
+def with_picture(text: str, example: str) -> tuple[str, str]:
+    """FILE=IMAGE... as what is before and after the sign. Raises UsageError."""
+    file, equals, rest = text.partition("=")
+    if not equals or not file or not rest:
+        raise UsageError(f"{text!r:.200} is no FILE=IMAGE, such as {example}")
+    return file, rest
+
+
+def opened(
+    name: str, asked: str | Sequence[Any], kind: type[T], parse: Callable[[str], dict[str, Any]], open_one: Any
+) -> tuple[T, ...]:
+    """Each of what a program asks for by the keyword `name`: one of `kind`, text that `parse` reads, or arguments of
+    `open_one`, as keywords or as (file, image) and perhaps a weight. Raises UsageError."""
+    ways = "(file, image) or (file, image, weight)"
+    if not isinstance(asked, str | list | tuple):
+        raise UsageError(f"{name} is {asked!r:.80}: give a list of {ways}")
+    found: list[T] = []
+    for one in [asked] if isinstance(asked, str) else asked:
+        told: Any = parse(one) if isinstance(one, str) else one
+        if isinstance(told, kind):
+            found.append(told)
+            continue
+        if isinstance(told, tuple | list) and 2 <= len(told) <= 3:
+            told = dict(zip(("file", "image", "weight"), told, strict=False))
+        try:
+            inspect.signature(open_one).bind(**told)
+        except TypeError as error:
+            raise UsageError(f"{name} is {one!r:.80}: give {ways}, or keywords of {open_one.func.__name__}") from error
+        found.append(open_one(**told))
+    return tuple(found)
 
 
 def _file(text: str, folders: tuple[Path, ...]) -> Path:

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ class Stack:
             count = len(adapter.vectors[0])
             self._change([*self.on, Attached(adapter, 1.0, {})])
             return Report(adapter.name, adapter.hash, (TEXTUAL,), (), (), count, count, (), {})
-        _check(adapter, weight, blocks)
+        check_weights(adapter.name, weight, blocks, adapter.entries)
         changes = self._change([*self.on, Attached(adapter, float(weight), blocks)], new=adapter)
         return Report(
             adapter.name, adapter.hash, adapter.kinds, adapter.programs, adapter.ranks, adapter.matched, adapter.total,
@@ -242,17 +242,22 @@ def difference(adapter: Adapter, module: str, own: Mapping[str, Tensor]) -> dict
     return found
 
 
-def _check(adapter: Adapter, weight: float, blocks: Mapping[str, float]) -> None:
+def check_weights(
+    adapter: str, weight: float, blocks: Mapping[str, float] | None = None, modules: Iterable[str] = ()
+) -> None:
+    """Raises UsageError for a weight that cannot be, or a block in which an adapter of this name changes none of its
+    `modules`."""
+    blocks, modules = blocks or {}, list(modules)
     for name, value in (("weight", weight), *blocks.items()):
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_WEIGHT:
             limits = f"-{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
-            raise UsageError(f"the {name} of {adapter.name} is {value!r:.40}: give a number from {limits}")
-    paths = [module.removeprefix("network.") for module in adapter.entries]
+            raise UsageError(f"the {name} of {adapter} is {value!r:.40}: give a number from {limits}")
+    paths = [module.removeprefix("network.") for module in modules]
     for name in blocks:
         if not any(f"{path}.".startswith(f"{name}.") for path in paths):
-            known = sorted({block(module) for module in adapter.entries})
+            known = sorted({block(module) for module in modules})
             near = difflib.get_close_matches(name, known, n=1) or known
-            raise UsageError(f"{adapter.name} changes no block {name!r:.80}; it changes {', '.join(near)}")
+            raise UsageError(f"{adapter} changes no block {name!r:.80}; it changes {', '.join(near)}")
 
 
 def stack(system: Any) -> Stack:

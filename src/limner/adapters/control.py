@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from limner import hints, metadata, pictures
-from limner.adapters.attaching import LARGEST_WEIGHT, stack
+from limner.adapters import asking
+from limner.adapters.attaching import check_weights, stack
 from limner.adapters.files import BASES, bare, name_of
-from limner.checkpoints import controlnet, files, folders, t2i_adapter
+from limner.checkpoints import controlnet, files, folders, parts, t2i_adapter
 from limner.errors import Assumed, CheckpointMismatch, FileProblem, LimnerError, UnknownName, UsageError
 from limner.models.controlnet import KINDS, ControlNet, ControlNetUnion
 from limner.models.t2i_adapter import T2IAdapter
@@ -53,9 +54,7 @@ def open_control(
     Raises FileProblem, CheckpointMismatch for one of another model, ImageProblem, UsageError, UnknownName.
     """
     path = Path(file)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= LARGEST_WEIGHT:
-        limits = f"-{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
-        raise UsageError(f"the weight of {path.name} is {weight!r:.40}: give a number from {limits}")
+    check_weights(path.name, weight)
     if not all(isinstance(n, int | float) and math.isfinite(n) for n in (start, end)) or not 0 <= start < end <= 1:
         raise UsageError(f"{path.name} is told from {start!r:.40} to {end!r:.40}: give rising numbers from 0 to 1")
     if maker:
@@ -70,42 +69,32 @@ def open_control(
     if guess and isinstance(network, T2IAdapter):
         raise UsageError(f"{path.name} is a T2I-Adapter, and only ControlNets guess")
     picture = pictures.open_image(image)
-    digest = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:12]
     guess = guess or (isinstance(network, ControlNet) and network.pooled)
     return Control(
-        network, picture, float(weight), float(start), float(end), guess, name_of(path), found, maker, kind, digest
+        network,
+        picture,
+        float(weight),
+        float(start),
+        float(end),
+        guess,
+        name_of(path),
+        found,
+        maker,
+        kind,
+        pictures.digest(picture),
     )
 
 
-def opened(system: Any, asked: str | Sequence[Any]) -> list[Control]:
-    """Each of what a program asks for: a Control, the text that `parse` reads, or arguments of `open_control`, as
-    keywords or as (file, image) and perhaps a weight."""
-    found = []
-    if not isinstance(asked, str | list | tuple):
-        raise UsageError(f"control is {asked!r:.80}: give a list of (file, image) or (file, image, weight)")
-    for one in [asked] if isinstance(asked, str) else asked:
-        one = parse(one) if isinstance(one, str) else one
-        try:
-            if isinstance(one, Mapping):
-                found.append(open_control(system, **one))
-                continue
-        except TypeError as error:
-            raise UsageError(f"control is {one!r:.80}: its keywords are those of open_control") from error
-        if isinstance(one, tuple | list) and 2 <= len(one) <= 3:
-            found.append(open_control(system, *one))
-        elif isinstance(one, Control):
-            found.append(one)
-        else:
-            raise UsageError(f"control is {one!r:.80}: give (file, image) or (file, image, weight)")
-    return found
+def opened(system: Any, asked: str | Sequence[Any]) -> tuple[Control, ...]:
+    """Each of what a program asks for as control: a Control, the text that `parse` reads, or arguments of
+    `open_control`, as keywords or as (file, image) and perhaps a weight."""
+    return asking.opened("control", asked, Control, parse, partial(open_control, system))
 
 
 def parse(text: str) -> dict[str, Any]:
     """FILE=IMAGE[:WEIGHT][,canny][,start=0.2][,end=0.8][,kind=depth][,guess] as keywords of `open_control`. Raises
     UsageError."""
-    file, equals, rest = text.partition("=")
-    if not equals or not file or not rest:
-        raise UsageError(f"{text!r:.200} is no FILE=IMAGE, such as canny.safetensors=edges.png:0.8")
+    file, rest = asking.with_picture(text, "canny.safetensors=edges.png:0.8")
     told: dict[str, Any] = {"file": file}
     image, comma, options = rest, "", ""
     if not os.path.exists(rest):  # noqa: PTH110 (Path's may raise)
@@ -236,13 +225,13 @@ def _network(system: Any, path: Path) -> tuple[Network, str]:
     if getattr(system, "enlarges", 1) > 1:
         raise UsageError(f"{system.name} takes no ControlNets: it follows the picture that it enlarges")
     settings = folders.Settings(path / "config.json").values if path.is_dir() else {}
-    paths = folders.weights(path) if path.is_dir() else [path]
+    paths = parts.weights(path)
     try:
         key = tuple((str(p), p.stat().st_mtime_ns) for p in paths)
     except OSError as error:
         raise FileProblem(f"no file {str(path)!r:.200}: give the path of a ControlNet") from error
     if key not in adapters.controls:
-        tensors = {name: tensor for part in paths for name, tensor in files.read(part)[0].items()}
+        tensors = files.read_all(paths)
         network = _read(path, tensors, replace(base.config, guidance_width=0), adapters.bare("network"), system.grid)
         if isinstance(network, ControlNet):
             _settle(network, path, settings)

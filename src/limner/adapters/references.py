@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ import torch
 from PIL import Image
 
 from limner import metadata, pictures
-from limner.adapters.asking import weighted
-from limner.adapters.attaching import LARGEST_WEIGHT, stack
+from limner.adapters import asking
+from limner.adapters.attaching import check_weights, stack
 from limner.adapters.files import name_of
-from limner.adapters.names import block
-from limner.checkpoints import files, folders, ip_adapter
+from limner.checkpoints import files, folders, ip_adapter, parts
 from limner.errors import CheckpointMismatch, FileProblem, UsageError
 from limner.models.clip_vision import CLIPVision, prepared
 from limner.models.ip_adapter import IPAdapter, attentions
@@ -25,7 +23,6 @@ from limner.types import Reference
 
 BESIDE = ("image_encoder", "models/image_encoder", "sdxl_models/image_encoder")
 """Where an adapter's image encoder lies: beside its file, or a folder or two above."""
-KEYWORDS = {"file", "image", "weight", "blocks", "image_encoder"}
 
 
 @torch.inference_mode()
@@ -50,27 +47,19 @@ def open_reference(
     if problem := metadata.misnamed(name_of(path)):
         raise UsageError(f"{name_of(path)!r:.60} cannot be remembered by a picture ({problem}): rename it")
     blocks = dict(blocks or {})
-    for name, value in (("weight", weight), *blocks.items()):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_WEIGHT:
-            limits = f"-{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
-            raise UsageError(f"the {name} of {path.name} is {value!r:.40}: give a number from {limits}")
-    modules = attentions(network)
-    for name in blocks:
-        if not any(f"{module}.".startswith(f"{name}.") for module in modules):
-            known = sorted({block(module) for module in modules})
-            near = difflib.get_close_matches(name, known, n=1) or known
-            raise UsageError(f"{path.name} changes no block {name!r:.80}; it changes {', '.join(near)}")
+    check_weights(path.name, weight, blocks, attentions(network))
     tensors, _ = files.read(path)
     ip_adapter.check(path, tensors, network)
     picture = pictures.open_image(image)
-    digest = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:12]
     encoder = _encoder(adapters.encoders, path, tensors, None if image_encoder is None else Path(image_encoder))
     adapter = ip_adapter.read(path, tensors, network, encoder)
     seen = prepared(picture, encoder.config.size)
     words, nothing = (_words(adapter, encoder, x) for x in (seen, None if adapter.projection.whole else seen * 0))
     first = next(network.parameters())
     words, nothing = (x.to(first.device, first.dtype) for x in (words, nothing))
-    return Reference(adapter, words, nothing, float(weight), name_of(path), files.digest(path), blocks, digest)
+    return Reference(
+        adapter, words, nothing, float(weight), name_of(path), files.digest(path), blocks, pictures.digest(picture)
+    )
 
 
 def _words(adapter: IPAdapter, encoder: CLIPVision, seen: torch.Tensor | None) -> torch.Tensor:
@@ -110,41 +99,21 @@ def _tower(known: dict[str, CLIPVision], path: Path) -> CLIPVision:
     if (key := str(path.resolve())) not in known:
         config = (path if path.is_dir() else path.parent) / "config.json"
         settings = folders.Settings(config).values if config.is_file() else {}
-        tensors = {
-            k: v
-            for part in (folders.weights(path) if path.is_dir() else [path])
-            for k, v in files.read(part)[0].items()
-        }
         known.clear()  # one is enough to keep
-        known[key] = ip_adapter.read_encoder(path, tensors, settings.get("vision_config", settings)).float()
+        known[key] = ip_adapter.read_encoder(path, parts.read(path), settings.get("vision_config", settings)).float()
     return known[key]
 
 
 def opened(system: Any, asked: str | Sequence[Any], image_encoder: str | Path | None = None) -> tuple[Reference, ...]:
-    """Each of what a program asks for: a Reference, the text that `parse` reads, or arguments of `open_reference`, as
-    keywords or as (file, image) and perhaps a weight."""
-    found = []
-    if not isinstance(asked, str | list | tuple):
-        raise UsageError(f"ip_adapter is {asked!r:.80}: give a list of (file, image) or (file, image, weight)")
-    for one in [asked] if isinstance(asked, str) else asked:
-        told = parse(one) if isinstance(one, str) else one
-        if isinstance(told, tuple | list) and 2 <= len(told) <= 3:
-            told = dict(zip(("file", "image", "weight"), told, strict=False))
-        if isinstance(told, Reference):
-            found.append(told)
-        elif isinstance(told, Mapping) and {"file", "image"} <= told.keys() <= KEYWORDS:
-            keywords: dict[str, Any] = {"image_encoder": image_encoder} | dict(told)
-            found.append(open_reference(system, **keywords))
-        else:
-            raise UsageError(f"ip_adapter is {one!r:.80}: give (file, image) or (file, image, weight)")
-    return tuple(found)
+    """Each of what a program asks for as ip_adapter: a Reference, the text that `parse` reads, or arguments of
+    `open_reference`, as keywords or as (file, image) and perhaps a weight."""
+    open_one = partial(open_reference, system, image_encoder=image_encoder)
+    return asking.opened("ip_adapter", asked, Reference, parse, open_one)
 
 
 def parse(text: str) -> dict[str, Any]:
     """FILE=IMAGE[:WEIGHT][,BLOCK=WEIGHT...] as keywords of `open_reference`. Raises UsageError."""
-    file, equals, rest = text.partition("=")
-    if not equals or not file or not rest:
-        raise UsageError(f"{text!r:.200} is no FILE=IMAGE, such as ip-adapter.safetensors=photo.png:0.6")
-    image, weight, blocks = weighted(rest)
+    file, rest = asking.with_picture(text, "ip-adapter.safetensors=photo.png:0.6")
+    image, weight, blocks = asking.weighted(rest)
     told = {"weight": weight, "blocks": blocks}
     return {"file": file, "image": image} | {name: value for name, value in told.items() if value not in (None, {})}

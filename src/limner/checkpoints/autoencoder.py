@@ -52,7 +52,17 @@ def ldm_config(shapes: Mapping[str, Sequence[int]], scale: float) -> KLConfig:
 
     Raises KeyError for a name that every one has.
     """
-    down = "encoder.down.{}.block.{}.conv1.weight".format
+    return _config(shapes, scale, "encoder.down.{}.block.{}.conv1.weight")
+
+
+def own_config(shapes: Mapping[str, Sequence[int]], scale: float) -> KLConfig:
+    """As `ldm_config`, of a file with diffusers' names, which are ours."""
+    return _config(shapes, scale, "encoder.down_blocks.{}.resnets.{}.conv1.weight")
+
+
+def _config(shapes: Mapping[str, Sequence[int]], scale: float, block: str) -> KLConfig:
+    """`block` is how the first weight of block j of level i is called; only the original code attends on the way."""
+    down = block.format
     levels = next(i for i in itertools.count() if down(i, 0) not in shapes)
     return KLConfig(
         image_channels=shapes["encoder.conv_in.weight"][1],
@@ -60,20 +70,6 @@ def ldm_config(shapes: Mapping[str, Sequence[int]], scale: float) -> KLConfig:
         widths=tuple(shapes[down(i, 0)][0] for i in range(levels)),
         blocks=next(j for j in itertools.count() if down(0, j) not in shapes),
         attention_levels=tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.norm.weight" in shapes),
-        quant_convs="quant_conv.weight" in shapes,
-        scale=scale,
-    )
-
-
-def own_config(shapes: Mapping[str, Sequence[int]], scale: float) -> KLConfig:
-    """As `ldm_config`, of a file with diffusers' names, which are ours."""
-    down = "encoder.down_blocks.{}.resnets.{}.conv1.weight".format
-    levels = next(i for i in itertools.count() if down(i, 0) not in shapes)
-    return KLConfig(
-        image_channels=shapes["encoder.conv_in.weight"][1],
-        latent_channels=shapes["decoder.conv_in.weight"][1],
-        widths=tuple(shapes[down(i, 0)][0] for i in range(levels)),
-        blocks=next(j for j in itertools.count() if down(0, j) not in shapes),
         quant_convs="quant_conv.weight" in shapes,
         scale=scale,
     )

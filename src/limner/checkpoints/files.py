@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise FileProblem(f"{path} is not a whole safetensors file ({reason}): download or train it again") from error
+
+
+def read_all(paths: Iterable[Path]) -> dict[str, Tensor]:
+    """The tensors of several files, as `read` has them."""
+    return {name: tensor for path in paths for name, tensor in read(path)[0].items()}
 
 
 def is_torch(path: Path) -> bool:

@@ -160,7 +160,7 @@ def recognise(folder: Path) -> Foreign:
         assumed.append(f"the folder's sampler is not one of ours: {UNKNOWN_SAMPLER}")
 
     paths = {name: weights(folder / name) for name in ("unet", "vae", *towers)}
-    found = {name: _tensors(paths[name]) for name in paths}
+    found = {name: files.read_all(paths[name]) for name in paths}
     early = any(name.endswith(".query.weight") for name in found["vae"])
     codec_names = autoencoder.ldm_layout(codec)
     beside: Counter[str] = Counter()
@@ -221,10 +221,6 @@ def _shards(index: Path) -> list[Path]:
     if not names or any(Path(name).name != name or "\0" in name for name in names):
         raise FileProblem(f"{index} does not name files beside it")
     return [index.parent / name for name in names]
-
-
-def _tensors(paths: list[Path]) -> dict[str, Tensor]:
-    return {name: tensor for path in paths for name, tensor in files.read(path)[0].items()}
 
 
 # -------------------------------------------------------------------- configurations

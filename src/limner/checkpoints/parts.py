@@ -106,7 +106,7 @@ def weights(source: Path) -> list[Path]:
 
 
 def read(source: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in weights(source) for name, tensor in files.read(path)[0].items()}
+    return files.read_all(weights(source))
 
 
 def codec(source: Path) -> Held:

@@ -440,7 +440,7 @@ def _attach(
 
 def _control(
     pipe: Pipeline, asked: list[str], remembered: list[dict[str, Any]], tell: Callable[[str], None]
-) -> tuple[list[Any], list[str]]:
+) -> tuple[tuple[Any, ...], list[str]]:
     """The controls asked for, with what a picture remembers of them, and a sentence on each."""
     from limner.adapters import control
 

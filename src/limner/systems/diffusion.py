@@ -377,8 +377,8 @@ class DiffusionSystem(nn.Module):
             if prompts.alone:
                 cond, negative = predict(torch.cat([x, x]), sigma, every, len(x)).chunk(2)
                 return cond, negative
-            *parts, against = told  # one after another, for the memory's sake
-            negative = predict(x, sigma, against, 0)
+            *parts, uncond = told  # one after another, for the memory's sake
+            negative = predict(x, sigma, uncond, 0)
             return composed([predict(x, sigma, part) for part in parts], list(weights), negative), negative
 
         def plain(x: Tensor, sigma: float) -> Tensor:
@@ -440,21 +440,20 @@ class DiffusionSystem(nn.Module):
             small = self.small_noise.mix(beside, noise(tuple(beside.shape[1:])), sigma)
             beside = self.small_noise.input_scale(sigma) * small
         eps = noise(shape)
-        anew = start is None or (request.mask is not None and request.strength == 1)
+        # all of a mask's picture anew: it knows nothing of what was there
+        over = None if request.mask is not None and request.strength == 1 else start
         draw: Any = lambda: noise(shape)  # noqa: E731
         if request.compat:
             levels = self.levels(request)
-            x = compat.begin(request.compat, request.sampler, self.interpolant, None if anew else start, eps, levels)
+            x = compat.begin(request.compat, request.sampler, self.interpolant, over, eps, levels)
             if request.sampler in compat.BROWNIAN:
                 draw = noise.brownian(shape, levels[request.compat != "comfyui"])  # type: ignore[attr-defined]
-        elif start is None or (
-            request.mask is not None and request.strength == 1
-        ):  # it knows nothing of what was there
+        elif over is None:
             bare = request.sampler in schedules.BARE and request.schedule != "leading"
             bare = bare and isinstance(self.interpolant, Discrete)
             x = sigmas[0] * eps if bare else self.interpolant.start(eps, sigmas[0])
         else:
-            x = self.interpolant.mix(start, eps, sigmas[0])
+            x = self.interpolant.mix(over, eps, sigmas[0])
         sampler = samplers.get(request.sampler)
         interval = request.guidance_interval or self.defaults.guidance_interval
         combine, push = self.combine(request), classifier_free(1 + request.pag_scale) if request.pag_scale else None
