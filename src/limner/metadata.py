@@ -87,19 +87,13 @@ CONTROL: dict[str, tuple[type, float, float]] = {
     "kind": (str, 1, 50),
     "image_hash": (str, 1, 64),  # of the picture given
 }
-IP_ADAPTER: dict[str, tuple[type, float, float]] = {
-    "name": (str, 1, 200),
-    "hash": (str, 1, 64),
-    "weight": (float, -100, 100),
-    "blocks": (dict, 1, 1000),  # factors of blocks
-    "image_hash": (str, 1, 64),  # of the picture shown
-}
 ADAPTER: dict[str, tuple[type, float, float]] = {
     "name": (str, 1, 200),  # of its file; never a path
     "hash": (str, 1, 64),
     "weight": (float, -100, 100),
     "blocks": (dict, 1, 1000),  # factors of blocks
 }
+IP_ADAPTER = ADAPTER | {"image_hash": (str, 1, 64)}  # of the picture shown
 
 NUMBERS = {
     "Mask blur": "mask_blur",
