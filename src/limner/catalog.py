@@ -20,6 +20,7 @@ from limner.checkpoints import files, folders, hub, layouts, parts, single_files
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.layouts import Place
 from limner.checkpoints.quantization import quantize
+from limner.devices import bytes_of, free_of
 from limner.errors import Assumed, CheckpointMismatch, FileProblem, UnknownName, UsageError, complaint
 from limner.models.autoencoder import KL_SD1, KL_SDXL, KL_UPSCALER, KLAutoencoder, KLConfig
 from limner.models.dcae import DCAE, DCAE_ICONS, DCAE_TINY, DCAEConfig
@@ -350,12 +351,14 @@ def load(
     dtype: torch.dtype | None = None,
     vae: str | Path | None = None,
     text_encoders: Sequence[str | Path] = (),
+    offload: Literal["auto", "never", "always"] = "never",
 ) -> AutoencodingSystem | DiffusionSystem:
     """A system by name ("icons"), weight file of ours or of Stable Diffusion, folder of a training run or of diffusers,
     ready to draw. `prediction` is for models of other programs whose files do not say, or not truly, what they predict;
     `dtype` is what the network computes in, else for models of other programs what is fastest, half precision on a GPU
     and bfloat16 on a processor that has it, and float32 for the rest. `vae` is another autoencoder, `text_encoders` are
-    files with other text towers; of a single file that is a U-Net alone, they are what it lacks.
+    files with other text towers; of a single file that is a U-Net alone, they are what it lacks. With `offload`
+    "always", or "auto" and more weights than the device has memory for, the parts rest on the CPU while not at work.
 
     Raises UsageError, UnknownName, FileProblem, CheckpointMismatch.
     """
@@ -381,7 +384,12 @@ def load(
     beside = ThreadPoolExecutor(1)
     system.weights_hash = beside.submit(files.digest, *([path] if found is None else found.files)).result
     beside.shutdown(wait=False)
-    system.requires_grad_(False).eval().to(device)
+    system.requires_grad_(False).eval()
+    device = torch.device(device)
+    if offload == "always" or (offload == "auto" and bytes_of(system) > free_of(device) and device.type == "cuda"):
+        _rest(system, device)
+    else:
+        system.to(device)
     if codec is not None:
         if found is None or not any(place.name.startswith(f"{codec}/") for place in found.layout.values()):
             put_autoencoder(system, codec)
@@ -392,6 +400,13 @@ def load(
         paths = [path for file in texts for path in parts.weights(file)]
         system.vae = system.vae | {"text_encoder": names, "text_encoder_hash": files.digest(*paths)}
     return system
+
+
+def _rest(system: AutoencodingSystem | DiffusionSystem, device: torch.device) -> None:
+    if not isinstance(system, DiffusionSystem) or device.type == "cpu":
+        what = f"{system.name} has one part" if device.type != "cpu" else "the parts are at work on the CPU"
+        raise UsageError(f"offload is always, but {what}: it is for GPUs that cannot hold all of a model")
+    system.works_on = device
 
 
 def _title(path: Path) -> str:

@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from limner import __version__, catalog, names, pictures
+from limner import __version__, catalog, memory, names, pictures
 from limner.adapters import asking, attaching, references
 from limner.adapters import control as controls
 from limner.errors import Assumed, FileProblem, Ignored, UnknownName, UsageError
 from limner.sampling import compat as programs
 from limner.sampling import samplers, schedules
 from limner.sampling.guidance import WAYS
+from limner.systems.diffusion import DiffusionSystem
 from limner.text.prompts import AND, DIALECTS, Wildcards, expand
 from limner.types import Control, Defaults, GeneratedImage, Latents, OnStep, Reference, Request, System
 
@@ -144,6 +145,7 @@ def load(
     refiner: str | Path | None = None,
     guide_model: str | Path | None = None,
     text_encoder: str | Path | Sequence[str | Path] = (),
+    offload: Literal["auto", "never", "always"] = "auto",
 ) -> Pipeline:
     """A pipeline by model name, weight file of ours or of Stable Diffusion, folder of a run or of diffusers. `device`
     "auto" takes a CUDA device when there is one; `prediction` is for files that do not say what they predict; `dtype`
@@ -151,6 +153,8 @@ def load(
     a file or folder with another autoencoder, `refiner` a model that does the last steps, `guide_model` a weaker one
     that guidance leads away from in place of the negative prompt (autoguidance), `text_encoder` one or several files
     with other text towers. A file with a U-Net alone needs `vae` and `text_encoder`.
+    `offload` says whether the parts of a model take turns on a GPU and rest on the CPU: "auto" if it cannot hold them
+    and what a drawing makes.
 
     Raises UsageError for a device that is not here, UnknownName, FileProblem, CheckpointMismatch; warns (Assumed) of
     what a file did not tell.
@@ -161,19 +165,25 @@ def load(
         raise UnknownName("prediction", str(prediction), ("eps", "v"))
     if dtype not in ("auto", *DTYPES):
         raise UnknownName("dtype", str(dtype), ("auto", *DTYPES))
+    if offload not in ("auto", "never", "always"):
+        raise UnknownName("offload", str(offload), ("auto", "never", "always"))
     texts = [text_encoder] if isinstance(text_encoder, str | Path) else list(text_encoder)
-    system = catalog.load(source, find_device(device), prediction, DTYPES.get(dtype), vae, texts)
+    system = catalog.load(source, find_device(device), prediction, DTYPES.get(dtype), vae, texts, offload)
     if refiner is not None:
         catalog.put_refiner(system, refiner, find_device(device), DTYPES.get(dtype))
     if guide_model is not None:
         catalog.put_guide(system, guide_model, find_device(device), DTYPES.get(dtype))
+    if isinstance(system, DiffusionSystem):
+        system.stays = offload == "never"
+        if system.works_on is not None:
+            system.offload()  # with what joined it
     return Pipeline(system, str(source))  # type: ignore[arg-type]
 
 
 def computes(system: System) -> str:
     """Where and in what the network computes, in words: "cpu in fp32"."""
     first = next(getattr(system, "network", system).parameters())  # type: ignore[union-attr]
-    return f"{first.device} in {next(name for name, dtype in DTYPES.items() if dtype == first.dtype)}"
+    return f"{system.device} in {next(name for name, dtype in DTYPES.items() if dtype == first.dtype)}"
 
 
 def find_device(name: str | torch.device = "auto") -> torch.device:
@@ -284,6 +294,9 @@ def draw(
     are not that of `request`, which says everything else."""
     negatives = negatives or [request.negative] * len(prompts)
     turns = range(0, len(prompts), chunk)
+    biggest = larger(system, request) if request.hires > 1 else request
+    if sentence := memory.settle(system, biggest, min(chunk, len(prompts))):
+        warnings.warn(f"{system.name}, {sentence}", Assumed, 4)
     images = []
     for turn, begin in enumerate(turns):
         some = slice(begin, begin + chunk)
@@ -306,7 +319,7 @@ def draw(
 
 def to_latents(system: System, prompts: list[str], negatives: list[str], seeds: list[int], request: Request) -> Latents:
     """Latents of pictures that are drawn at once."""
-    device = next(system.parameters()).device  # type: ignore[attr-defined]
+    device = system.device
     # 1. one noise source a picture, so that a picture does not depend on its neighbours
     noise = noise_of(seeds, device, request)
     # 2. the words

@@ -235,6 +235,8 @@ class System(Protocol):
     defaults: Defaults
     model_hash: str
     """The first digits of the weight file's SHA-256, "" for weights that come from no file."""
+    device: torch.device
+    """Where it computes."""
     vae: dict[str, str]
     """`vae` and `vae_hash`, name and hash of an autoencoder that is not the model's own; else nothing."""
     grid: int

@@ -1,13 +1,14 @@
 #!/bin/sh
 # A run of `icons`, unattended and ready in time: sh docs/runs/icons/run.sh DATA WORK SECONDS [START]
 # DATA is the icon pack, WORK a folder for what comes out, START weights to go on from (else a stage at 128 px comes
-# first, and AUTOENCODER names the weights of the autoencoder). All GPUs of the machine share the training; the judge is
-# trained beside it on the last of them. Pictures that WORK/cache does not hold are drawn first, by each of them. What is
-# left in WORK: icons.safetensors, judge/, evaluation-4/ and -5/ (of guidance), settings-0.jsonl and -1, logs.
+# first, and AUTOENCODER names the weights of the autoencoder). All GPUs of the machine share the training; with JUDGE=new
+# a judge is trained beside it on the last of them, else the one in the package judges. Pictures that WORK/cache does not
+# hold are drawn first, by each of them. What is left in WORK: icons.safetensors, evaluation-4/ (of guidance 4),
+# settings-0.jsonl and one more for each further GPU, judge/ if one was trained, logs.
 set -eu
 data=$1 work=$2 end=$(($(date +%s) + $3)) start=${4:-}
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
-last=$((gpus - 1)) run='' step=${STEP:-0.135}  # seconds of a step at 256 px on two H100
+last=$((gpus - 1)) run='' step=${STEP:-0.135} # seconds of a step at 256 px on two H100
 mkdir -p "$work"
 left() { echo $((end - $(date +%s))); }
 train() {
@@ -17,9 +18,12 @@ train() {
         sample_prompts=[] sample_every=0 log_every=100 "$@" >"$out.log" 2>&1
 }
 
-CUDA_VISIBLE_DEVICES=$last python3 -m limner evaluate --prepare-judge --data "$data" --cache "$work/cache" \
-    --out "$work/judge" --device cuda >"$work/judge.log" 2>&1 &
-judge=$!
+judge=''
+if [ "${JUDGE:-}" = new ]; then
+    CUDA_VISIBLE_DEVICES=$last python3 -m limner evaluate --prepare-judge --data "$data" --cache "$work/cache" \
+        --out "$work/judge" --device cuda >"$work/judge.log" 2>&1 &
+    judge=$!
+fi
 autoencoder=${AUTOENCODER:-${start:?START or AUTOENCODER must name weights}}
 if [ -z "$start" ]; then
     train "$work/small" system.autoencoder_from="$autoencoder" data.size=128 data.other_sizes=[] lr_schedule=constant \
@@ -45,15 +49,19 @@ if [ -z "$weights" ]; then
     exit 1
 fi
 python3 tools/pack.py "$weights" "$work/icons.safetensors"
-wait $judge
-mkdir -p src/limner/weights/judge
-cp "$work"/judge/judge.* src/limner/weights/judge/
+if [ -n "$judge" ]; then
+    wait "$judge"
+    mkdir -p src/limner/weights/judge
+    cp "$work"/judge/judge.* src/limner/weights/judge/
+fi
 evaluate() {
-    CUDA_VISIBLE_DEVICES=$1 python3 -m limner evaluate "$work/icons.safetensors" --data "$data" --cache "$work/cache" \
-        --device cuda --batch 128 --no-speed --guidance "$2" --out "$work/evaluation-$2" >"$work/evaluation-$2.log" 2>&1
-    CUDA_VISIBLE_DEVICES=$1 python3 docs/runs/icons/settings.py "$work/icons.safetensors" "$data" "$work/cache" \
-        "$3" $(($(left) - 5)) >"$work/settings-$3.jsonl" 2>"$work/settings-$3.log"
+    export CUDA_VISIBLE_DEVICES="$1"
+    [ "$1" != 0 ] || python3 -m limner evaluate "$work/icons.safetensors" --data "$data" --cache "$work/cache" \
+        --device cuda --batch 128 --no-speed --guidance 4 --out "$work/evaluation-4" >"$work/evaluation-4.log" 2>&1
+    python3 docs/runs/icons/settings.py "$work/icons.safetensors" "$data" "$work/cache" \
+        "$1" "$gpus" $(($(left) - 5)) >"$work/settings-$1.jsonl" 2>"$work/settings-$1.log"
 }
-evaluate "$last" 5 1 &
-evaluate 0 4 0
+for gpu in $(seq 0 "$last"); do
+    evaluate "$gpu" &
+done
 wait

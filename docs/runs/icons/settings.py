@@ -1,5 +1,5 @@
 """Figures of several ways to draw, a JSON line each, until the time is up:
-python docs/runs/icons/settings.py FILE DATA CACHE PART SECONDS. PART 0 or 1 of them."""
+python docs/runs/icons/settings.py FILE DATA CACHE PART PARTS SECONDS. PART of PARTS: every PARTS-th of them."""
 
 from __future__ import annotations
 
@@ -13,30 +13,27 @@ from typing import Any
 from limner import evaluation, pipeline
 from limner.data.icons import open_icons
 
-PROMPTS = 464
-PARTS: list[list[dict[str, Any]]] = [
-    [
-        {"guidance": 5.0, "guidance_kind": "apg"},
-        {"guidance": 5.0, "guidance_rescale": 0.7},
-        {"guidance": 7.0, "guidance_kind": "apg"},
-        {"guidance": 4.5},
-        {"guidance": 3.0},
-    ],
-    [
-        {"guidance": 7.0, "guidance_rescale": 0.7},
-        {"guidance": 6.0},
-        {"guidance": 5.0, "guidance_kind": "cfg_zero"},
-        {"guidance": 5.0, "steps": 16},
-        {"guidance": 5.0, "steps": 50, "sampler": "euler"},
-    ],
+SETTINGS: list[dict[str, Any]] = [
+    {"guidance": 5.0},
+    {"guidance": 3.5},
+    {"guidance": 3.0},
+    {"guidance": 4.0, "guidance_rescale": 0.7},
+    {"guidance": 4.0, "steps": 16},
+    {"guidance": 4.5},
+    {"guidance": 4.0, "guidance_kind": "apg"},
+    {"guidance": 5.0, "guidance_kind": "apg"},
+    {"guidance": 3.5, "steps": 16},
+    {"guidance": 4.0, "steps": 10},
+    {"guidance": 5.0, "guidance_rescale": 0.7},
+    {"guidance": 3.0, "steps": 16},
 ]
 
 
-def main(file: str, data: str, cache: str, part: str, seconds: str) -> None:
+def main(file: str, data: str, cache: str, part: str, parts: str, seconds: str) -> None:
     end = time.monotonic() + float(seconds)
     system, pack = pipeline.load(file).system, open_icons(Path(data))
     device = next(system.parameters()).device
-    for settings in PARTS[int(part)]:
+    for settings in SETTINGS[int(part) :: int(parts)]:
         if time.monotonic() > end - 25:
             break
         with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +42,6 @@ def main(file: str, data: str, cache: str, part: str, seconds: str) -> None:
                 pack,
                 Path(folder),
                 device,
-                limit=PROMPTS,
                 batch=128,
                 cache=Path(cache),
                 copying=False,

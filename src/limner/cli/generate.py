@@ -42,7 +42,7 @@ weather icon: partly cloudy night         round flag of brazil
 red silhouette icon: crossed swords       teal duotone icon: airplane
 a yellow pixel art icon of a key          clip art of a sailing boat
 """
-BASE_BYTES, BYTES_PER_PIXEL = 370e6, 350  # of the process and of drawing; measured with `icons` on a CPU, within 10 %
+BASE_BYTES = 370e6  # of the process on a CPU, without weights; on a GPU its driver's share is no longer free
 
 
 def paint(
@@ -202,6 +202,15 @@ def paint(
         str | None,
         typer.Option("--guide-model", help="A weaker model, to guide away from in place of the negative prompt."),
     ] = None,
+    offload: Annotated[
+        str | None,
+        typer.Option(
+            "--offload",
+            metavar="WHEN",
+            help="Whether the parts of a model take turns on a GPU: auto (if they do not fit), never, always. "
+            "[default: auto]",
+        ),
+    ] = None,
     vae: Annotated[
         Path | None, typer.Option("--vae", help="Another autoencoder of Stable Diffusion: a file, or a folder.")
     ] = None,
@@ -293,7 +302,7 @@ def paint(
     painted_texts, texts_hash = asked.pop("text_encoder", None), asked.pop("text_encoder_hash", None)
     if painted_texts and not text_encoder:
         raise UsageError(f"{str(settings)!r} was painted with text encoders ({painted_texts}): add --text-encoder FILE")
-    pipe = _load(name, device, prediction, dtype, vae, refiner, guide_model, text_encoder or [], tell)
+    pipe = _load(name, device, prediction, dtype, vae, refiner, guide_model, text_encoder or [], offload, tell)
     if texts_hash and texts_hash != pipe.system.vae["text_encoder_hash"]:
         tell(f"the text encoders are not those painted with (hash {texts_hash}): expect another picture")
     if guide_hash and guide_hash != pipe.system.guide.model_hash:  # type: ignore[attr-defined]
@@ -481,6 +490,7 @@ def _load(
     refiner: str | None,
     guide_model: str | None,
     text_encoder: list[Path],
+    offload: str | None,
     tell: Callable[[str], None],
 ) -> Pipeline:
     """The pipeline, imported and loaded without looking for garbage: all of it stays, and looking takes 0.2 s. What had
@@ -491,7 +501,10 @@ def _load(
         from limner import pipeline
 
         with warnings.catch_warnings(record=True, action="always", category=Assumed) as assumed:
-            pipe = pipeline.load(name, device, prediction, dtype, vae, refiner, guide_model, text_encoder)  # type: ignore[arg-type]
+            how: Any = {"prediction": prediction, "dtype": dtype, "offload": offload or "auto"}
+            pipe = pipeline.load(
+                name, device, vae=vae, refiner=refiner, guide_model=guide_model, text_encoder=text_encoder, **how
+            )
         for warning in assumed:
             tell(str(warning.message))
         return pipe
@@ -536,22 +549,36 @@ def _progress() -> Iterator[OnStep | None]:
 
 
 def _plan(pipe: Pipeline, request: Request, paths: list[Path]) -> dict[str, Any]:
-    """What would be done, with a rough estimate of the memory it takes."""
-    from limner import pipeline
+    """What would be done, and the memory that it takes."""
+    from limner import devices, memory, pipeline
 
-    parameters = list(pipe.system.parameters())  # type: ignore[attr-defined]
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    pixels = request.width * request.height * min(request.batch, pipeline.CHUNK)
+    system: Any = pipe.system
+    drawn = pipeline.larger(system, request) if request.hires > 1 else request
+    found = memory.plan(system, drawn, min(request.batch, pipeline.CHUNK))
+    there = 0 if system.works_on else sum(found.weights.values())
+    free = devices.free_of(system.device) + (there if system.device.type == "cuda" else 0)
+    turns = system.device.type == "cuda" and memory.takes_turns(system, found, free)
+    most, stage = found.peak(turns)
+    most += 0 if system.device.type == "cuda" else round(BASE_BYTES)
+    if turns:
+        why = memory.offloading(found, free, system.device)
+    else:
+        where = f"{free / 1e9:.1f} GB are free on {system.device}" if system.device.type == "cuda" else "on the CPU"
+        why = f"all parts stay ({where}); most is taken by {stage.name}"
     return {
         "model": pipe.system.name,
         **pipeline.describe(pipe.system, request),
         **({"prompts": list(request.prompts)} if len(set(request.prompts)) > 1 else {}),
         "seed": request.seed,
         "batch": request.batch,
-        "device": str(parameters[0].device),
+        "device": str(system.device),
         "output": [str(path) for path in paths],
-        "parameters": sum(p.numel() for p in parameters),
-        "memory_mb": round((BASE_BYTES + weights + BYTES_PER_PIXEL * pixels) / 1e6),
+        "parameters": sum(p.numel() for p in system.parameters()),
+        "weights_mb": {name: round(size / 1e6) for name, size in found.weights.items()},
+        "stages_mb": {stage.name: round(stage.made / 1e6) for stage in found.stages},
+        "offload": turns,
+        "memory_mb": round(most / 1e6),
+        "memory_why": why,
     }
 
 
@@ -560,7 +587,8 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(plan, indent=2))
         return
     for key, value in plan.items():
-        print(f"{key:11} {', '.join(map(_short, value)) if isinstance(value, list) else value}")
+        rows = [f"{name} {size}" for name, size in value.items()] if isinstance(value, dict) else value
+        print(f"{key:11} {', '.join(map(_short, rows)) if isinstance(rows, list) else rows}")
 
 
 def _short(value: Any) -> str:

@@ -30,6 +30,9 @@ class AutoencodingSystem(nn.Module):
     """What a picture remembers of an autoencoder that is not the model's own."""
     weights_hash: Callable[[], str] = staticmethod(lambda: "")
     """Where it was read from files: waits for their hash, which is made beside the drawing."""
+    works_on = None
+    stays = True
+    """It has one part, which is always at work."""
     task = "autoencoding"
     dialects: tuple[Dialect, ...] = ("plain",)
     clip_skip = None
@@ -50,6 +53,11 @@ class AutoencodingSystem(nn.Module):
         self.autoencoder = autoencoder
         self.grid = self.autoencoder.factor
         self.kl_weight, self.gradient_weight, self.scale_weight = kl_weight, gradient_weight, scale_weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.autoencoder.parameters()).device
 
     @property
     def model_hash(self) -> str:

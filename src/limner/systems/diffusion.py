@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -66,6 +66,8 @@ class Prompts:
 
 Turns = list[tuple[int, Callable[[], Prompts], "DiffusionSystem"]]
 """(n, what is told until n steps are done, read when it is asked for, who is told), n rising to the number of steps."""
+PARTS = ("text_encoder", "network", "autoencoder")
+"""What a system has weights of."""
 MOST_KNOWN = 4
 MOST_SMALL_NOISE = 350
 """The highest of the levels that Stable Diffusion's x4 upscaler was trained with."""
@@ -89,6 +91,9 @@ class DiffusionSystem(nn.Module):
     """Whether a prompt may not ask for adapters that are not here: what another model knows, a refiner need not."""
     adapters: Any = None
     """What `limner.adapters` keeps of those attached."""
+    works_on: torch.device | None = None
+    """The device that a part is brought to when it is at work, from the CPU, where it rests; None if all stay where
+    they are."""
     task = "text-to-image"
     phases = ("main",)
 
@@ -153,6 +158,38 @@ class DiffusionSystem(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         for block in getattr(self.network, "blocks", [self.network]):
             block.compile(*args, **kwargs)
+
+    # ---------------------------------------------------------------- where its parts are
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.works_on or next(self.network.parameters()).device
+
+    stays = False
+    """Whether its parts stay on a GPU even if they and a drawing do not fit."""
+
+    def offload(self) -> None:
+        """Let parts rest on the CPU, and those of a refiner and a guide, while they are not at work where they are."""
+        for system in (self, self.refiner, self.guide):
+            if system is not None and system.works_on is None:
+                system.works_on = system.device
+                system.cpu()
+
+    @contextlib.contextmanager
+    def at_work(self, part: str) -> Iterator[None]:
+        """One of `PARTS` where it computes, for as long as this lasts."""
+        module = getattr(self, part)
+        weights = [] if self.works_on is None else [*module.parameters(), *module.buffers()]
+        resting = [(weight, weight.data) for weight in weights if weight.device != self.works_on]
+        try:
+            with torch.inference_mode(False):
+                for weight, data in resting:
+                    weight.data = data.to(self.works_on, copy=True)
+            yield
+        finally:
+            for weight, data in resting:
+                weight.data = data
 
     # ---------------------------------------------------------------- sampling
 
@@ -242,7 +279,8 @@ class DiffusionSystem(nn.Module):
 
         def told(system: DiffusionSystem, turn: tuple[tuple[Text, ...], ...]) -> Prompts:
             empty = {"zero": False} if request.compat == "comfyui" else {}
-            read = system.text_encoder.read(turn, system.dialect(request), request.clip_skip, **empty)
+            with system.at_work("text_encoder"):
+                read = system.text_encoder.read(turn, system.dialect(request), request.clip_skip, **empty)
             if system.small_noise is not None:
                 levels = torch.full((len(prompts) * (most + 1),), request.noise_level, device=read.tokens.device)
                 read = replace(read, labels=levels)
@@ -391,7 +429,7 @@ class DiffusionSystem(nn.Module):
 
     def given(self, request: Request, count: int) -> dict[str, Tensor]:
         """What `sample` is given of the picture and the mask of a request, for `count` pictures."""
-        device, found = next(self.network.parameters()).device, {}
+        device, found = self.device, {}
         width, height = request.width // self.enlarges, request.height // self.enlarges
         picture = None
         if request.image is not None:
@@ -410,15 +448,14 @@ class DiffusionSystem(nn.Module):
     def seen(self, picture: Tensor | None, request: Request) -> Latents:
         """What an inpainting network sees beside x: the mask, and the latents of the picture without what is under it
         (1, 1 + channels, h, w). Without a mask, or a picture, all is to be painted."""
-        width, height = request.width, request.height
-        device = next(self.network.parameters()).device
+        width, height, device = request.width, request.height, self.device
         mask = torch.ones(1, 1, height, width, device=device)
         kept = torch.zeros(1, 3, height, width, device=device)
         if picture is not None and request.mask is not None:
             mask = (pictures.mask_tensor(request.mask, width, height).to(device) >= 0.5).float()
             kept = self.opaque(picture) * (1 - mask)
         small = F.interpolate(mask, (height // self.grid, width // self.grid), mode="nearest")
-        return torch.cat([small, self.autoencoder.encode(kept)], dim=1)
+        return torch.cat([small, self.encode(kept)], dim=1)
 
     def sample(
         self,
@@ -464,10 +501,27 @@ class DiffusionSystem(nn.Module):
         controls = [(one, self.hint(one, request)) for one in request.control if one.weight]
         steps, last = 0, len(sigmas) - 1
 
+        there = contextlib.ExitStack()
+        if self.works_on is not None:
+            for _, told, _ in cond:  # the words before the networks, which need not be there together
+                told()
+
+        present: DiffusionSystem | None = None
+
+        def bring(system: DiffusionSystem) -> None:
+            nonlocal present
+            if present is not system:
+                there.close()
+                for one in (system, system.guide):
+                    if one is not None:
+                        there.enter_context(one.at_work("network"))
+            present = system
+
         @lru_cache(maxsize=1)
         def denoiser(turn: int) -> Denoise:
             _, told, system = cond[turn]
             prompts = told()
+            bring(system)
 
             def now() -> list[tuple[Control, Any]]:
                 return [row for row in controls if row[0].at(steps, last)]
@@ -497,22 +551,26 @@ class DiffusionSystem(nn.Module):
             x0 = denoiser(turn)(x, sigma)
             return x0 if paint is None else torch.lerp(start, x0, paint)  # type: ignore[arg-type]
 
-        like = next(self.network.parameters())
-        references = [(one.network.to(like.device, like.dtype), one.weight_in) for one in request.ip_adapter]
+        dtype = next(self.network.parameters()).dtype
+        references = [(one.network.to(self.device, dtype), one.weight_in) for one in request.ip_adapter]
         with contextlib.ExitStack() as attached:
+            attached.enter_context(there)
             for system in seeing:
                 attached.enter_context(ip_adapter.attached(system.network, references))
             x = sampler(denoise, x, sigmas, self.interpolant, noise=draw, on_step=on_step)
+        if self.works_on is not None:
+            for network in (*(c.network for c in request.control), *(r.network for r in request.ip_adapter)):
+                network.cpu()
         return self.interpolant.input_scale(sigmas[-1]) * x if sigmas[-1] else x
 
     def hint(self, control: Control, request: Request) -> Any:
         """What a control sees of its picture, which is on white, in [0, 1] and of the size of the request."""
-        first = next(self.network.parameters())
-        control.network.to(first.device, first.dtype)  # which may have been widened since it was opened
+        dtype = next(self.network.parameters()).dtype
+        control.network.to(self.device, dtype)  # which may have been widened since it was opened
         image = pictures.fit(hints.on_white(control.image), request.width, request.height)
         image = hints.make(control.maker, image) if control.maker else image
         hint = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-        return control.network.see(hint.to(first.device, first.dtype), KINDS.get(control.kind, 0))
+        return control.network.see(hint.to(self.device, dtype), KINDS.get(control.kind, 0))
 
     def check_perturbed(self, request: Request) -> None:
         if not isinstance(self.network, UNet):
@@ -541,8 +599,9 @@ class DiffusionSystem(nn.Module):
         return images
 
     def encode(self, images: Images) -> Latents:
-        with torch.no_grad():
+        with torch.no_grad(), self.at_work("autoencoder"):
             return self.autoencoder.encode(self.opaque(images))
 
     def decode(self, latents: Latents) -> Images:
-        return self.autoencoder.decode(latents)
+        with self.at_work("autoencoder"):
+            return self.autoencoder.decode(latents)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 from limner import catalog
 from limner.catalog import DiffusionConfig
 from limner.data.images import Batches
+from limner.devices import memory_of
 from limner.errors import OutOfMemory, UsageError
 from limner.training.config import TrainConfig
 from limner.training.processes import Processes
@@ -92,16 +90,3 @@ def compare(need: float, device: torch.device, what: str, advice: str) -> None:
     have = memory_of(device)
     if need > have:
         raise OutOfMemory(f"{what} {need / 1e9:,.0f} GB at least, and there are {have / 1e9:,.0f} GB: {advice}")
-
-
-def memory_of(device: torch.device) -> float:
-    """Bytes, free or not: of the GPU, or of this machine or the part of it that this process may have."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    have = math.inf
-    with suppress(ValueError, OSError, AttributeError):
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(ValueError, OSError):  # "max", or no such thing here
-            have = min(have, int(Path(limit).read_text()))
-    return have

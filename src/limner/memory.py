@@ -1,0 +1,205 @@
+"""What a drawing takes of a device's memory, found without drawing: the system runs on tensors that hold no data.
+
+Every tensor that a stage makes is counted while it lives, and so are the weights at work. Attention counts as its
+result, for fused kernels keep no more; what kernels take beside is not known, and `SLACK` stands for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from limner.devices import bytes_of, free_of
+from limner.systems.diffusion import PARTS, DiffusionSystem
+from limner.types import Request, System
+
+SLACK = 1.15
+ROUGH = 16_384
+"""More bytes a pixel than any drawing here takes beside weights."""
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Of a drawing: the parts of the system at work, and the bytes of all that is made in it at its height."""
+
+    name: str
+    parts: tuple[str, ...]
+    made: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of the weights of every part, and the stages of a drawing."""
+
+    weights: Mapping[str, int]
+    stages: tuple[Stage, ...]
+
+    def peak(self, offload: bool) -> tuple[int, Stage]:
+        """Bytes at the height of the drawing, and its stage then; with `offload` only parts at work are there."""
+        rows = [
+            (sum(self.weights[part] for part in (stage.parts if offload else self.weights)) + stage.made, stage)
+            for stage in self.stages
+        ]
+        return max(rows, key=lambda row: row[0])
+
+
+def plan(system: System, request: Request, count: int) -> Plan:
+    """What drawing `count` pictures at once takes; `request` is of the size that they have in the end."""
+    ghost: Any = without_data(system)
+    size = (ghost.autoencoder.channels, request.height // ghost.grid, request.width // ghost.grid)
+
+    def noise(shape: tuple[int, ...]) -> Tensor:
+        return torch.zeros(count, *shape, device="meta")
+
+    decoding = Stage("the decoding", ("autoencoder",), made_by(lambda: ghost.decode(noise(size))))
+    if not isinstance(system, DiffusionSystem):
+        return Plan({"autoencoder": bytes_of(ghost.autoencoder)}, (decoding,))
+    others = {name: other for name in ("refiner", "guide") if (other := getattr(system, name)) is not None}
+    ghost.__dict__ |= {name: without_data(other) for name, other in others.items()}
+    controls = {f"control {k}": one.network for k, one in enumerate(request.control, 1)}
+    told = tuple(replace(one, network=ghost_of(one.network), start=0.0, end=1.0) for one in request.control)
+    request = replace(request, control=told, ip_adapter=(), compat="", hires=1.0, on_step=_enough)
+    prompts = [*request.prompts, *[request.prompt] * count][:count]
+    negatives = [*request.negatives, *[request.negative] * count][:count]
+    cond = ghost.condition(prompts, request, negatives)
+    begun: dict[str, Tensor] = {}
+
+    def step() -> None:
+        with suppress(_Enough):
+            ghost.sample(cond, request, noise, **begun)
+
+    stages = [Stage("the words", ("text_encoder",), made_by(lambda: cond[0][1]()))]
+    if request.image is not None or ghost.beside:
+        given = made_by(lambda: begun.update(ghost.given(request, count)))
+        stages.append(Stage("the picture given", ("autoencoder",), given))
+    guide = ("guide",) if "guide" in others else ()
+    stages.append(Stage("a step", ("network", *guide, *controls), made_by(step)))
+    if "refiner" in others:
+        stages.append(Stage("a step of the refiner", ("refiner",), stages[-1].made))
+    weights = {part: bytes_of(getattr(system, part)) for part in PARTS}
+    weights |= {name: bytes_of(module) for name, module in (others | controls).items()}
+    return Plan(weights, (*stages, decoding))
+
+
+def settle(system: System, request: Request, count: int) -> str:
+    """Have the parts of a system take turns on its GPU where a drawing would not fit otherwise. Returns what was done
+    and why, "" for nothing."""
+    device = system.device
+    if not isinstance(system, DiffusionSystem) or device.type != "cuda" or system.stays or system.works_on:
+        return ""
+    free = free_of(device) + sum(bytes_of(getattr(system, part)) for part in PARTS)
+    if ROUGH * request.width * request.height * count + 3 * bytes_of(system) < free:
+        return ""  # by far
+    found = plan(system, request, count)
+    if not takes_turns(system, found, free):
+        return ""
+    system.offload()
+    return offloading(found, free, device)
+
+
+def takes_turns(system: Any, found: Plan, free: float) -> bool:
+    """Whether the parts of a system are on the CPU, or must be, while they are not at work on a device with so many
+    bytes for it."""
+    return bool(system.works_on) or (not system.stays and found.peak(False)[0] > free)
+
+
+def offloading(found: Plan, free: float, device: torch.device) -> str:
+    """Why parts take turns, in a sentence."""
+    whole, (turns, stage) = found.peak(False)[0], found.peak(True)
+    return (
+        f"all parts at once take {whole / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {device}: they take turns "
+        f"there, which takes {turns / 1e9:.1f} GB, most in {stage.name}"
+        + ("" if turns <= free else ", and may not fit either")
+    )
+
+
+def made_by(call: Callable[[], Any]) -> int:
+    """Bytes of the tensors that a call makes, at its height, and what kernels take beside."""
+    count = _Count()
+    with torch.inference_mode(False), torch.no_grad(), count, _FusedAttention():
+        kept = call()
+    del kept
+    return round(SLACK * count.most)
+
+
+def without_data(system: System) -> System:
+    """A system alike whose weights hold no data."""
+    ghost: Any = copy.copy(system)
+    ghost.__dict__ = dict(system.__dict__)
+    ghost.works_on = None
+    ghost._modules = {name: ghost_of(module) for name, module in ghost._modules.items()}
+    return ghost
+
+
+def ghost_of(module: M) -> M:
+    """A module alike whose weights hold no data; what else it has is shared."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for value in vars(part).values():
+            if not isinstance(value, dict | nn.Module):
+                memo[id(value)] = value
+    for p in module.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+    for b in module.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    return copy.deepcopy(module, memo)
+
+
+class _Enough(Exception):
+    pass
+
+
+def _enough(done: int, total: int) -> None:
+    raise _Enough
+
+
+class _Count(TorchDispatchMode):
+    """Counts the bytes of the tensors alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:  # a view of a weight is no news
+                self.add(leaf.untyped_storage())
+        return out
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.alive:
+            return
+        self.alive.add(key)
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self.free, key, storage.nbytes())
+
+    def free(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention makes its result only, as fused kernels do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, value = args[0], args[2]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,137 @@
+"""What a drawing takes of memory: found without drawing, as it is when drawn; and parts that take turns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from limner import catalog, memory, pipeline
+from limner.errors import UsageError
+from limner.memory import Plan, Stage
+from limner.systems.diffusion import PARTS, DiffusionSystem
+
+from . import stable_diffusion
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: getattr(stable_diffusion, name)(tmp_path_factory.mktemp(name)) for name in ("sdxl", "sdxl_refiner")}
+
+
+def test_the_bytes_of_a_chain_are_those_alive_together():
+    weight = torch.zeros(100, 100, device="meta")
+
+    def chain():
+        a = torch.zeros(10, 100, device="meta")  # 4,000 bytes
+        b = F.linear(a, weight)  # and as many again: the weight counts for nothing, nor does its transpose
+        a = b.view(1000)
+        c = a.double()  # 8,000 more, and the first are gone
+        del a, b
+        return c[:10] + 1  # 80 beside 8,000
+
+    assert memory.made_by(chain) == round(memory.SLACK * 12_000)
+    assert memory.made_by(lambda: F.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 50, 2, device="meta"))) < 4_000
+
+
+@pytest.mark.parametrize("name", ["sd1-tiny", "icons-tiny"])
+def test_a_plan_tells_what_a_drawing_makes(name, monkeypatch):
+    config = catalog.entry(name).config
+    system = catalog.build(replace(config, autoencoder_from="")).eval().requires_grad_(False)
+    request = pipeline.prepare(system, prompt="a red fox", batch=3, steps=3)
+    found = memory.plan(system, request, 3)
+    for part in PARTS:  # and buffers, which are few
+        assert found.weights[part] == pytest.approx(
+            sum(4 * p.numel() for p in getattr(system, part).parameters()), rel=0.05
+        )
+    cond = system.condition(list(request.prompts), request)
+    cond[0][1]()
+    drawn = {}
+
+    def sample():
+        drawn["latents"] = system.sample(cond, request, pipeline.noise_source([1, 2, 3], "cpu"))
+
+    made = {stage.name: stage.made for stage in found.stages}
+    assert made["a step"] == pytest.approx(memory.made_by(sample), rel=0.1)
+    assert made["the decoding"] == pytest.approx(memory.made_by(lambda: system.decode(drawn["latents"])), rel=0.1)
+    assert not any(p.is_meta for p in system.parameters())
+    larger = memory.plan(system, replace(request, width=2 * request.width), 3)
+    assert larger.peak(False)[0] > 1.2 * found.peak(False)[0] - 0.2 * sum(found.weights.values())
+
+
+def test_parts_take_turns_where_all_at_once_are_too_much():
+    stages = Stage("the words", ("text",), 1), Stage("a step", ("network",), 5), Stage("the decoding", ("vae",), 20)
+    plan = Plan({"text": 10, "network": 30, "vae": 2}, stages)
+    assert plan.peak(False) == (62, stages[2])
+    assert plan.peak(True) == (35, stages[1])
+    system = catalog.build(catalog.entry("icons-tiny").config)
+    assert not memory.takes_turns(system, plan, 62)
+    assert memory.takes_turns(system, plan, 61)
+    assert "not fit" not in memory.offloading(plan, 35, torch.device("cuda"))
+    assert "a step, and may not fit either" in memory.offloading(plan, 34, torch.device("cuda"))
+    system.stays = True
+    assert not memory.takes_turns(system, plan, 61)
+
+
+def test_a_plan_knows_all_that_takes_part(folders):
+    system = pipeline.load(folders["sdxl"], "cpu", refiner=folders["sdxl_refiner"]).system
+    request = pipeline.prepare(system, prompt="a red fox", steps=3, control=())
+    plan = memory.plan(system, request, 1)
+    assert plan.weights["refiner"] == pytest.approx(sum(4 * p.numel() for p in system.refiner.parameters()), rel=0.05)
+    assert [stage.name for stage in plan.stages] == ["the words", "a step", "a step of the refiner", "the decoding"]
+
+
+def test_only_parts_at_work_are_on_the_device(folders):
+    """The device is a processor of another name: parts are copied to it, so where they are can be seen."""
+    system = pipeline.load(folders["sdxl"], "cpu", refiner=folders["sdxl_refiner"]).system
+    told = {"prompt": "a [red:blue:0.5] fox", "seed": 3, "steps": 4, "switch_at": 0.5}
+    alone = pipeline.generate(system, **told)[0].image.tobytes()
+    both = {"": system, "refiner's ": system.refiner}
+    resting = {weight: weight.data_ptr() for one in both.values() for weight in one.parameters()}
+    before = [weight.clone() for weight in resting]
+    seen = []
+
+    def there(*_):
+        seen.append({
+            f"{whose}{part}"
+            for whose, one in both.items() for part in PARTS
+            if any(p.data_ptr() != resting[p] for p in getattr(one, part).parameters())
+        })  # fmt: skip
+
+    for one in both.values():
+        one.works_on = torch.device("cpu:0")
+        for part in PARTS:
+            for module in getattr(one, part).children():
+                module.register_forward_pre_hook(there)
+    assert pipeline.generate(system, **told)[0].image.tobytes() == alone
+    order = [next(iter(parts)) for k, parts in enumerate(seen) if not k or parts != seen[k - 1]]
+    assert all(len(parts) == 1 for parts in seen)
+    assert order[-3:] == ["network", "refiner's network", "autoencoder"]
+    assert set(order[:-3]) == {"text_encoder", "refiner's text_encoder"}
+    assert [weight.data_ptr() for weight in resting] == list(resting.values())
+    assert all(map(torch.equal, resting, before))
+
+
+def test_nothing_takes_turns_on_a_cpu(tiny_model, limner):
+    with pytest.raises(UsageError, match="at work on the CPU"):
+        pipeline.load(tiny_model, "cpu", offload="always")
+    assert limner("fox", "-m", tiny_model, "--device", "cpu", "--offload", "always").code == 2
+    assert limner("fox", "-m", tiny_model, "--offload", "sometimes").code == 2
+
+
+def test_a_dry_run_tells_what_would_be_loaded_and_why(limner, folders, monkeypatch):
+    result = limner(
+        "generate", "fox", "-m", folders["sdxl"], "--refiner", folders["sdxl_refiner"], "--dry-run", "--json"
+    )
+    plan = json.loads(result.out)
+    assert set(plan["weights_mb"]) == {*PARTS, "refiner"}
+    assert plan["offload"] is False
+    assert "all parts stay" in plan["memory_why"]
+    monkeypatch.setattr(DiffusionSystem, "device", torch.device("cuda"))
+    monkeypatch.setattr("limner.devices.free_of", lambda device: 1.0)
+    plan = json.loads(limner("generate", "fox", "-m", folders["sdxl"], "--device", "cpu", "--dry-run", "--json").out)
+    assert plan["offload"] is True
+    assert "take turns there" in plan["memory_why"]
