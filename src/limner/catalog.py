@@ -346,7 +346,7 @@ def save(
 def load(
     source: str | Path,
     device: torch.device | str = "cpu",
-    prediction: Literal["eps", "v"] | None = None,
+    prediction: Literal["eps", "v", "x0"] | None = None,
     dtype: torch.dtype | None = None,
     vae: str | Path | None = None,
     text_encoders: Sequence[str | Path] = (),
@@ -387,6 +387,8 @@ def load(
             put_autoencoder(system, codec)
         else:
             system.vae = {"vae": _title(codec), "vae_hash": files.digest(*parts.weights(codec))}
+    if found is not None and (prediction or found.unsaid):
+        system.vae = system.vae | {"prediction": found.prediction}
     if texts:
         names = ", ".join(map(_title, texts))
         paths = [path for file in texts for path in parts.weights(file)]
@@ -473,7 +475,7 @@ def _pair(
 
 def recognise(
     path: Path,
-    prediction: Literal["eps", "v"] | None = None,
+    prediction: Literal["eps", "v", "x0"] | None = None,
     vae: Path | None = None,
     text_encoders: Sequence[Path] = (),
 ) -> Foreign | None:

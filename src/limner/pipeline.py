@@ -138,7 +138,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def load(
     source: str | Path = "icons",
     device: str = "auto",
-    prediction: Literal["eps", "v"] | None = None,
+    prediction: Literal["eps", "v", "x0"] | None = None,
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto",
     vae: str | Path | None = None,
     refiner: str | Path | None = None,
@@ -157,8 +157,8 @@ def load(
     """
     if not isinstance(source, str | Path):
         raise UsageError(f"the model is {type(source).__name__}, not a name or a path: try limner.load('icons')")
-    if prediction not in (None, "eps", "v"):
-        raise UnknownName("prediction", str(prediction), ("eps", "v"))
+    if prediction not in (None, "eps", "v", "x0"):
+        raise UnknownName("prediction", str(prediction), ("eps", "v", "x0"))
     if dtype not in ("auto", *DTYPES):
         raise UnknownName("dtype", str(dtype), ("auto", *DTYPES))
     texts = [text_encoder] if isinstance(text_encoder, str | Path) else list(text_encoder)

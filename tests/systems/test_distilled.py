@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from limner import catalog, exchange, pipeline
 from limner.checkpoints import folders, single_files
 from limner.errors import Assumed, CheckpointMismatch, Ignored
+from limner.metadata import read_settings
 from limner.models.unet import guidance_embedding
 
 from . import stable_diffusion
@@ -153,6 +154,34 @@ def test_lightnings_one_step_predicts_x0(tmp_path, sdxl_file):
     file.symlink_to(sdxl_file)
     with pytest.warns(Assumed, match="Lightning: 1 step of euler"):
         assert catalog.load(file).prediction.name == "x0"
+
+
+def test_a_picture_remembers_what_no_weight_says_the_network_predicts(sdxl_file, limner, here):
+    """Neither a file's name nor a flag is there when it is drawn again, by a file of the same weights."""
+    told = ("-s", 1, "--steps", 1, "-W", 32, "-H", 32)
+    file = here / "sdxl_lightning_1step_x0.safetensors"
+    file.symlink_to(sdxl_file)
+    assert limner("fox", "-m", file, *told, "-o", "named.png").code == 0
+    assert limner("fox", "-m", sdxl_file, "--prediction", "v", *told, "-o", "asked.png").code == 0
+    assert limner("fox", "-m", sdxl_file, *told, "-o", "plain.png").code == 0
+    for name, predicts in (("named", "x0"), ("asked", "v"), ("plain", None)):
+        assert read_settings(here / f"{name}.png").get("prediction") == predicts
+        done = limner("-C", f"{name}.png", "-m", sdxl_file, "-o", f"{name}-again.png")
+        assert done.code == 0, done.err
+        assert (here / f"{name}.png").read_bytes() == (here / f"{name}-again.png").read_bytes()
+    assert limner("-C", "asked.png", "-m", sdxl_file, "--prediction", "x0", "-o", "other.png").code == 0
+    assert read_settings(here / "other.png")["prediction"] == "x0"
+
+
+def test_what_other_weights_predict_is_not_asked_of_a_picture(sdxl_file, sd1_folder, tiny_model, limner, here):
+    told = ("--prediction", "v", "-s", 1, "--steps", 1, "-W", 32, "-H", 32, "-o", "v.png")
+    assert limner("fox", "-m", sdxl_file, *told).code == 0
+    for other in (sd1_folder, tiny_model):
+        done = limner(
+            "-C", "v.png", "-m", other, "-o", f"{other.name}.png", "--sampler", "euler", "--schedule", "uniform"
+        )
+        assert (done.code, "was painted with other weights" in done.err) == (0, True), done.err
+        assert "prediction" not in read_settings(here / f"{other.name}.png")
 
 
 # ------------------------------------------------------------------- Playground 2.5 and CosXL

@@ -130,7 +130,8 @@ def recognise(
         few, sentence = says
         assumed.append(sentence)
         predicted = prediction or few.prediction or predicted
-    if two and not (prediction or enlarges or (few and few.prediction)):
+    unsaid = not (prediction or enlarges) and (two or bool(few and few.prediction))
+    if unsaid and not (few and few.prediction):
         assumed.append(ASSUMED.format(predicted))
     return Foreign(
         source=path,
@@ -151,6 +152,7 @@ def recognise(
         steps=few.steps if few else 0,
         guidance=few.guidance if few else 0.0,
         size=few.size if few else 0,
+        unsaid=unsaid,
     )
 
 

@@ -79,7 +79,7 @@ class DiffusionSystem(nn.Module):
     text_encoder: Any
     grid: int
     vae: dict[str, str] = {}  # noqa: RUF012 (put anew, never changed)
-    """What a picture remembers of an autoencoder that is not the model's own."""
+    """What a picture remembers of what the model's file does not hold (see `limner.types.System`)."""
     weights_hash: Callable[[], str] = staticmethod(lambda: "")
     """Where it was read from files: waits for their hash, which is made beside the drawing."""
     refiner: DiffusionSystem | None = None
