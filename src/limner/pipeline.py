@@ -627,8 +627,8 @@ def ignored(system: System, request: Request) -> list[str]:
         told.append(f"{idle}: without effect, as {system.name} is told how much to follow the prompt, not guided")
     elif kinds and request.guidance == 1:
         told.append(f"{' and '.join(kinds)} have no effect at guidance 1: ask for more guidance")
-    if request.compat and request.sampler in programs.OTHERS:
-        told.append(f"{request.sampler} is Limner's: {request.compat} has other formulas for it, or none")
+    if request.compat:
+        told += programs.differing(request.compat, request.schedule, request.sampler)
     if request.compat == "comfyui" and request.variation:
         told.append("ComfyUI knows no variations: they are A1111's")
     if request.switch_at != SWITCH_AT and getattr(system, "refiner", None) is None:

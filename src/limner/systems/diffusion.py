@@ -212,8 +212,11 @@ class DiffusionSystem(nn.Module):
     def levels(self, request: Request) -> tuple[list[float], list[float]]:
         """What another program walks, and the schedule that it is the end of."""
         again = request.image is None and request.strength is not None
+        schedule = request.schedule
+        if schedule == "align_your_steps" and request.compat != "comfyui" and self.network.config.vector_width:
+            schedule = "align_your_steps_xl"  # A1111's choice
         return compat.sigmas(
-            request.compat, request.schedule, request.sampler, request.steps, request.strength, self.interpolant, again
+            request.compat, schedule, request.sampler, request.steps, request.strength, self.interpolant, again
         )
 
     def parsed(self, texts: Sequence[str], request: Request, composed: bool = True) -> list[tuple[Part, ...]]:
@@ -441,7 +444,7 @@ class DiffusionSystem(nn.Module):
             beside = self.small_noise.input_scale(sigma) * small
         eps = noise(shape)
         # all of a mask's picture anew: it knows nothing of what was there
-        over = None if request.mask is not None and request.strength == 1 else start
+        over = None if request.mask is not None and request.strength == 1 and not request.compat else start
         draw: Any = lambda: noise(shape)  # noqa: E731
         if request.compat:
             levels = self.levels(request)
@@ -454,7 +457,7 @@ class DiffusionSystem(nn.Module):
             x = sigmas[0] * eps if bare else self.interpolant.start(eps, sigmas[0])
         else:
             x = self.interpolant.mix(over, eps, sigmas[0])
-        sampler = samplers.get(request.sampler)
+        sampler = compat.solver(request.compat, request.sampler) if request.compat else samplers.get(request.sampler)
         interval = request.guidance_interval or self.defaults.guidance_interval
         combine, push = self.combine(request), classifier_free(1 + request.pag_scale) if request.pag_scale else None
         perturbed = lru_cache(maxsize=None)(lambda system: unet.perturbed(system.network, request.pag_layers))
