@@ -622,6 +622,8 @@ def ignored(system: System, request: Request) -> list[str]:
         told += adapters.unused(request)
     kinds = [name for name in SELDOM if "guidance" in name and getattr(request, name) != _usual(system, name)]
     told_guidance = getattr(system, "told_guidance", 0) > 0
+    if request.pag_scale and (told_guidance or request.guidance == 1):  # which is guidance of its own
+        kinds = [name for name in kinds if name != "guidance_interval"]
     if told_guidance and (kinds or request.negative.strip()):
         idle = " and ".join([*kinds, *(["the negative prompt"] if request.negative.strip() else [])])
         told.append(f"{idle}: without effect, as {system.name} is told how much to follow the prompt, not guided")

@@ -189,7 +189,7 @@ class DiffusionSystem(nn.Module):
         if request.pag_scale:
             self.check_perturbed(request)
         if self.guide is not None:
-            self.guide.check(replace(request, control=()))
+            self.guide.check(replace(request, control=(), pag_scale=0.0))  # it is not perturbed
         if self.refiner is not None:
             self.refiner.check(replace(request, clip_skip=None))
 
