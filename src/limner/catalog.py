@@ -389,7 +389,8 @@ def load(
         system.vae = system.vae | {"prediction": found.prediction}
     if texts:
         names = ", ".join(map(_title, texts))
-        paths = [path for file in texts for path in parts.weights(file)]
+        # in an order that is not that in which they were given, which says nothing
+        paths = sorted((path for file in texts for path in parts.weights(file)), key=lambda path: path.stat().st_size)
         system.vae = system.vae | {"text_encoder": names, "text_encoder_hash": files.digest(*paths)}
     return system
 

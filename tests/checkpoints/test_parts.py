@@ -122,6 +122,13 @@ def test_stable_diffusion_xl_takes_both_text_encoders_in_any_order(sdxl, bigg, o
     assert_same(system, sdxl.system)
 
 
+def test_the_order_of_text_encoders_is_nothing_to_remember(sdxl, tmp_path):
+    files = written(tmp_path, whole=sdxl.tensors)
+    both = [sdxl.folder / "text_encoder", sdxl.folder / "text_encoder_2"]
+    one, other = (catalog.load(files["whole"], text_encoders=texts).vae for texts in (both, both[::-1]))
+    assert one["text_encoder_hash"] == other["text_encoder_hash"]
+
+
 def test_folders_of_parts_will_do(sdxl, tmp_path):
     file = written(tmp_path, network=UNETS["bare"](sdxl))["network"]
     texts = [sdxl.folder / "text_encoder_2", sdxl.folder / "text_encoder"]
