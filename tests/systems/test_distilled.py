@@ -120,6 +120,18 @@ def test_turbo_is_told_by_its_scheduler_and_draws_what_diffusers_draws(tmp_path)
         assert_same(system, wanted, steps=steps, guidance=1.0, sampler="euler_a", schedule="trailing")
 
 
+@pytest.mark.parametrize(("kind", "steps"), [("sd1", 30), ("sd2_v", 1)])
+def test_only_a_stable_diffusion_2_with_turbos_scheduler_is_one(tmp_path, kind, steps):
+    """Euler over `trailing` timesteps at 512 pixels is what anybody may save with a Stable Diffusion 1."""
+    folder = getattr(stable_diffusion, kind)(tmp_path)
+    told = stable_diffusion.SD1_SCHEDULER | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(told))
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 256}))
+    defaults = catalog.load(folder).defaults
+    assert (defaults.steps, defaults.width, defaults.schedule) == (steps, 512, "trailing")
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -152,7 +152,7 @@ def recognise(folder: Path) -> Foreign:
         raise CheckpointMismatch(f"{folder}: {error}") from error
     size = side * codec.factor
     unsaid = False
-    few = distilled.by_scheduler(sampler, schedule, size, network.guidance_width > 0, xl, prediction)
+    few = distilled.by_scheduler(sampler, schedule, size, network, prediction)
     if few is None and (named := distilled.by_name(folder.absolute(), xl)) is not None:
         few, sentence = named
         assumed.append(sentence)
