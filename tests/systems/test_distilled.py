@@ -141,6 +141,7 @@ def test_only_a_stable_diffusion_2_with_turbos_scheduler_is_one(tmp_path, kind, 
         ("juggernautXL_lightning", ("euler", "trailing", 4, 1.0, 1024)),
         ("Hyper-SDXL-8steps", ("ddim", "trailing", 8, 1.0, 1024)),
         ("Hyper-SDXL-12steps-CFG", ("ddim", "trailing", 12, 5.0, 1024)),
+        ("Hyper-SDXL-1step-Unet", ("lcm", "hyper", 1, 1.0, 1024)),
         ("some_lcm-merge", ("lcm", "lcm", 4, 1.0, 1024)),
         ("hyperrealism_v1", None),
         ("turbocharged", None),
@@ -159,6 +160,23 @@ def test_the_name_of_a_file_is_a_hint_that_is_told(tmp_path, sdxl_file, name, ex
     sampler, schedule, steps, guidance, side = expected
     assert (defaults.sampler, defaults.steps, defaults.guidance, defaults.width) == (sampler, steps, guidance, side)
     assert defaults.schedule == schedule
+
+
+def test_hypers_one_step_begins_where_its_publishers_begin(tmp_path):
+    """Diffusers' LCMScheduler at timestep 800, as ByteDance's card has it."""
+    folder = stable_diffusion.sdxl(tmp_path)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    wanted = [
+        pipe("a red fox", guidance_scale=0, timesteps=[800], num_inference_steps=1, output_type=kind, height=32,
+             width=32, generator=torch.Generator().manual_seed(3)).images for kind in ("latent", "pt")
+    ]  # fmt: skip
+    file = single_file(folder, "Hyper-SDXL-1step-Unet.safetensors")
+    with pytest.warns(Assumed, match="its name says Hyper: 1 step of lcm at guidance 1 is taken"):
+        system = catalog.load(file, dtype=torch.float32)
+    told = {name: getattr(system.defaults, name) for name in ("steps", "guidance", "sampler", "schedule")}
+    assert_same(system, (wanted[0], wanted[1] * 2 - 1), **told)
 
 
 def test_lightnings_one_step_predicts_x0(tmp_path, sdxl_file):

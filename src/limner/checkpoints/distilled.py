@@ -7,7 +7,7 @@ of any other model: a folder's scheduler tells, or nothing but the name of the f
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -71,6 +71,7 @@ def by_name(source: Path, xl: bool) -> tuple[Few, str] | None:
         word, few = "Lightning", Few(sampler="euler", steps=steps or 4, prediction="x0" if "x0" in name else "")
     elif re.search(r"hyper[-_ ]?sd", name) or (says("hyper") and steps):  # arXiv:2404.13686
         word, few = "Hyper", Few(sampler="ddim", steps=steps or 8, guidance=5.0 if says("cfg") else 1.0)
+        few = replace(few, sampler="lcm", schedule="hyper") if steps == 1 else few
     elif says("turbo"):
         word, few = "Turbo", turbo(xl)
     elif says("lcm"):
