@@ -356,8 +356,11 @@ def paint(
     print(f"seed {request.seed}, {pipe.system.name} on {pipeline.computes(pipe.system)}", file=sys.stderr)
     with _progress() as on_step, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("ignore", Ignored)  # told above
-        warnings.simplefilter("always", Assumed)
-        painted = pipe.generate(**asked, batch=batch, **given, on_step=on_step)
+        warnings.simplefilter("error" if strict else "always", Assumed)  # which ends the drawing where it is met
+        try:
+            painted = pipe.generate(**asked, batch=batch, **given, on_step=on_step)
+        except Assumed as sentence:
+            raise UsageError(f"{sentence} (--strict)") from sentence
     for warning in warned:
         if issubclass(warning.category, Assumed):
             tell(str(warning.message))
