@@ -15,10 +15,8 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from limner.checkpoints import autoencoder as kl
 from limner.checkpoints import files, folders, hub, layouts, parts, single_files
 from limner.checkpoints.foreign import Foreign
-from limner.checkpoints.layouts import Place
 from limner.checkpoints.quantization import quantize
 from limner.devices import bytes_of, free_of
 from limner.errors import Assumed, CheckpointMismatch, FileProblem, UnknownName, UsageError, complaint
@@ -347,7 +345,7 @@ def save(
 def load(
     source: str | Path,
     device: torch.device | str = "cpu",
-    prediction: Literal["eps", "v"] | None = None,
+    prediction: Literal["eps", "v", "x0"] | None = None,
     dtype: torch.dtype | None = None,
     vae: str | Path | None = None,
     text_encoders: Sequence[str | Path] = (),
@@ -363,7 +361,7 @@ def load(
     Raises UsageError, UnknownName, FileProblem, CheckpointMismatch.
     """
     path = find(source)
-    codec, texts = None if vae is None else Path(vae), [Path(file) for file in text_encoders]
+    codec, texts = None if vae is None else parts.codec_in(Path(vae)), [Path(file) for file in text_encoders]
     found = recognise(path, prediction, codec, texts)
     for sentence in () if found is None else found.assumed:
         warnings.warn(f"{path}: {sentence}", Assumed, stacklevel=2)
@@ -395,9 +393,12 @@ def load(
             put_autoencoder(system, codec)
         else:
             system.vae = {"vae": _title(codec), "vae_hash": files.digest(*parts.weights(codec))}
+    if found is not None and (prediction or found.unsaid):
+        system.vae = system.vae | {"prediction": found.prediction}
     if texts:
         names = ", ".join(map(_title, texts))
-        paths = [path for file in texts for path in parts.weights(file)]
+        # in an order that is not that in which they were given, which says nothing
+        paths = sorted((path for file in texts for path in parts.weights(file)), key=lambda path: path.stat().st_size)
         system.vae = system.vae | {"text_encoder": names, "text_encoder_hash": files.digest(*paths)}
     return system
 
@@ -421,34 +422,17 @@ def put_autoencoder(system: AutoencodingSystem | DiffusionSystem, source: str | 
 
     Raises FileProblem, CheckpointMismatch.
     """
-    path, own = Path(source), system.autoencoder
-    paths = [path]
-    if path.is_dir():
-        path = next((part for part in (path / "vae", path) if (part / "config.json").is_file()), path)
-        paths = folders.weights(path)
-        told = folders.autoencoder_config(folders.Settings(path / "config.json")).scale
-        if isinstance(own, KLAutoencoder) and told != own.scale:
-            raise CheckpointMismatch(
-                f"{path} scales latents by {told:g}, {system.name} by {own.scale:g}: another family's"
-            )
-    tensors = files.read_all(paths)
-    for prefix in ("first_stage_model.", "vae.", "autoencoder."):
-        inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        tensors = inside or tensors
-    tensors = {name: t for name, t in tensors.items() if not name.startswith(("loss.", "model_ema."))}
+    path, own = parts.codec_in(Path(source)), system.autoencoder
     if not isinstance(own, KLAutoencoder):
         raise CheckpointMismatch(f"{system.name} has an autoencoder of another kind than those that files hold alone")
-    layout = kl.ldm_layout(own.config)
-    if any(name.startswith("encoder.down_blocks.") for name in tensors):
-        early = any(".query." in name for name in tensors)
-        layout = kl.early_diffusers_layout(own.config) if early else {name: Place(name) for name in layout}
+    held = parts.codec(path, own.scale, system.name)
+    layout, tensors = parts.codec_layout(held, own.config), {held.full(name): t for name, t in held.tensors.items()}
     layouts.fit(layout, own.state_dict(), tensors, f"{path}, read as the autoencoder of {system.name}")
     device = next(own.parameters()).device
     ours = {name: t.to(device, torch.float32) for name, t in layouts.read(layout, tensors, path).items()}
     files.assign(own, ours, path)
     own.requires_grad_(False)
-    name = path.parent.name if path.name == "vae" else path.name if path.is_dir() else path.stem
-    system.vae = {"vae": name, "vae_hash": files.digest(*paths)}
+    system.vae = {"vae": _title(path), "vae_hash": files.digest(*parts.weights(path))}
 
 
 def put_refiner(
@@ -488,7 +472,7 @@ def _pair(
 
 def recognise(
     path: Path,
-    prediction: Literal["eps", "v"] | None = None,
+    prediction: Literal["eps", "v", "x0"] | None = None,
     vae: Path | None = None,
     text_encoders: Sequence[Path] = (),
 ) -> Foreign | None:

@@ -39,6 +39,7 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "vae_hash": (str, 1, 64),
     "text_encoder": (str, 1, 400),  # the names of their files
     "text_encoder_hash": (str, 1, 64),
+    "prediction": (str, 1, 20),  # of a network whose files do not say it
     "prompt": (str, 0, MAX_PROMPT),
     "negative": (str, 0, MAX_PROMPT),
     "seed": (int, 0, 2**64 - 1),

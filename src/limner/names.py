@@ -51,6 +51,7 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
     "leading": ("Leading",),
     "linspace": ("Linspace",),
     "trailing": ("Trailing", "Turbo"),
+    "hyper": ("Hyper",),
 }
 
 

@@ -139,7 +139,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def load(
     source: str | Path = "icons",
     device: str = "auto",
-    prediction: Literal["eps", "v"] | None = None,
+    prediction: Literal["eps", "v", "x0"] | None = None,
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto",
     vae: str | Path | None = None,
     refiner: str | Path | None = None,
@@ -161,8 +161,8 @@ def load(
     """
     if not isinstance(source, str | Path):
         raise UsageError(f"the model is {type(source).__name__}, not a name or a path: try limner.load('icons')")
-    if prediction not in (None, "eps", "v"):
-        raise UnknownName("prediction", str(prediction), ("eps", "v"))
+    if prediction not in (None, "eps", "v", "x0"):
+        raise UnknownName("prediction", str(prediction), ("eps", "v", "x0"))
     if dtype not in ("auto", *DTYPES):
         raise UnknownName("dtype", str(dtype), ("auto", *DTYPES))
     if offload not in ("auto", "never", "always"):
@@ -635,13 +635,15 @@ def ignored(system: System, request: Request) -> list[str]:
         told += adapters.unused(request)
     kinds = [name for name in SELDOM if "guidance" in name and getattr(request, name) != _usual(system, name)]
     told_guidance = getattr(system, "told_guidance", 0) > 0
+    if request.pag_scale and (told_guidance or request.guidance == 1):  # which is guidance of its own
+        kinds = [name for name in kinds if name != "guidance_interval"]
     if told_guidance and (kinds or request.negative.strip()):
         idle = " and ".join([*kinds, *(["the negative prompt"] if request.negative.strip() else [])])
         told.append(f"{idle}: without effect, as {system.name} is told how much to follow the prompt, not guided")
     elif kinds and request.guidance == 1:
         told.append(f"{' and '.join(kinds)} have no effect at guidance 1: ask for more guidance")
-    if request.compat and request.sampler in programs.OTHERS:
-        told.append(f"{request.sampler} is Limner's: {request.compat} has other formulas for it, or none")
+    if request.compat:
+        told += programs.differing(request.compat, request.schedule, request.sampler)
     if request.compat == "comfyui" and request.variation:
         told.append("ComfyUI knows no variations: they are A1111's")
     if request.switch_at != SWITCH_AT and getattr(system, "refiner", None) is None:

@@ -238,7 +238,8 @@ class System(Protocol):
     device: torch.device
     """Where it computes."""
     vae: dict[str, str]
-    """`vae` and `vae_hash`, name and hash of an autoencoder that is not the model's own; else nothing."""
+    """What a picture remembers of what was put in beside the model's file: `vae` and `vae_hash`, `text_encoder` and
+    `text_encoder_hash`, names and hashes of parts that are not its own, and `prediction` where it does not say that."""
     grid: int
     """Width and height must be multiples of this many pixels."""
     dialects: tuple[str, ...]

@@ -433,6 +433,16 @@ def test_what_is_no_adapter_is_refused(system, models, tmp_path):
     refused(system, tmp_path, "is a folder")
 
 
+def test_a_name_that_no_model_knows_is_looked_at_once(system, tmp_path, monkeypatch):
+    """However many models are asked whether it is theirs: files can have very many names."""
+    path, seen, split = tmp_path / "many.safetensors", [], files.split
+    save_file({f"lora_unet_nothing_{k}.lora_down.weight": torch.zeros(1) for k in range(50)}, path)
+    monkeypatch.setattr(files, "split", lambda key, names: seen.append(key) or split(key, names))
+    with pytest.raises(CheckpointMismatch, match="50 of its 50 keys mean no module"):
+        stack(system).attach(path)
+    assert len(seen) == 51  # and once more for the line that says so
+
+
 def test_torn_files_are_refused(system, style):
     data = style().read_bytes()
     for torn in (b"", data[:7], data[:100], data[:-1], data + b"x", b"\x80\x04x", b"PK\x03\x04" + data):

@@ -122,6 +122,13 @@ def test_stable_diffusion_xl_takes_both_text_encoders_in_any_order(sdxl, bigg, o
     assert_same(system, sdxl.system)
 
 
+def test_the_order_of_text_encoders_is_nothing_to_remember(sdxl, tmp_path):
+    files = written(tmp_path, whole=sdxl.tensors)
+    both = [sdxl.folder / "text_encoder", sdxl.folder / "text_encoder_2"]
+    one, other = (catalog.load(files["whole"], text_encoders=texts).vae for texts in (both, both[::-1]))
+    assert one["text_encoder_hash"] == other["text_encoder_hash"]
+
+
 def test_folders_of_parts_will_do(sdxl, tmp_path):
     file = written(tmp_path, network=UNETS["bare"](sdxl))["network"]
     texts = [sdxl.folder / "text_encoder_2", sdxl.folder / "text_encoder"]
@@ -180,6 +187,32 @@ def test_what_does_not_fit_names_the_file_and_the_key(sd1, tmp_path):
     ):
         with pytest.raises(CheckpointMismatch, match=key):
             catalog.load(files["network"], vae=files[vae], text_encoders=[files[text]])
+
+
+@pytest.mark.parametrize("given", ["whole file", "folder", "folder of a part", "file of a folder"])
+def test_the_autoencoder_of_another_family_is_refused_where_anything_tells(sd1, sdxl, given, tmp_path):
+    """Their tensors have the same names and shapes, and another scale."""
+    files = written(tmp_path, whole=sdxl.tensors, network=UNETS["bare"](sd1), mine=sd1.tensors)
+    vae = {
+        "whole file": files["whole"],
+        "folder": sdxl.folder,
+        "folder of a part": sdxl.folder / "vae",
+        "file of a folder": sdxl.folder / "vae" / "diffusion_pytorch_model.safetensors",
+    }[given]
+    texts = [sd1.folder / "text_encoder"]
+    for model, more in ((files["network"], texts), (files["mine"], []), (sd1.folder, [])):
+        with pytest.raises(CheckpointMismatch, match=r"scales latents by 0\.13025, .* by 0\.18215: another family's"):
+            catalog.load(model, vae=vae, text_encoders=more)
+
+
+def test_a_whole_model_in_a_folder_or_file_lends_its_autoencoder(sd1, tmp_path):
+    files = written(tmp_path, network=UNETS["bare"](sd1), whole=sd1.tensors)
+    for vae in (sd1.folder, files["whole"]):
+        system = catalog.load(
+            files["network"], dtype=torch.float32, vae=vae, text_encoders=[sd1.folder / "text_encoder"]
+        )
+        assert_same(system, sd1.system)
+        assert system.vae["vae"] in ("model", "whole")
 
 
 def test_text_encoders_where_none_can_be_put_are_refused(sd1, tiny_model, tmp_path):

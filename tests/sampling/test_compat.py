@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from limner.errors import MissingExtra
-from limner.sampling import compat, schedules
+from limner.errors import MissingExtra, UsageError
+from limner.sampling import compat, samplers, schedules
 
 from .test_samplers import VP
 
@@ -84,7 +85,11 @@ def walked(program: str, sampler: str, steps: int, strength: float | None, sched
         ("a1111", "euler", 20, 1.0, False, 20),
         ("a1111", "euler", 20, 0.01, False, 1),
         ("a1111", "euler", 20, 0.5, True, 20),  # of the second pass, all that was asked for
-        ("a1111", "ddim", 20, 0.75, False, 15),
+        ("a1111", "ddim", 20, 0.75, False, 14),  # over int(steps * strength) timesteps
+        ("a1111", "ddim", 20, None, False, 19),
+        ("a1111", "ddim", 20, 0.5, True, 18),
+        ("a1111", "plms", 1, None, False, 1),
+        ("a1111", "dpmpp_3m_sde", 20, 0.75, False, 16),
         ("comfyui", "euler", 20, 0.75, False, 20),  # of a schedule of 26
         ("comfyui", "euler", 20, 1.0, False, 20),
         ("comfyui", "dpm2", 20, 0.5, False, 20),
@@ -101,18 +106,118 @@ def test_levels_are_those_of_the_programs():
     assert walked("comfyui", "euler", steps, None) == schedules.normal(steps, VP)
     assert walked("a1111", "euler", steps, None) == schedules.normal(steps, VP)
     assert walked("a1111", "dpmpp_2m", steps, None) == schedules.karras(steps, VP)
-    assert walked("a1111", "dpmpp_3m_sde", steps, None) == schedules.exponential(steps, VP)
     assert walked("a1111", "euler", steps, None, "beta") == schedules.beta_sigmas(steps, VP)
     assert walked("comfyui", "euler", steps, None, "beta") == schedules.beta(steps, VP)
     longer = schedules.karras(steps + 1, VP)
     assert walked("a1111", "dpm2", steps, None) == [*longer[:-2], 0.0]
+    longer = schedules.exponential(steps + 1, VP)
+    assert walked("a1111", "dpmpp_3m_sde", steps, None) == [*longer[:-2], 0.0]
+    assert walked("comfyui", "dpmpp_3m_sde", steps, None) == schedules.normal(steps, VP)
     kl = walked("a1111", "euler", steps, None, "kl_optimal")
     assert (len(kl), kl[-1]) == (steps + 1, pytest.approx(VP.ratio_min))
     ays = walked("a1111", "euler", 11, None, "ays")
     assert ays == pytest.approx([*schedules.AYS_SD1, 0.0])
     ddim = walked("a1111", "ddim", 30, None)  # 1000 // 30 = 33 goes 31 times into 1000
     assert [round(VP.time(s)) for s in ddim[:3]] == [991, 958, 925]
-    assert (len(ddim), ddim[-1]) == (32, VP.sigmas[0])
+    assert (len(ddim), ddim[-1]) == (31, VP.sigmas[1])
+    for program in ("a1111", "comfyui"):  # with other solvers
+        ddim = walked(program, "euler", 30, None, "ddim_uniform")
+        assert [round(VP.time(s)) for s in ddim[:2]] == [991, 958]
+        assert (len(ddim), ddim[-2:]) == (32, [VP.sigmas[1], 0.0])
+    # A1111 counts from the noisy end, where there is more than asked for
+    assert len(walked("a1111", "euler", 30, 0.5, "ddim_uniform")) == 18
+    assert len(walked("comfyui", "euler", 30, 0.5, "ddim_uniform")) == 31
+
+
+def a1111_ddim(x0, x: torch.Tensor, steps: int) -> torch.Tensor:
+    """As A1111's loop has it, over variance-preserving x: from every timestep to the one before, all but the first."""
+    bars = torch.tensor([1 / (1 + s * s) for s in VP.sigmas], dtype=torch.float64)
+    times = [min(t + 1, 999) for t in range(0, 1000, 1000 // steps)]
+    for t, before in zip(times[:0:-1], times[-2::-1], strict=True):
+        clean = x0(x / bars[t].sqrt(), VP.sigmas[t])
+        eps = (x - bars[t].sqrt() * clean) / (1 - bars[t]).sqrt()
+        x = bars[before].sqrt() * clean + (1 - bars[before]).sqrt() * eps
+    return x
+
+
+@pytest.mark.parametrize("steps", [2, 10, 30])
+def test_ddim_ends_where_a1111_ends(steps):
+    eps = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def x0(x: torch.Tensor, sigma: float) -> torch.Tensor:  # of data of deviation 0.6 about 0.3
+        return (0.36 * x + 0.3 * sigma**2) / (0.36 + sigma**2)
+
+    levels = compat.sigmas("a1111", "ddim_uniform", "ddim", steps, None, VP, False)
+    found = samplers.ddim(x0, compat.begin("a1111", "ddim", VP, None, eps, levels), levels[0], VP)
+    found = VP.input_scale(levels[0][-1]) * found
+    assert (found - a1111_ddim(x0, eps, steps)).abs().max() < 1e-9
+
+
+def comfyuis(name: str, x0, x: torch.Tensor, levels: list[float], noise) -> torch.Tensor:
+    """ComfyUI's formulas: DDPM over variance-preserving x, LCM, and the multistep solver of arXiv:2308.02157."""
+    before = None
+    for k, (sigma, following) in enumerate(itertools.pairwise(levels)):
+        clean = x0(x, sigma)
+        bar, next_bar = 1 / (1 + sigma**2), 1 / (1 + following**2)
+        alpha = bar / next_bar
+        if name == "lcm":
+            x = clean + (following * noise() if following else 0)
+        elif name == "ddpm":
+            eps = (x - clean) / sigma
+            x = (x * bar**0.5 - (1 - alpha) * eps / (1 - bar) ** 0.5) / alpha**0.5
+            x = x + (((1 - alpha) * (1 - next_bar) / (1 - bar)) ** 0.5 * noise() if following else 0)
+            x = x / next_bar**0.5
+        elif following == 0 or before is None:
+            x = x + (following - sigma) * (x - clean) / sigma
+        else:
+            h, c2 = math.log(sigma / following), -math.log(levels[k - 1] / sigma) / math.log(sigma / following)
+            phi1 = -math.expm1(-h) / h
+            phi2 = (1 - phi1) / h
+            x = math.exp(-h) * x + h * ((phi1 - phi2 / c2) * clean + phi2 / c2 * before)
+        before = clean
+    return x
+
+
+@pytest.mark.parametrize("name", ["ddpm", "lcm", "res_multistep"])
+def test_solvers_of_which_nothing_is_told_are_comfyuis(name):
+    def noise(seed: int = 3):
+        generator = torch.Generator().manual_seed(seed)
+        return lambda: torch.randn(1, 4, 8, 8, generator=generator, dtype=torch.float64)
+
+    def x0(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return (0.36 * x + 0.3 * sigma**2) / (0.36 + sigma**2) + 0.1 * torch.sin(x / (1 + sigma))
+
+    levels = compat.sigmas("comfyui", "normal", name, 8, None, VP, False)[0]
+    assert compat.differing("comfyui", "normal", name) == []
+    x = levels[0] * noise(1)()
+    found = compat.solver("comfyui", name)(x0, x, levels, VP, noise=noise())
+    assert (found - comfyuis(name, x0, x, levels, noise())).abs().max() < 1e-9
+
+
+def test_a_little_strength_of_a_long_schedule_is_refused_in_a_line():
+    for program, again in (("comfyui", False), ("a1111", True)):
+        with pytest.raises(UsageError, match=rf"a strength of 1e-09 makes \d+ steps of 20 as {program} counts them"):
+            compat.sigmas(program, "karras", "euler", 20, 1e-9, VP, again)
+
+
+def test_what_programs_have_not_is_told():
+    told = {
+        (
+            "a1111-cpu",
+            "karras",
+            "ddim",
+        ): "the schedule karras has no effect: a1111-cpu has timesteps of its own for ddim",
+        ("a1111", "trailing", "euler"): "the schedule trailing is Limner's: a1111 has none of that name",
+        ("a1111", "lcm", "lcm"): "lcm is Limner's: a1111 has other formulas for it, or none",
+        ("comfyui", "normal", "plms"): "plms is Limner's: comfyui has other formulas for it, or none",
+    }
+    for (program, schedule, sampler), sentence in told.items():
+        assert compat.differing(program, schedule, sampler)[0] == sentence
+    for program, schedule, sampler in (
+        ("a1111", "ddim_uniform", "ddim"), ("a1111", "beta_sigmas", "restart"), ("comfyui", "beta", "res_multistep"),
+        ("comfyui", "normal", "ddpm"), ("comfyui", "simple", "lcm"),
+    ):  # fmt: skip
+        assert compat.differing(program, schedule, sampler) == []
 
 
 def test_programs_begin_with_noise_of_their_own_variance():

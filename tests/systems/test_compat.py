@@ -17,6 +17,8 @@ from limner.errors import Ignored, UnknownName, UsageError
 from limner.metadata import read_settings
 from limner.sampling import compat, samplers, schedules
 
+from . import stable_diffusion
+
 
 @lru_cache(maxsize=1)
 def loaded(folder: Path) -> Any:
@@ -84,6 +86,24 @@ def test_comfyui_over_a_picture_walks_all_the_steps_it_is_asked_for(sd1):
         seen.clear()
         pipeline.generate(sd1, "a fox", compat=program, on_step=lambda done, total: seen.append(total), **told)
         assert set(seen) == {steps}, program
+
+
+def test_a1111_aligns_steps_by_the_model(sd1, tmp_path):
+    told = {"prompt": "a fox", "steps": 11, "schedule": "Align Your Steps", "sampler": "Euler", "compat": "a1111"}
+    xl = catalog.load(stable_diffusion.sdxl(tmp_path), dtype=torch.float32)
+    for system, levels in ((sd1, schedules.AYS_SD1), (xl, schedules.AYS_SDXL)):
+        assert system.sigmas(pipeline.prepare(system, **told)) == pytest.approx([*levels, 0.0])
+
+
+@pytest.mark.parametrize("program", ["a1111-cpu", "comfyui"])
+def test_what_is_under_a_mask_is_begun_from_at_full_strength_too(sd1, program):
+    """Unlike here, where nothing is left of it then."""
+    told = {"mask": Image.new("L", (32, 32), "white"), "strength": 1, "steps": 3, "seed": 1, "sampler": "euler"}
+    red, blue = (
+        pixels(pipeline.generate(sd1, "a fox", compat=program, image=Image.new("RGB", (32, 32), colour), **told)[0])
+        for colour in ("red", "blue")
+    )
+    assert (red != blue).any()
 
 
 def test_settings_say_what_was_done_as_and_infotext_too(sd1, limner, here, sd1_folder):

@@ -19,7 +19,7 @@ from limner.checkpoints import controlnet, layouts, t2i_adapter
 from limner.errors import CheckpointMismatch, Ignored, UnknownName, UsageError
 from limner.models.controlnet import ControlNet, ControlNetUnion
 from limner.models.t2i_adapter import T2I_SD1, T2I_SD1_LIGHT, T2I_SDXL, T2IAdapter
-from limner.models.unet import SD1, SDXL, UNET_TINY, UNet, micro_conditioning
+from limner.models.unet import SD1, SDXL, UNET_TINY, Residuals, UNet, micro_conditioning
 from limner.types import Conditioning
 
 from . import stable_diffusion
@@ -125,6 +125,14 @@ def test_a_union_is_told_the_kind_that_a_maker_makes_and_asks_otherwise(systems,
         control.open_control(systems["sd1"][1].system, path, picture(), kind="pose")
 
 
+def test_another_maker_makes_another_kind_than_a_picture_remembers():
+    old = {"name": "union", "hash": "?", "weight": 0.5, "maker": "canny", "kind": "canny"}
+    rows = [control.resolve([control.parse(f"union=in.png{more}")], [old])[0] for more in ("", ",blur", ",kind=pose")]
+    assert [(row["maker"], row.get("kind"), row["weight"]) for row in rows] == [
+        ("canny", "canny", 0.5), ("blur", None, 0.5), ("canny", "pose", 0.5)
+    ]  # fmt: skip
+
+
 # ------------------------------------------------------------------- T2I-Adapters
 
 
@@ -205,6 +213,13 @@ def test_it_adds_to_what_a_controlnet_does(systems, adapter, tmp_path, monkeypat
     alone, both, other = (drawn(pipe, monkeypatch, control=ask) for ask in ([one], [one, quiet], [one, loud]))
     assert torch.equal(alone, both)
     assert not close(other, alone, 1e-2)
+
+
+def test_one_that_tells_the_middle_goes_with_one_that_does_not():
+    one, other = (tuple(torch.full((1,), float(k)) for k in range(1, n)) for n in (3, 4))
+    found = Residuals.sum([Residuals(levels=one), Residuals(levels=other), Residuals(one, one[0])])
+    assert [x.item() for x in found.levels] == [2, 4, 3]
+    assert [x.item() for x in found.down] == [1, 2]
 
 
 def test_a_size_that_is_not_folded_evenly_is_stretched(systems):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from limner import catalog, exchange, pipeline
 from limner.checkpoints import folders, single_files
 from limner.errors import Assumed, CheckpointMismatch, Ignored
+from limner.metadata import read_settings
 from limner.models.unet import guidance_embedding
 
 from . import stable_diffusion
@@ -119,6 +120,18 @@ def test_turbo_is_told_by_its_scheduler_and_draws_what_diffusers_draws(tmp_path)
         assert_same(system, wanted, steps=steps, guidance=1.0, sampler="euler_a", schedule="trailing")
 
 
+@pytest.mark.parametrize(("kind", "steps"), [("sd1", 30), ("sd2_v", 1)])
+def test_only_a_stable_diffusion_2_with_turbos_scheduler_is_one(tmp_path, kind, steps):
+    """Euler over `trailing` timesteps at 512 pixels is what anybody may save with a Stable Diffusion 1."""
+    folder = getattr(stable_diffusion, kind)(tmp_path)
+    told = stable_diffusion.SD1_SCHEDULER | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(told))
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 256}))
+    defaults = catalog.load(folder).defaults
+    assert (defaults.steps, defaults.width, defaults.schedule) == (steps, 512, "trailing")
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -128,6 +141,7 @@ def test_turbo_is_told_by_its_scheduler_and_draws_what_diffusers_draws(tmp_path)
         ("juggernautXL_lightning", ("euler", "trailing", 4, 1.0, 1024)),
         ("Hyper-SDXL-8steps", ("ddim", "trailing", 8, 1.0, 1024)),
         ("Hyper-SDXL-12steps-CFG", ("ddim", "trailing", 12, 5.0, 1024)),
+        ("Hyper-SDXL-1step-Unet", ("lcm", "hyper", 1, 1.0, 1024)),
         ("some_lcm-merge", ("lcm", "lcm", 4, 1.0, 1024)),
         ("hyperrealism_v1", None),
         ("turbocharged", None),
@@ -148,11 +162,56 @@ def test_the_name_of_a_file_is_a_hint_that_is_told(tmp_path, sdxl_file, name, ex
     assert defaults.schedule == schedule
 
 
+def test_hypers_one_step_begins_where_its_publishers_begin(tmp_path):
+    """Diffusers' LCMScheduler at timestep 800, as ByteDance's card has it."""
+    folder = stable_diffusion.sdxl(tmp_path)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    wanted = [
+        pipe("a red fox", guidance_scale=0, timesteps=[800], num_inference_steps=1, output_type=kind, height=32,
+             width=32, generator=torch.Generator().manual_seed(3)).images for kind in ("latent", "pt")
+    ]  # fmt: skip
+    file = single_file(folder, "Hyper-SDXL-1step-Unet.safetensors")
+    with pytest.warns(Assumed, match="its name says Hyper: 1 step of lcm at guidance 1 is taken"):
+        system = catalog.load(file, dtype=torch.float32)
+    told = {name: getattr(system.defaults, name) for name in ("steps", "guidance", "sampler", "schedule")}
+    assert_same(system, (wanted[0], wanted[1] * 2 - 1), **told)
+
+
 def test_lightnings_one_step_predicts_x0(tmp_path, sdxl_file):
     file = tmp_path / "sdxl_lightning_1step_x0.safetensors"
     file.symlink_to(sdxl_file)
     with pytest.warns(Assumed, match="Lightning: 1 step of euler"):
         assert catalog.load(file).prediction.name == "x0"
+
+
+def test_a_picture_remembers_what_no_weight_says_the_network_predicts(sdxl_file, limner, here):
+    """Neither a file's name nor a flag is there when it is drawn again, by a file of the same weights."""
+    told = ("-s", 1, "--steps", 1, "-W", 32, "-H", 32)
+    file = here / "sdxl_lightning_1step_x0.safetensors"
+    file.symlink_to(sdxl_file)
+    assert limner("fox", "-m", file, *told, "-o", "named.png").code == 0
+    assert limner("fox", "-m", sdxl_file, "--prediction", "v", *told, "-o", "asked.png").code == 0
+    assert limner("fox", "-m", sdxl_file, *told, "-o", "plain.png").code == 0
+    for name, predicts in (("named", "x0"), ("asked", "v"), ("plain", None)):
+        assert read_settings(here / f"{name}.png").get("prediction") == predicts
+        done = limner("-C", f"{name}.png", "-m", sdxl_file, "-o", f"{name}-again.png")
+        assert done.code == 0, done.err
+        assert (here / f"{name}.png").read_bytes() == (here / f"{name}-again.png").read_bytes()
+    assert limner("-C", "asked.png", "-m", sdxl_file, "--prediction", "x0", "-o", "other.png").code == 0
+    assert read_settings(here / "other.png")["prediction"] == "x0"
+
+
+def test_what_other_weights_predict_is_not_asked_of_a_picture(sdxl_file, sd1_folder, tiny_model, limner, here):
+    told = ("--prediction", "v", "-s", 1, "--steps", 1, "-W", 32, "-H", 32, "-o", "v.png")
+    assert limner("fox", "-m", sdxl_file, *told).code == 0
+    for other in (sd1_folder, tiny_model):
+        done = limner(
+            "-C", "v.png", "-m", other, "-o", f"{other.name}.png", "--sampler", "euler", "--schedule", "uniform"
+        )
+        assert (done.code, "was painted with other weights" in done.err) == (0, True), done.err
+        assert "prediction" not in read_settings(here / f"{other.name}.png")
 
 
 # ------------------------------------------------------------------- Playground 2.5 and CosXL

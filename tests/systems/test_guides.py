@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import diffusers
 import numpy as np
 import pytest
@@ -106,6 +108,36 @@ def test_where_perturbing_cannot_be_is_refused_by_one_line(folders, tiny_model):
     for scale in (-1, 101, float("nan"), "3"):
         with pytest.raises(UsageError, match="pag_scale is"):
             pipe.generate("fox", pag_scale=scale)
+
+
+def test_an_interval_is_of_perturbed_guidance_too(folders, recwarn):
+    """At guidance 1, where other kinds of guidance are told to be without effect."""
+    pipe = pipeline.load(folders["sd1"])
+    told = {"guidance": 1.0, "steps": 4, "seed": 3, "sampler": "euler"}
+    plain, whole, part = (
+        np.asarray(pipe.generate("a fox", **told, **more)[0].image)
+        for more in ({}, {"pag_scale": 3.0}, {"pag_scale": 3.0, "guidance_interval": (0.0, 0.5)})
+    )
+    assert (plain != part).any()
+    assert (whole != part).any()
+    assert not [w for w in recwarn if issubclass(w.category, Ignored)]
+    with pytest.warns(Ignored, match="guidance_rescale and guidance_interval have no effect"):
+        pipe.generate("a fox", **told, guidance_rescale=0.5, guidance_interval=(0.0, 0.5))
+    with pytest.warns(Ignored, match="guidance_rescale have no effect at guidance 1"):
+        pipe.generate("a fox", **told, guidance_rescale=0.5, pag_scale=3.0)
+
+
+def test_a_guide_need_not_have_the_blocks_that_are_perturbed(folders, weak):
+    system = pipeline.load(folders["sd1"], guide_model=weak).system
+    guide, told = system.guide, {"steps": 2, "guidance": 3.0, "pag_scale": 2.0, "pag_layers": "up_blocks.1"}
+    wanted = latents(system, **told)
+    smaller = replace(guide.network.config, depths=(0, 1), text_width=64)
+    guide.network, own = UNet(smaller).eval(), guide.network
+    try:
+        assert not unet.self_attentions(guide.network).keys() & {"up_blocks.1.attentions.0.transformer_blocks.0.attn1"}
+        assert latents(system, **told).shape == wanted.shape
+    finally:
+        guide.network = own
 
 
 def test_a_picture_remembers_how_it_was_perturbed(folders, limner, here):

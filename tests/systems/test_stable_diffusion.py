@@ -170,7 +170,7 @@ def test_a_device_computes_in_what_it_is_fastest_at_unless_told(sd1, monkeypatch
         pipeline.load(sd1.folder, dtype="half")
 
 
-def test_a_network_that_overflows_in_half_precision_draws_in_float32_and_says_so(sd1, tmp_path, limner, here):
+def test_a_network_that_overflows_in_half_precision_draws_in_float32_and_says_so(sd1, limner, here, monkeypatch):
     """Its first layer is made so large that float16 cannot hold what comes out, and the next one small again."""
     system = catalog.load(sd1.folder)
     with torch.no_grad():
@@ -184,6 +184,11 @@ def test_a_network_that_overflows_in_half_precision_draws_in_float32_and_says_so
     assert "overflows" not in whole.err
     one, other = (np.asarray(Image.open(f"{dtype}.png")).astype(int) for dtype in ("fp16", "fp32"))
     assert np.abs(one - other).mean() < 8  # its weights were rounded
+    draws, to_latents = [], pipeline.to_latents
+    monkeypatch.setattr(pipeline, "to_latents", lambda *given: draws.append(1) or to_latents(*given))
+    strict = limner(*told, "--dtype", "fp16", "--strict", "-o", "strict.png")
+    assert (strict.code, "overflows in half precision" in strict.err) == (2, True)
+    assert draws == [1]  # it is not drawn again in float32 first
 
 
 def drawn_by_diffusers(pipe: Any, guidance: float = 5.0, **told: Any) -> torch.Tensor:

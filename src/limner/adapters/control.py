@@ -129,7 +129,8 @@ def resolve(
         old = next((row for row in rest if row["name"] == name_of(Path(one["file"]))), None)
         if old is not None:
             rest.remove(old)
-        kept = ("weight", "start", "end", "guess", "maker", "kind", "blocks")
+        kept = ["weight", "start", "end", "guess", "maker", "blocks"]
+        kept += [] if "maker" in one else ["kind"]  # which follows from another maker
         found.append({name: old[name] for name in kept if old and name in old} | one)
     if rest:
         raise UsageError(

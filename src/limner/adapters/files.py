@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,11 @@ class Contents:
     tensors: Mapping[str, Tensor]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def parts(self) -> dict[str, tuple[str, str]]:
+        """What `split` says of every key."""
+        return {key: split(key, self.tensors) for key in self.tensors}
+
     def scale(self, program_path: str, alpha: float | None) -> Scale:
         """Of a module as the file spells it: its own alpha, or what the settings of PEFT say of it."""
         prefix = next((p for p in self.settings if program_path.startswith(f"{p}.")), "")
@@ -196,7 +201,7 @@ def digest(path: Path) -> str:
 
 def is_adapter(contents: Contents) -> bool:
     """Whether any of its keys can be of one."""
-    return any(split(key, contents.tensors)[1] for key in contents.tensors)
+    return any(part for _, part in contents.parts.values())
 
 
 def read(path: str | Path, system: nn.Module) -> Adapter:
@@ -220,8 +225,7 @@ def survey(contents: Contents, system: nn.Module) -> tuple[Adapter, str]:
     groups: dict[str, dict[str, str]] = {}  # module -> part -> key
     programs: Counter[str] = Counter()
     unknown = []
-    for key in contents.tensors:
-        spelling, part = split(key, contents.tensors)
+    for key, (spelling, part) in contents.parts.items():
         found = table.get(spelling) if part else None
         if found is None:
             unknown.append(key)

@@ -21,7 +21,7 @@ from limner.text.clip import CLIPTowers
 
 WIDTHS = {(768,): "sd1", (1024,): "sd2", (768, 1280): "sdxl", (1280,): "sdxl-refiner"}
 PAIR = ("clip_l", "clip_g")
-MOST = 75
+MOST, MOST_TENSORS = 75, 2
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Words:
 
 def stored(path: Path) -> dict[str, Tensor]:
     """The vectors in a file by their names there, {} where it holds something else. Raises FileProblem."""
-    raw: Any = files.unpickled(path) if path.is_file() and files.is_torch(path) else files.read(path)[0]
+    raw: Any = files.unpickled(path) if path.is_file() and files.is_torch(path) else files.read(path, MOST_TENSORS)[0]
     inner = raw.get("string_to_param", raw) if isinstance(raw, dict) else {}
-    if not isinstance(inner, dict) or not 0 < len(inner) <= 2:
+    if not isinstance(inner, dict) or not 0 < len(inner) <= MOST_TENSORS:
         return {}
     rows = {str(name): value for name, value in inner.items()}
     if not all(isinstance(v, Tensor) and v.dim() in (1, 2) and v.is_floating_point() for v in rows.values()):

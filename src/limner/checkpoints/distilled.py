@@ -7,10 +7,11 @@ of any other model: a folder's scheduler tells, or nothing but the name of the f
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from limner.models.unet import UNetConfig
 from limner.sampling.interpolants import EDMConfig
 
 
@@ -41,14 +42,20 @@ def turbo(xl: bool) -> Few:
     return Few(sampler="euler_a" if xl else "euler", steps=1, size=512, prediction="eps")
 
 
-def by_scheduler(sampler: str, schedule: str, size: int, told: bool, xl: bool, prediction: str) -> Few | None:
-    """What a folder's own sampler and schedule say: `told` is whether its network is told its guidance."""
+def by_scheduler(sampler: str, schedule: str, size: int, network: UNetConfig, prediction: str) -> Few | None:
+    """What a folder's own sampler and schedule say. SD-Turbo is a Stable Diffusion 2, which its projections show."""
+    told, xl = network.guidance_width > 0, network.vector_width > 0
     if told or sampler == "lcm":
         return LCM if told else UNGUIDED
     if sampler == "tcd":
         return TCD
     alike = turbo(xl)
-    return alike if (sampler, schedule, size, prediction) == (alike.sampler, "trailing", 512, "eps") else None
+    return (
+        alike
+        if network.linear_projection
+        and (sampler, schedule, size, prediction) == (alike.sampler, "trailing", 512, "eps")
+        else None
+    )
 
 
 def by_name(source: Path, xl: bool) -> tuple[Few, str] | None:
@@ -64,6 +71,7 @@ def by_name(source: Path, xl: bool) -> tuple[Few, str] | None:
         word, few = "Lightning", Few(sampler="euler", steps=steps or 4, prediction="x0" if "x0" in name else "")
     elif re.search(r"hyper[-_ ]?sd", name) or (says("hyper") and steps):  # arXiv:2404.13686
         word, few = "Hyper", Few(sampler="ddim", steps=steps or 8, guidance=5.0 if says("cfg") else 1.0)
+        few = replace(few, sampler="lcm", schedule="hyper") if steps == 1 else few
     elif says("turbo"):
         word, few = "Turbo", turbo(xl)
     elif says("lcm"):

@@ -53,9 +53,9 @@ def save(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
     write_atomically(path, serialise(whole, metadata))
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read(path: Path, most: int | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of any safetensors file, or the tensors of a torch checkpoint. They are mapped: read
-    from the disk when first looked at. Raises FileProblem."""
+    from the disk when first looked at. None of a safetensors file of more than `most`. Raises FileProblem."""
     if not path.is_file():
         found = f"{path} is a folder" if path.is_dir() else f"no file {path}"
         raise FileProblem(f"{found}: give the path of a .safetensors file")
@@ -63,7 +63,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if is_torch(path):
             return _read_torch(path), {}
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            names = list(file.keys())
+            wanted = names if most is None or len(names) <= most else []
+            return {name: file.get_tensor(name) for name in wanted}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise FileProblem(f"{path} is not a whole safetensors file ({reason}): download or train it again") from error

@@ -151,10 +151,12 @@ def recognise(folder: Path) -> Foreign:
     except UsageError as error:
         raise CheckpointMismatch(f"{folder}: {error}") from error
     size = side * codec.factor
-    few = distilled.by_scheduler(sampler, schedule, size, network.guidance_width > 0, xl, prediction)
+    unsaid = False
+    few = distilled.by_scheduler(sampler, schedule, size, network, prediction)
     if few is None and (named := distilled.by_name(folder.absolute(), xl)) is not None:
         few, sentence = named
         assumed.append(sentence)
+        unsaid = few.prediction not in ("", prediction)
         sampler, schedule, prediction = few.sampler, few.schedule, few.prediction or prediction
     if not sampler:
         assumed.append(f"the folder's sampler is not one of ours: {UNKNOWN_SAMPLER}")
@@ -181,7 +183,7 @@ def recognise(folder: Path) -> Foreign:
         tensors={f"{part}/{name}": tensor for part, tensors in found.items() for name, tensor in tensors.items()},
         files=tuple(path for part in paths.values() for path in part), beside=beside,
         small_noise=None if small is None else _small_noise(small),
-        assumed=tuple(assumed),
+        assumed=tuple(assumed), unsaid=unsaid,
     )  # fmt: skip
 
 

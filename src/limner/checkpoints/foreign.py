@@ -22,7 +22,8 @@ class Foreign:
     """`layout` has a row for every tensor of a `systems.diffusion.DiffusionSystem`, `tensors` is what the files hold,
     mapped, in `files`, but for what nobody needs: `beside` says how much that is. `assumed` are sentences on what files
     do not tell; `small_noise` is that of the picture an upscaler enlarges; `sampler`, `schedule`, `steps`,
-    `guidance` and `size` (pixels a side) are what they say to draw with, "" or 0 where they do not."""
+    `guidance` and `size` (pixels a side) are what they say to draw with, "" or 0 where they do not. `unsaid` is whether
+    they do not say what the network predicts, so that it is taken from their name, or guessed."""
 
     source: Path
     network: UNetConfig
@@ -42,3 +43,4 @@ class Foreign:
     steps: int = 0
     guidance: float = 0.0
     small_noise: VPConfig | None = None
+    unsaid: bool = False

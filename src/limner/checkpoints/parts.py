@@ -14,8 +14,8 @@ from torch import Tensor
 
 from limner.checkpoints import autoencoder, files, folders, text, unet
 from limner.checkpoints.layouts import Layout, Place, early_diffusers
-from limner.errors import CheckpointMismatch
-from limner.models.autoencoder import KLConfig
+from limner.errors import CheckpointMismatch, LimnerError
+from limner.models.autoencoder import KL_SD1, KL_SDXL, KL_UPSCALER, KLConfig
 from limner.models.unet import UNetConfig
 from limner.text.clip import CLIPTextConfig
 
@@ -73,11 +73,18 @@ def codec_config(held: Held, scale: float) -> tuple[KLConfig, dict[str, Place]]:
     """As `network_config` of an autoencoder."""
     if "encoder.down_blocks.0.resnets.0.conv1.weight" not in held.tensors:
         config = autoencoder.ldm_config(held.shapes, scale)
-        return config, held.placed(autoencoder.ldm_layout(config))
+        return config, codec_layout(held, config)
     config = autoencoder.own_config(held.shapes, scale)
+    return config, codec_layout(held, config)
+
+
+def codec_layout(held: Held, config: KLConfig) -> dict[str, Place]:
+    """The places of an autoencoder's tensors in a spelling like that of those held."""
     names = autoencoder.ldm_layout(config)
+    if not any(name.startswith("encoder.down_blocks.") for name in held.tensors):
+        return held.placed(names)
     early = any(".query." in name for name in held.tensors)
-    return config, held.placed(early_diffusers(names) if early else {name: Place(name) for name in names})
+    return held.placed(early_diffusers(names) if early else {name: Place(name) for name in names})
 
 
 def tower_config(held: Held, openclip: bool) -> tuple[CLIPTextConfig, dict[str, Place]]:
@@ -109,9 +116,37 @@ def read(source: Path) -> dict[str, Tensor]:
     return files.read_all(weights(source))
 
 
-def codec(source: Path) -> Held:
-    """The autoencoder of a file, alone or in a whole model. Raises FileProblem, CheckpointMismatch."""
-    tensors = {name: t for name, t in read(source).items() if not name.startswith(("loss.", EMA))}
+def codec_in(source: Path) -> Path:
+    """The file or folder of the autoencoder, of a folder that may be a whole model's."""
+    return source / "vae" if (source / "vae" / "config.json").is_file() else source
+
+
+def scale_of(network: UNetConfig, tensors: Collection[str]) -> float:
+    """The scale of latents of a single file with such a network and tensors of these names."""
+    if "edm_mean" in tensors:  # Playground 2.5
+        return 0.5
+    return (KL_UPSCALER if network.num_classes else KL_SDXL if network.vector_width else KL_SD1).scale
+
+
+def _told_scale(source: Path, tensors: Mapping[str, Tensor]) -> float | None:
+    """What the settings beside an autoencoder say of its scale, or the network that it is in one file with."""
+    if source.is_dir() or source.stem.startswith("diffusion_pytorch_model"):
+        settings = (source if source.is_dir() else source.parent) / "config.json"
+        return folders.autoencoder_config(folders.Settings(settings)).scale if settings.is_file() else None
+    beside = network(tensors, ())
+    try:
+        return scale_of(network_config(beside)[0], tensors.keys()) if beside.tensors else None
+    except (KeyError, ValueError, IndexError, LimnerError):
+        return None  # of a network that nobody knows
+
+
+def codec(source: Path, scale: float, model: str) -> Held:
+    """The autoencoder of a file or folder, alone or in a whole model, for a `model` whose latents have this scale. No
+    name of a tensor tells it, but what else is there may. Raises FileProblem, CheckpointMismatch."""
+    whole = read(source)
+    if (told := _told_scale(source, whole)) not in (None, scale):
+        raise CheckpointMismatch(f"{source} scales latents by {told:g}, {model} by {scale:g}: another family's")
+    tensors = {name: t for name, t in whole.items() if not name.startswith(("loss.", EMA))}
     for prefix in CODECS:
         held = under(tensors, prefix, f"{source}/")
         if "decoder.conv_in.weight" in held.tensors:

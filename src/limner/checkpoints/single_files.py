@@ -21,7 +21,7 @@ from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.layouts import Layout, Place, prefixed
 from limner.checkpoints.parts import CODEC, EMA, NETWORK
 from limner.errors import CheckpointMismatch, UsageError
-from limner.models.autoencoder import KL_SD1, KL_SDXL, KL_UPSCALER, KLConfig, check_each
+from limner.models.autoencoder import KLConfig, check_each
 from limner.models.unet import UNetConfig
 from limner.sampling.interpolants import SMALL_NOISE, EDMConfig, VPConfig
 from limner.text import bpe
@@ -83,8 +83,9 @@ def recognise(
         own = parts.under(tensors, CODEC)
         if (vae is None and not own.tensors) or not (named or text_encoders):
             raise _incomplete(path, network, not own.tensors and vae is None, not (named or text_encoders))
-        given = own if vae is None else parts.codec(vae)
-        codec, more = parts.codec_config(given, _like(network).scale)
+        scale = parts.scale_of(network, tensors.keys())
+        given = own if vae is None else parts.codec(vae, scale, str(path))
+        codec, more = parts.codec_config(given, scale)
         kinds = [(openclip, parts.under(tensors, p)) for p, openclip in TOWERS.items() if p in named]
         if text_encoders:
             found = [tower for file in text_encoders for tower in parts.towers(file)]
@@ -130,7 +131,8 @@ def recognise(
         few, sentence = says
         assumed.append(sentence)
         predicted = prediction or few.prediction or predicted
-    if two and not (prediction or enlarges or (few and few.prediction)):
+    unsaid = not (prediction or enlarges) and (two or bool(few and few.prediction))
+    if unsaid and not (few and few.prediction):
         assumed.append(ASSUMED.format(predicted))
     return Foreign(
         source=path,
@@ -151,6 +153,7 @@ def recognise(
         steps=few.steps if few else 0,
         guidance=few.guidance if few else 0.0,
         size=few.size if few else 0,
+        unsaid=unsaid,
     )
 
 
@@ -193,11 +196,6 @@ def _continuous(
     except (UsageError, RuntimeError, ValueError) as error:
         raise CheckpointMismatch(f"{path}: its marks edm_* are of no model: {str(error).splitlines()[0]}") from error
     return None, codec, ""
-
-
-def _like(network: UNetConfig) -> KLConfig:
-    """The autoencoder that models with such a network have."""
-    return KL_UPSCALER if network.num_classes else KL_SDXL if network.vector_width else KL_SD1
 
 
 def prefixes(found: Foreign) -> tuple[str, ...]:

@@ -224,7 +224,7 @@ def paint(
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="What would be ignored or assumed is an error.")] = False,
     prediction: Annotated[
-        str | None, typer.Option("--prediction", help="eps or v, for a model file that does not say it.")
+        str | None, typer.Option("--prediction", help="eps, v or x0, for a model file that does not say it.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of paths.")] = False,
@@ -302,6 +302,8 @@ def paint(
     painted_texts, texts_hash = asked.pop("text_encoder", None), asked.pop("text_encoder_hash", None)
     if painted_texts and not text_encoder:
         raise UsageError(f"{str(settings)!r} was painted with text encoders ({painted_texts}): add --text-encoder FILE")
+    predicted = asked.pop("prediction", None)
+    prediction = prediction or _predicted(predicted, painted_with, name, vae, text_encoder or [])
     pipe = _load(name, device, prediction, dtype, vae, refiner, guide_model, text_encoder or [], offload, tell)
     if texts_hash and texts_hash != pipe.system.vae["text_encoder_hash"]:
         tell(f"the text encoders are not those painted with (hash {texts_hash}): expect another picture")
@@ -363,8 +365,11 @@ def paint(
     print(f"seed {request.seed}, {pipe.system.name} on {pipeline.computes(pipe.system)}", file=sys.stderr)
     with _progress() as on_step, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("ignore", Ignored)  # told above
-        warnings.simplefilter("always", Assumed)
-        painted = pipe.generate(**asked, batch=batch, **given, on_step=on_step)
+        warnings.simplefilter("error" if strict else "always", Assumed)  # which ends the drawing where it is met
+        try:
+            painted = pipe.generate(**asked, batch=batch, **given, on_step=on_step)
+        except Assumed as sentence:
+            raise UsageError(f"{sentence} (--strict)") from sentence
     for warning in warned:
         if issubclass(warning.category, Assumed):
             tell(str(warning.message))
@@ -479,6 +484,19 @@ def _told(sentence: str) -> None:
 
 def _refused(sentence: str) -> None:
     raise UsageError(f"{sentence} (--strict)")
+
+
+def _predicted(
+    painted: str | None, painted_with: str | None, name: str, vae: Path | None, text_encoder: list[Path]
+) -> str | None:
+    """What a picture says that its network predicts, if the model of this name is that network."""
+    if painted is None or painted_with is None:
+        return None
+    from limner import catalog
+    from limner.checkpoints import files
+
+    found = catalog.recognise(catalog.find(name), None, vae, text_encoder)
+    return painted if found is not None and _same_hash(painted_with, files.digest(*found.files)) else None
 
 
 def _load(

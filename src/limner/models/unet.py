@@ -16,6 +16,7 @@ import copy
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -180,9 +181,11 @@ class Residuals:
 
     @staticmethod
     def sum(parts: Sequence[Residuals]) -> Residuals:
-        """Of several networks at once."""
+        """Of several networks at once, of which some tell the middle and some do not."""
         down, levels = (
-            tuple(sum(same[1:], same[0]) for same in zip(*(row for row in rows if row), strict=True))
+            tuple(
+                sum(there[1:], there[0]) for same in zip_longest(*rows) if (there := [x for x in same if x is not None])
+            )
             for rows in ([part.down for part in parts], [part.levels for part in parts])
         )
         mid = [part.mid for part in parts if part.mid is not None]

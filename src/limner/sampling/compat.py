@@ -11,6 +11,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from limner.errors import MissingExtra
-from limner.sampling import schedules
+from limner.errors import MissingExtra, UsageError
+from limner.sampling import samplers, schedules
 from limner.sampling.interpolants import Interpolant
 
 PROGRAMS = {"a1111": "a1111", "a1111-cpu": "a1111", "comfyui": "comfyui"}
@@ -28,10 +29,22 @@ BROWNIAN = frozenset({"dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3
 """Solvers whose fresh noise is that of one Brownian path for all numbers of steps."""
 TIMED = frozenset({"ddim", "plms", "unipc"})
 """Solvers that A1111 took from Latent Diffusion, with timesteps of their own, and not from k-diffusion."""
-SHORTENED = frozenset({"dpm2", "dpm2_a"})
-"""Solvers for which both drop the level before the last of a schedule of one step more; ComfyUI of UniPC too."""
-OTHERS = frozenset({"unipc", "lcm", "tcd", "deis", "res_multistep", "ddpm"})
+SHORTENED = {"a1111": frozenset({"dpm2", "dpm2_a", "dpmpp_3m_sde"}), "comfyui": frozenset({"dpm2", "dpm2_a", "unipc"})}
+"""Solvers for which they drop the level before the last of a schedule of one step more."""
+OTHERS = {
+    "a1111": frozenset({"unipc", "lcm", "tcd", "deis", "res_multistep", "ddpm", "flow_euler"}),
+    "comfyui": frozenset({"unipc", "tcd", "deis", "plms", "restart", "flow_euler"}),
+}
 """Solvers with other formulas there, or none."""
+SCHEDULES = {
+    "a1111": frozenset({"uniform", "normal", "karras", "exponential", "sgm_uniform", "simple", "ddim_uniform",
+                        "beta_sigmas", "kl_optimal", "align_your_steps"}),
+    "comfyui": frozenset({"normal", "karras", "exponential", "sgm_uniform", "simple", "ddim_uniform", "beta",
+                          "kl_optimal", "linear_quadratic", "align_your_steps", "align_your_steps_xl"}),
+}  # fmt: skip
+"""Schedules that they have."""
+MOST_STEPS = 10_000
+"""Of a schedule of which little is walked."""
 AUTOMATIC = {
     **dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_a", "dpm2", "dpm2_a", "restart"), "karras"),
     **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"), "exponential"),
@@ -48,37 +61,68 @@ def settle(schedule: str, sampler: str, program: str) -> str:
     ours = schedules.find(schedule)
     if program == "comfyui":
         return "normal" if ours == "auto" else ours
-    ours = AUTOMATIC.get(sampler, "normal") if ours == "auto" or sampler in TIMED else ours
+    ours = AUTOMATIC.get(sampler, "normal") if ours == "auto" else ours
     return {"beta": "beta_sigmas"}.get(ours, ours)
+
+
+def solver(program: str, sampler: str) -> samplers.Sampler:
+    """The solver of this name, as `program` has it where `differing` says nothing."""
+    if PROGRAMS[program] == "comfyui" and sampler == "lcm":
+        return partial(samplers.lcm, trace=False)
+    return samplers.get(sampler)
+
+
+def differing(program: str, schedule: str, sampler: str) -> list[str]:
+    """A sentence for each of a solver and a schedule (as `settle` gives it) that `program` has not as it is here."""
+    told, kind = [], PROGRAMS[program]
+    if sampler in OTHERS[kind]:
+        told.append(f"{sampler} is Limner's: {program} has other formulas for it, or none")
+    if kind == "a1111" and sampler in TIMED and schedule != AUTOMATIC[sampler]:
+        told.append(f"the schedule {schedule} has no effect: {program} has timesteps of its own for {sampler}")
+    elif schedule not in SCHEDULES[kind]:
+        told.append(f"the schedule {schedule} is Limner's: {program} has none of that name")
+    return told
 
 
 def sigmas(
     program: str, schedule: str, sampler: str, steps: int, strength: float | None, interpolant: Interpolant, again: bool
 ) -> tuple[list[float], list[float]]:
-    """The levels that are walked, and those of the whole schedule of which they are the end. `again` is A1111's second,
-    larger pass. Raises UsageError."""
-    walked = steps
-    if strength is not None and program == "comfyui":
-        steps = int(steps / strength) if strength <= 0.9999 else steps
-    elif strength is not None and again:
-        steps = int(steps / min(strength, 0.999))
-    elif strength is not None:
-        walked = int(min(strength, 0.999) * steps) + (sampler not in TIMED)
-    shortened = sampler in SHORTENED or (program == "comfyui" and sampler == "unipc")
-    whole = _whole(program, schedule, sampler, steps + shortened, interpolant)
-    if shortened:
-        whole = [*whole[:-2], whole[-1]]
-    return whole[-1 - max(walked, 1) :] if strength is not None else whole, whole
+    """The levels that are walked, one step of them at least, and those of the whole schedule of which they are the end.
+    `again` is A1111's second, larger pass. Raises UsageError."""
+    kind, asked = PROGRAMS[program], steps
+    if strength is not None and (again or kind == "comfyui") and not (kind == "comfyui" and strength > 0.9999):
+        steps = int(steps / min(strength, 0.999 if kind == "a1111" else 1.0))
+    if steps > MOST_STEPS:
+        raise UsageError(
+            f"a strength of {strength:g} makes {steps} steps of {asked} as {program} counts them: ask for more of it"
+        )
+    done = asked - 1 if again else int(min(strength or 0, 0.999) * steps)  # A1111's, but for one
+    if kind == "a1111" and sampler in TIMED:
+        whole = _timesteps(steps, interpolant)
+        return whole if strength is None else whole[-max(done, 2) :], whole
+    shortened = sampler in SHORTENED[kind]
+    whole = _whole(kind, schedule, steps + shortened, interpolant)
+    whole = [*whole[:-2], whole[-1]] if shortened else whole
+    if strength is None:
+        return whole, whole
+    return whole[-1 - asked :] if kind == "comfyui" else whole[steps - done - 1 :], whole
 
 
-def _whole(program: str, schedule: str, sampler: str, steps: int, interpolant: Interpolant) -> list[float]:
-    if program == "comfyui":
-        return schedules.get(schedule)(steps, interpolant)
+def _timesteps(steps: int, interpolant: Interpolant) -> list[float]:
+    """A1111's for Latent Diffusion's solvers, as many as fit, which end at the first but one; of a single one no step
+    could be walked, so it goes to the first."""
+    model = schedules.timed("ddim_uniform", interpolant, steps)
+    last = len(model.sigmas) - 1
+    times = [min(t + 1, last) for t in range(0, last + 1, (last + 1) // steps)]
+    return [model.sigmas[t] for t in reversed(times if len(times) > 1 else [0, *times])]
+
+
+def _whole(kind: str, schedule: str, steps: int, interpolant: Interpolant) -> list[float]:
     if schedule == "ddim_uniform":  # as many as fit, which may be more than asked for
-        model = schedules.timed(schedule, interpolant, steps)
-        last = len(model.sigmas) - 1
-        times = [min(t + 1, last) for t in range(0, last + 1, (last + 1) // steps)]
-        return [*(model.sigmas[t] for t in reversed(times)), model.sigmas[0] if sampler in TIMED else 0.0]
+        model = schedules.timed(schedule, interpolant, steps).sigmas
+        return [*model[1 :: len(model) // steps][::-1], 0.0]
+    if kind == "comfyui":
+        return schedules.get(schedule)(steps, interpolant)
     if schedule == "kl_optimal":  # which ends at the lowest level, above 0
         return schedules.kl_optimal(steps + 1, interpolant)[:-1]
     if schedule in ("align_your_steps", "align_your_steps_xl"):  # whose last of eleven levels is walked too

@@ -165,12 +165,19 @@ def ddim(
 euler_ancestral = partial(ddim, eta=1.0)
 
 
-def lcm(denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, **told: Unpack[Told]) -> Tensor:
+def lcm(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: list[float],
+    interpolant: Interpolant,
+    trace: bool = True,
+    **told: Unpack[Told],
+) -> Tensor:
     """Latent consistency models (arXiv:2310.04378, algorithm 3): x0, then noise again. Where there are timesteps, x0 is
-    mixed with a trace of x, as in training (equation 9, with times ten times as long)."""
+    mixed with a `trace` of x, as in training (equation 9, with times ten times as long)."""
     for sigma, following in _steps(sigmas, told):
         x0 = denoise(x, sigma)
-        if isinstance(interpolant, Discrete):
+        if trace and isinstance(interpolant, Discrete):
             t = 10 * interpolant.time(sigma)
             x0 = (0.25 * interpolant.input_scale(sigma) * x + t * math.hypot(t, 0.5) * x0) / (t * t + 0.25)
         x = _noised(interpolant.alpha(following) * x0, following, told)

@@ -178,6 +178,16 @@ def trailing(steps: int, interpolant: Interpolant) -> list[float]:
     return [sigmas[round(len(sigmas) - i * len(sigmas) / steps) - 1] for i in range(steps)] + [0.0]
 
 
+def hyper(steps: int, interpolant: Interpolant) -> list[float]:
+    """Timesteps evenly from 800 of 1000 down, then 0: where Hyper-SD's model of one step begins, as its publishers draw
+    (arXiv:2404.13686)."""
+    sigmas = timed("hyper", interpolant, steps).sigmas
+    first = len(sigmas) * 4 // 5
+    if steps > first:
+        raise UsageError(f"the schedule 'hyper' has {first} steps at most, not {steps}")
+    return [sigmas[round(first * (1 - i / steps))] for i in range(steps)] + [0.0]
+
+
 def timed(name: str, interpolant: Interpolant, steps: int) -> Discrete:
     """The model, which has timesteps, and as many as `steps` or more. Raises UsageError."""
     if not isinstance(interpolant, Discrete):
@@ -205,6 +215,7 @@ TIMED: dict[str, Schedule] = {
     "align_your_steps": align_your_steps(AYS_SD1),
     "align_your_steps_xl": align_your_steps(AYS_SDXL),
     "lcm": consistency,
+    "hyper": hyper,
     **SPACINGS,
 }
 SCHEDULES: dict[str, Schedule] = {

@@ -81,7 +81,7 @@ class DiffusionSystem(nn.Module):
     text_encoder: Any
     grid: int
     vae: dict[str, str] = {}  # noqa: RUF012 (put anew, never changed)
-    """What a picture remembers of an autoencoder that is not the model's own."""
+    """What a picture remembers of what the model's file does not hold (see `limner.types.System`)."""
     weights_hash: Callable[[], str] = staticmethod(lambda: "")
     """Where it was read from files: waits for their hash, which is made beside the drawing."""
     refiner: DiffusionSystem | None = None
@@ -226,7 +226,7 @@ class DiffusionSystem(nn.Module):
         if request.pag_scale:
             self.check_perturbed(request)
         if self.guide is not None:
-            self.guide.check(replace(request, control=()))
+            self.guide.check(replace(request, control=(), pag_scale=0.0))  # it is not perturbed
         if self.refiner is not None:
             self.refiner.check(replace(request, clip_skip=None))
 
@@ -249,8 +249,11 @@ class DiffusionSystem(nn.Module):
     def levels(self, request: Request) -> tuple[list[float], list[float]]:
         """What another program walks, and the schedule that it is the end of."""
         again = request.image is None and request.strength is not None
+        schedule = request.schedule
+        if schedule == "align_your_steps" and request.compat != "comfyui" and self.network.config.vector_width:
+            schedule = "align_your_steps_xl"  # A1111's choice
         return compat.sigmas(
-            request.compat, request.schedule, request.sampler, request.steps, request.strength, self.interpolant, again
+            request.compat, schedule, request.sampler, request.steps, request.strength, self.interpolant, again
         )
 
     def parsed(self, texts: Sequence[str], request: Request, composed: bool = True) -> list[tuple[Part, ...]]:
@@ -478,7 +481,7 @@ class DiffusionSystem(nn.Module):
             beside = self.small_noise.input_scale(sigma) * small
         eps = noise(shape)
         # all of a mask's picture anew: it knows nothing of what was there
-        over = None if request.mask is not None and request.strength == 1 else start
+        over = None if request.mask is not None and request.strength == 1 and not request.compat else start
         draw: Any = lambda: noise(shape)  # noqa: E731
         if request.compat:
             levels = self.levels(request)
@@ -491,7 +494,7 @@ class DiffusionSystem(nn.Module):
             x = sigmas[0] * eps if bare else self.interpolant.start(eps, sigmas[0])
         else:
             x = self.interpolant.mix(over, eps, sigmas[0])
-        sampler = samplers.get(request.sampler)
+        sampler = compat.solver(request.compat, request.sampler) if request.compat else samplers.get(request.sampler)
         interval = request.guidance_interval or self.defaults.guidance_interval
         combine, push = self.combine(request), classifier_free(1 + request.pag_scale) if request.pag_scale else None
         perturbed = lru_cache(maxsize=None)(lambda system: unet.perturbed(system.network, request.pag_layers))
