@@ -160,9 +160,7 @@ def sdxl_refiner(folder: Path) -> Path:
     return saved(pipe, folder, SDXL_SCHEDULER)
 
 
-EDIT_SCHEDULER = SD1_SCHEDULER | {
-    "_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "epsilon", "timestep_spacing": "linspace",
-}  # fmt: skip
+EDIT_SCHEDULER = SD1_SCHEDULER | {"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "epsilon"}
 
 
 def instruct_pix2pix(folder: Path) -> Path:
