@@ -34,7 +34,7 @@ def edit_command(**options: Any) -> None:
     """Paint PROMPT over IMAGE in its own size.
 
     Prints the path of the PNG. With --mask only where that is white; with --expand beyond its edges. What is not
-    painted is kept, bit for bit.
+    painted is kept, bit for bit. A model that edits (InstructPix2Pix) does to IMAGE what PROMPT says.
     """
     paint(**options, keep_size=True)
 
