@@ -101,7 +101,7 @@ def test_strengths_that_cannot_be_meant(refused, here, tiny_model, strength):
 def test_names_that_do_not_exist_name_the_nearest(refused):
     refused(FILE, "no model 'icon-tiny'. Did you mean 'icons-tiny'", "fox", "-m", "icon-tiny")
     refused(FILE, "no model ''", "fox", "-m", "")
-    refused(FILE, f"no model '{'x' * 300}'. Known: icons", "fox", "-m", "x" * 300)
+    refused(FILE, f"no model '{'x' * 300}'. Nearest: ", "fox", "-m", "x" * 300)
     refused(FILE, "no file (y/)+y: give", "fox", "-m", "y/" * 3000 + "y")
     refused(USAGE, "no recipe 'icons-tny'", "train", "icons-tny", "--out", "run")
 

@@ -23,7 +23,19 @@ from limner.errors import Assumed, CheckpointMismatch, FileProblem, UnknownName,
 from limner.models.autoencoder import KL_SD1, KL_SDXL, KL_UPSCALER, KLAutoencoder, KLConfig
 from limner.models.dcae import DCAE, DCAE_ICONS, DCAE_TINY, DCAEConfig
 from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, JointDiTConfig
-from limner.models.unet import SD1, SD2, SDXL, SDXL_REFINER, UNET_TINY, X4_UPSCALER, UNet, UNetConfig
+from limner.models.unet import (
+    SD1,
+    SD1_EDIT,
+    SD2,
+    SD2_DEPTH,
+    SDXL,
+    SDXL_EDIT,
+    SDXL_REFINER,
+    UNET_TINY,
+    X4_UPSCALER,
+    UNet,
+    UNetConfig,
+)
 from limner.sampling import interpolants, predictions
 from limner.sampling.interpolants import SMALL_NOISE, EDMConfig, VPConfig, discrete
 from limner.systems.autoencoding import AutoencodingSystem
@@ -136,11 +148,23 @@ def _stable_diffusion(name: str, summary: str, **changes: Any) -> Entry:
 
 
 _SD2 = {"family": "Stable Diffusion 2", "network": SD2, "text_encoder": SD2_TEXT}
-_SDXL = {
+_SDXL: dict[str, Any] = {
     "family": "Stable Diffusion XL",
     "autoencoder": KL_SDXL,
     "defaults": replace(_SD, width=1024, height=1024, guidance=5.0, schedule="leading"),
 }
+
+_BESIDE: dict[str, dict[str, Any]] = {
+    "mask": {"strength": 1.0}, "picture": {"strength": 1.0, "image_guidance": 1.5}, "depth": {"strength": 0.8},
+    "else": {"strength": 1.0},
+}  # fmt: skip
+"""Defaults by what a network sees beside the latents."""
+_SEEING = {
+    ("sd1", "picture"): "instruct-pix2pix",
+    ("sdxl", "picture"): "instruct-pix2pix-xl",
+    ("sd2", "depth"): "sd2-depth",
+}
+"""The rows of those that have one."""
 
 CATALOG = {
     entry.name: entry
@@ -208,6 +232,25 @@ CATALOG = {
             text_encoder=SDXL_REFINER_TEXT,
         ),
         _stable_diffusion(
+            "instruct-pix2pix",
+            "edits a picture as it is told: InstructPix2Pix of Stable Diffusion 1 (limner edit)",
+            network=SD1_EDIT,
+            defaults=replace(_SD, **_BESIDE["picture"]),
+        ),
+        _stable_diffusion(
+            "instruct-pix2pix-xl",
+            "the same of Stable Diffusion XL; CosXL-Edit",
+            **_SDXL | {"defaults": replace(_SDXL["defaults"], **_BESIDE["picture"])},
+            network=SDXL_EDIT,
+            text_encoder=SDXL_TEXT,
+        ),
+        _stable_diffusion(
+            "sd2-depth",
+            "512 px, Stable Diffusion 2 after a depth map (--depth)",
+            **_SD2 | {"network": SD2_DEPTH},
+            defaults=replace(_SD, **_BESIDE["depth"]),
+        ),
+        _stable_diffusion(
             "x4-upscaler",
             "Stable Diffusion's x4 upscaler: enlarges a picture (limner upscale)",
             **_SD2 | {"network": replace(X4_UPSCALER, text_only=(False, True, True, False))},  # its finest has none
@@ -261,9 +304,9 @@ def build(
         rgb = rgb and network.in_channels == latent + 3 and 0 < network.num_classes <= small.steps
     if small is not None and not rgb:
         raise UsageError("a network that enlarges sees a small picture, 3 channels, and has classes of its noise")
-    if small is None and (found := getattr(network, channels)) != latent and not (rgb and found == 2 * latent + 1):
-        more = "; models that see a picture or depth beside them are not drawn with yet" if found > latent else ""
-        raise UsageError(f"network.{channels}={found}, but the autoencoder's latents have {latent}{more}")
+    known = isinstance(network, UNetConfig) and rgb and network.sees(latent) != "else"
+    if small is None and (found := getattr(network, channels)) != latent and not known:
+        raise UsageError(f"network.{channels}={found}, but the autoencoder's latents have {latent}")
     text_width = minilm_width if text == "minilm" else text.width
     if network.text_width != text_width:
         raise UsageError(f"network.text_width={network.text_width}, but the text encoder's tokens have {text_width}")
@@ -273,7 +316,7 @@ def build(
             raise UsageError(f"network.vector_width={network.vector_width} is not {pooled} and 5 or 6 numbers of 256")
     if (config.prediction, config.interpolant) == ("eps", "flow"):
         raise UsageError("prediction=eps says nothing at the noisy end of interpolant=flow: take velocity, v or x0")
-    codec, known = config.autoencoder, tokenizers
+    codec = config.autoencoder
     autoencoder = DCAE(codec) if isinstance(codec, DCAEConfig) else KLAutoencoder(codec)
     if config.autoencoder_from:
         _load_autoencoder(autoencoder, config.autoencoder_from)
@@ -282,7 +325,7 @@ def build(
         autoencoder=autoencoder.eval(),
         text_encoder=minilm(config.max_tokens)
         if text == "minilm"
-        else CLIPTowers(text, known or [bpe.shipped()] * len(text.towers)).eval(),
+        else CLIPTowers(text, tokenizers or [bpe.shipped()] * len(text.towers)).eval(),
         interpolant=interpolants.get(config.interpolant),
         prediction=predictions.get(config.prediction),
         defaults=config.defaults,
@@ -542,13 +585,13 @@ def config_of(found: Foreign) -> DiffusionConfig:
         name = "x4-upscaler"
     else:
         name = "sd1" if not network.linear_projection else "sd2-v" if found.prediction == "v" else "sd2"
-    row = CATALOG[name].config
+    sees = network.sees(found.autoencoder.latent_channels)
+    row = CATALOG[_SEEING.get((name, sees), name)].config
     assert isinstance(row, DiffusionConfig)
     side = found.size or row.defaults.width
-    inpaints = network.in_channels > found.autoencoder.latent_channels
     defaults = replace(
-        row.defaults, width=side, height=side, min_size=min(side, row.defaults.min_size),
-        strength=1.0 if inpaints else row.defaults.strength, sampler=found.sampler or row.defaults.sampler,
+        replace(row.defaults, **_BESIDE.get(sees, {})), width=side, height=side,
+        min_size=min(side, row.defaults.min_size), sampler=found.sampler or row.defaults.sampler,
         schedule=found.schedule or row.defaults.schedule, steps=found.steps or row.defaults.steps,
         guidance=found.guidance or row.defaults.guidance,
     )  # fmt: skip

@@ -24,6 +24,12 @@ from limner.errors import CheckpointMismatch, FileProblem, UsageError
 from limner.sampling.interpolants import EDMConfig, VPConfig
 
 PARTS = ("network", "autoencoder", "text_encoder")
+SEES = {
+    "depth": "a depth map (--depth)",
+    "picture": "a picture to edit (-i)",
+    "mask": "a mask and what is around it (--mask)",
+    "else": "a small picture to enlarge (-i)",
+}
 
 
 def inspect(source: str | Path) -> dict[str, Any]:
@@ -102,10 +108,12 @@ def _model(found: Foreign) -> dict[str, Any]:
         "parameters": {part: sizes[part] for part in PARTS},
         "precision": _precision(found.tensors),
         "predicts": found.prediction,
+        **({"sees": SEES[sees]} if (sees := found.network.sees(found.autoencoder.latent_channels)) else {}),
         **_noise(found.noise),
         "size": defaults.width,
         "steps": defaults.steps,
         "guidance": defaults.guidance,
+        **({"image_guidance": defaults.image_guidance} if defaults.image_guidance != 1 else {}),
         "sampler": defaults.sampler,
         "schedule": defaults.schedule,
         "assumed": list(found.assumed),

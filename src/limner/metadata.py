@@ -54,6 +54,8 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "guidance_kind": (str, 1, 50),
     "guidance_rescale": (float, 0, 1),
     "guidance_mimic": (float, 0, 100),
+    "image_guidance": (float, 0, 100),
+    "depth_hash": (str, 1, 64),  # of the depth map given
     "guidance_interval": (list, 2, 2),
     "pag_scale": (float, 0, 100),
     "pag_layers": (list, 1, 100),
@@ -102,6 +104,7 @@ NUMBERS = {
     "Variation seed strength": "variation",
     "CFG Rescale phi": "guidance_rescale",
     "Mimic scale": "guidance_mimic",
+    "Image CFG scale": "image_guidance",
     "PAG Scale": "pag_scale",
     "Refiner switch at": "switch_at",
     "Hires upscale": "hires",

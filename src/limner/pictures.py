@@ -18,14 +18,18 @@ MAX_PIXELS = 64_000_000
 
 def open_image(source: str | Path | Image.Image) -> Image.Image:
     """A PNG, JPEG or WebP file, or a Pillow image, as RGBA. Raises ImageProblem."""
+    return _opened(source).convert("RGBA")
+
+
+def _opened(source: str | Path | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
-        return source.convert("RGBA")
+        return source
     path = Path(source)
     try:
         with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise ImageProblem(f"{path} has {file.width} x {file.height} pixels, more than 64 million: shrink it")
-            return ImageOps.exif_transpose(file).convert("RGBA")  # as cameras mean it
+            return ImageOps.exif_transpose(file)  # as cameras mean it
     except LimnerError:
         raise
     except FileNotFoundError as error:
@@ -84,11 +88,15 @@ def open_mask(source: str | Path | Image.Image, image: Image.Image) -> Image.Ima
             f"the mask has {mask.width} x {mask.height} pixels, the picture {image.width} x {image.height}: "
             "give one of the same size"
         )
-    black = Image.new("RGBA", mask.size, "black")
-    grey = Image.alpha_composite(black, mask).convert("L")
+    grey = _on_black(mask)
     if grey.getextrema()[1] == 0:
         raise ImageProblem("the mask is black everywhere, so nothing would be painted: make white what is to change")
     return grey
+
+
+def _on_black(image: Image.Image) -> Image.Image:
+    """An RGBA picture as shades of grey."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("L")
 
 
 def expanded(
@@ -107,6 +115,29 @@ def expanded(
 def mask_tensor(mask: Image.Image, width: int, height: int) -> Tensor:
     """A mask as `fit` makes it, (1, 1, height, width) in [0, 1]."""
     return torch.from_numpy(np.array(fit(mask, width, height), dtype=np.float32))[None, None] / 255
+
+
+def open_depth(source: str | Path | Image.Image) -> Image.Image:
+    """A depth map, white near and black far, as shades of grey (mode F) in all the precision that it has. Raises
+    ImageProblem."""
+    image = _opened(source)
+    deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+    grey = np.asarray(image if deep else _on_black(image.convert("RGBA")), dtype=np.float32)
+    if not np.isfinite(grey).all() or grey.min() == grey.max():
+        raise ImageProblem("the depth map says nothing: it has one shade everywhere; let what is near be white")
+    return Image.fromarray(grey)
+
+
+def depth_tensor(depth: Image.Image, width: int, height: int, factor: int) -> Tensor:
+    """The middle of a depth map in the shape of the size, (1, 1, height / factor, width / factor), from -1, what is
+    farthest, to 1, what is nearest: as Stable Diffusion 2's depth model was trained."""
+    scale = min(depth.width / width, depth.height / height)
+    across, down = max(round(width * scale), 1), max(round(height * scale), 1)
+    left, top = (depth.width - across) // 2, (depth.height - down) // 2
+    pixels = torch.from_numpy(np.array(depth.crop((left, top, left + across, top + down))))[None, None]
+    small = F.interpolate(pixels, (height // factor, width // factor), mode="bicubic", align_corners=False)
+    far, near = small.aminmax()
+    return 2 * (small - far) / (near - far).clamp(min=torch.finfo(small.dtype).tiny) - 1
 
 
 def to_latents(mask: Image.Image, width: int, height: int, factor: int) -> Tensor:

@@ -37,7 +37,8 @@ CHUNK = 8
 
 
 SELDOM: dict[str, Any] = {
-    "guidance_kind": "cfg", "guidance_rescale": 0.0, "guidance_mimic": 0.0, "guidance_interval": None, "variation": 0.0,
+    "guidance_kind": "cfg", "guidance_rescale": 0.0, "guidance_mimic": 0.0, "guidance_interval": None,
+    "image_guidance": 1.0, "variation": 0.0,
     "pag_scale": 0.0, "pag_layers": ("mid_block",),
     "compat": "", "noise_delta": 0, "place": 0,
 }  # fmt: skip
@@ -208,6 +209,7 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     Keywords, all optional: negative (str), seed (int; random without), batch, width and height in pixels, steps,
     guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], mask (as image, white where it is
     painted, while the rest is kept bit for bit) with mask_blur in pixels, prompt_dialect ("a1111", "comfyui", "plain"),
+    depth (as image, white near, for models told of it), image_guidance (how closely models that edit keep to image),
     clip_skip from 1, wildcards (folder of .txt files), guidance_kind ("cfg", "apg", "cfg_zero"), guidance_rescale 0 to
     1, guidance_mimic (a scale), guidance_interval (low, high, of the noise), pag_scale (perturbed attention guidance,
     beside the other or alone; 3 is usual) with pag_layers (blocks, "mid_block" without), variation 0 to 1 towards the
@@ -415,6 +417,15 @@ def prepare(system: System, **values: Any) -> Request:
     request = check(system.defaults, system.grid, **values)
     if request.compat and system.clip_skip is None:
         raise UsageError(f"{request.compat} does not draw with {system.name}: leave compat out")
+    sees = getattr(system, "sees", "")
+    if request.image_guidance != 1 and sees != "picture":
+        raise UsageError(
+            f"image_guidance is for models that edit pictures (InstructPix2Pix), not {system.name}: leave it out"
+        )
+    if request.depth is not None and sees != "depth":
+        raise UsageError(
+            f"{system.name} is told of no depth: leave depth out; ControlNets for depth take theirs with control"
+        )
     system.check(request)
     if request.hires != 1:
         last = larger(system, request)
@@ -448,6 +459,8 @@ def check(
     strength: float | None = None,
     mask: str | Path | Image.Image | None = None,
     mask_blur: float | None = None,
+    depth: str | Path | Image.Image | None = None,
+    image_guidance: float | None = None,
     guidance_kind: str | None = None,
     guidance_rescale: float | None = None,
     guidance_mimic: float | None = None,
@@ -567,6 +580,10 @@ def check(
         image=image,
         strength=strength,
         mask=mask,
+        depth=None if depth is None else pictures.open_depth(depth),
+        image_guidance=_number(
+            "image_guidance", defaults.image_guidance if image_guidance is None else image_guidance, 0, 100
+        ),
         mask_blur=_number("mask_blur", MASK_BLUR if mask_blur is None else mask_blur, 0, 100),
         guidance_kind=kind,
         guidance_rescale=_number("guidance_rescale", rescale, 0, 1),
@@ -633,14 +650,16 @@ def ignored(system: System, request: Request) -> list[str]:
         told.append(f"noise_level has no effect: {system.name} is no upscaler")
     if adapters := getattr(system, "adapters", None):
         told += adapters.unused(request)
-    kinds = [name for name in SELDOM if "guidance" in name and getattr(request, name) != _usual(system, name)]
     told_guidance = getattr(system, "told_guidance", 0) > 0
-    if request.pag_scale and (told_guidance or request.guidance == 1):  # which is guidance of its own
+    plain = request.guidance == 1 == request.image_guidance
+    kinds = [name for name in SELDOM if "guidance" in name and getattr(request, name) != _usual(system, name)]
+    kinds = [name for name in kinds if told_guidance or name != "image_guidance"]
+    if request.pag_scale and (told_guidance or plain):  # which is guidance of its own
         kinds = [name for name in kinds if name != "guidance_interval"]
     if told_guidance and (kinds or request.negative.strip()):
         idle = " and ".join([*kinds, *(["the negative prompt"] if request.negative.strip() else [])])
         told.append(f"{idle}: without effect, as {system.name} is told how much to follow the prompt, not guided")
-    elif kinds and request.guidance == 1:
+    elif kinds and plain:
         told.append(f"{' and '.join(kinds)} have no effect at guidance 1: ask for more guidance")
     if request.compat:
         told += programs.differing(request.compat, request.schedule, request.sampler)
@@ -654,14 +673,15 @@ def ignored(system: System, request: Request) -> list[str]:
         told.append(f"{guide.name} guides nothing, {why}")
     elif request.negative.strip() and guide is not None:
         told.append(f"the negative prompt has no effect: {guide.name} guides in its place")
-    if request.negative.strip() and request.guidance == 1 and not told_guidance:
+    if request.negative.strip() and plain and not told_guidance:
         told.append("the negative prompt has no effect at guidance 1: ask for more guidance")
     for one in request.control:
         told += [f"{one.name} has weight 0, and tells nothing"] if not one.weight else []
         if getattr(system, "refiner", None) is not None:
             told.append(f"{one.name} tells nothing in the steps of the refiner")
     told += [f"{one.name} has weight 0, and shows nothing" for one in request.ip_adapter if not one.weight]
-    shown = [("the picture's", request.image)] if request.image is not None else []
+    given = (("the picture's", request.image), ("the depth map's", request.depth))
+    shown = [(whose, image) for whose, image in given if image is not None]
     for whose, image in shown + [(f"{one.name}'s picture's", one.image) for one in request.control]:
         across, down = image.width * request.height, image.height * request.width
         side, cut = ("width", 1 - down / across) if across > down else ("height", 1 - across / down)
@@ -721,6 +741,8 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
         settings["strength"] = request.strength
     if request.mask is not None:
         settings["mask_blur"] = request.mask_blur
+    if request.depth is not None:
+        settings["depth_hash"] = pictures.digest(request.depth)
     if request.control:
         settings["control"] = [one.settings() for one in request.control]
     if request.ip_adapter:

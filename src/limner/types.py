@@ -63,8 +63,8 @@ class Conditioning:
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
     """What a model draws with when the request does not say; each has its own, in `limner.catalog`. Sizes in pixels;
-    guidance acts at noise levels in `guidance_interval`, in sigma of the flow (see `limner.sampling.guidance.within`).
-    """
+    guidance acts at noise levels in `guidance_interval`, in sigma of the flow (see `limner.sampling.guidance.within`);
+    `image_guidance` is 1, none, but for models that edit a picture."""
 
     width: int
     height: int
@@ -78,6 +78,7 @@ class Defaults:
     strength: float = 0.6
     guidance_kind: Literal["cfg", "apg", "cfg_zero"] = "cfg"
     guidance_rescale: float = 0.0
+    image_guidance: float = 1.0
     max_prompt_chars: int = 2000
 
     def __post_init__(self) -> None:
@@ -150,8 +151,9 @@ class Request:
 
     `prompts` and `negatives` are those of each picture of the batch, expanded by its seed. `prompt_dialect` and
     `clip_skip` are None where the model's own will do. `mask` has the size of `image`, white where it is painted, and
-    its edges fade over `mask_blur` pixels. `guidance_kind`, `_rescale` and `_mimic` are `way`, `rescale` and `mimic` of
-    `limner.sampling.guidance.Guidance`. `variation` is how much of the first noise is that of `variation_seed` + place;
+    its edges fade over `mask_blur` pixels. `depth` is a depth map, as `limner.pictures.open_depth` reads it.
+    `guidance_kind`, `_rescale` and `_mimic` are `way`, `rescale` and `mimic` of `limner.sampling.guidance.Guidance`,
+    `image_guidance` is `picture` there. `variation` is how much of the first noise is that of `variation_seed` + place;
     all pictures have the same seed then. `pag_scale` is `push` there, away from a network whose pixels attend to
     themselves alone in `pag_layers`. `hires` times the size is what is drawn in the end: over what was drawn first,
     with a strength and steps of its own. `switch_at` is the share of the noise after which a refiner takes over.
@@ -173,6 +175,8 @@ class Request:
     strength: float | None = None
     mask: Image.Image | None = None
     mask_blur: float = 0.0
+    depth: Image.Image | None = None
+    image_guidance: float = 1.0
     guidance_kind: str = "cfg"
     guidance_rescale: float = 0.0
     guidance_mimic: float = 0.0

@@ -157,7 +157,8 @@ KEYS = [
     [
         lambda shape: None,
         lambda shape: [shape[0] + 1, *shape[1:]],
-        lambda shape: [*shape[:-1], shape[-1] + 1] if len(shape) < 3 else [shape[0], shape[1] + 1, *shape[2:]],
+        # by 1 a U-Net would be one that sees depth
+        lambda shape: [*shape[:-1], shape[-1] + 1] if len(shape) < 3 else [shape[0], shape[1] + 2, *shape[2:]],
         lambda shape: [0, *shape[1:]],
         lambda shape: shape[:1],
         lambda shape: [],

@@ -153,6 +153,7 @@ def test_each_part_is_chosen_once_in_half_precision_where_it_is_there():
         "text_encoder/config.json", "text_encoder/model-00001-of-00002.safetensors",
         "text_encoder/model-00002-of-00002.safetensors", "text_encoder/model.safetensors.index.json",
         "text_encoder/flax_model.msgpack", "safety_checker/model.safetensors", "vae/onnx/model.onnx",
+        "depth_estimator/model.safetensors",
     ]  # fmt: skip
     assert sorted(hub.choose(names, "hf:a/b")) == sorted([
         "model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt",

@@ -109,6 +109,8 @@ def test_names_are_the_published_ones(layout, name, count, digest):
             {"input_blocks.10.1.qkv.weight": (1536, 512, 1), "input_blocks.10.1.proj_out.weight": (512, 512, 1)},
         ),
         ("SD2_DEPTH", {"input_blocks.0.0.weight": (320, 5, 3, 3)}),
+        ("SD1_EDIT", {"input_blocks.0.0.weight": (320, 8, 3, 3), "out.2.weight": (4, 320, 3, 3)}),
+        ("SDXL_EDIT", {"input_blocks.0.0.weight": (320, 8, 3, 3), "label_emb.0.0.weight": (1280, 2816)}),
     ],
 )
 def test_some_tensors_have_the_shape_that_published_files_have(name, spots):

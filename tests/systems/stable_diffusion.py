@@ -160,6 +160,58 @@ def sdxl_refiner(folder: Path) -> Path:
     return saved(pipe, folder, SDXL_SCHEDULER)
 
 
+EDIT_SCHEDULER = SD1_SCHEDULER | {"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "epsilon"}
+
+
+def instruct_pix2pix(folder: Path) -> Path:
+    """A folder of InstructPix2Pix."""
+    import diffusers
+
+    pipe = diffusers.StableDiffusionInstructPix2PixPipeline(
+        vae=autoencoder(0.18215),
+        text_encoder=tower("CLIPTextModel", 64, "quick_gelu"),
+        tokenizer=tokenizer(folder / "words", "<|endoftext|>"),
+        unet=network(in_channels=8),
+        scheduler=diffusers.EulerAncestralDiscreteScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    return saved(pipe, folder, EDIT_SCHEDULER)
+
+
+def instruct_pix2pix_xl(folder: Path) -> Path:
+    """The same of Stable Diffusion XL."""
+    import diffusers
+
+    parts = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl(folder / "base")).components
+    config = {"cross_attention_dim": 64 + 128, "projection_class_embeddings_input_dim": 128 + 6 * 256}
+    parts["unet"] = network(**SDXL_NETWORK | config, in_channels=8)
+    parts = {name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")}
+    return saved(diffusers.StableDiffusionXLInstructPix2PixPipeline(**parts), folder, SDXL_SCHEDULER)
+
+
+def sd2_depth(folder: Path) -> Path:
+    """A folder of Stable Diffusion 2 after a depth map, with a network that finds depth in pictures."""
+    import diffusers
+    import transformers
+
+    finds = transformers.DPTConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, image_size=32,
+        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8,
+    )  # fmt: skip
+    pipe = diffusers.StableDiffusionDepth2ImgPipeline(
+        vae=autoencoder(0.18215),
+        text_encoder=tower("CLIPTextModel", 64, "gelu"),
+        tokenizer=tokenizer(folder / "words", "!"),
+        unet=network(
+            in_channels=5, block_out_channels=(64, 128), attention_head_dim=(1, 2), use_linear_projection=True
+        ),
+        scheduler=diffusers.PNDMScheduler(),
+        depth_estimator=transformers.DPTForDepthEstimation(finds),
+        feature_extractor=transformers.DPTImageProcessor(),
+    )
+    return saved(pipe, folder, SD1_SCHEDULER)
+
+
 SMALL_SCHEDULER = {
     "_class_name": "DDPMScheduler", "_diffusers_version": "0.8.0", "beta_end": 0.02, "beta_schedule": "scaled_linear",
     "beta_start": 0.0001, "clip_sample": True, "num_train_timesteps": 1000, "prediction_type": "epsilon",

@@ -48,6 +48,7 @@ BESIDE = {
     "safety_checker",
     "feature_extractor",
     "image_encoder",
+    "depth_estimator",  # depth is given as a picture
 }
 
 
@@ -139,6 +140,8 @@ def recognise(folder: Path) -> Foreign:
         codec = autoencoder_config(Settings(folder / "vae" / "config.json"))
         noise, prediction, sampler, schedule = noise_config(Settings(folder / "scheduler" / "scheduler_config.json"))
         noise = noise if xl or isinstance(noise, EDMConfig) else replace(noise, offset=1)  # as diffusers insists
+        if index.take("is_cosxl_edit", False) and not _cosxl(noise, prediction):
+            raise CheckpointMismatch(f"{index.path}: is_cosxl_edit is true, but its scheduler's noise is not CosXL's")
         small = Settings(folder / SMALL / "scheduler_config.json") if SMALL in parts else None
         told = [Settings(folder / name / "config.json") for name in towers]
         configs = [text.transformers_config(settings.values, pad=0, source=settings.path) for settings in told]
@@ -185,6 +188,11 @@ def recognise(folder: Path) -> Foreign:
         small_noise=None if small is None else _small_noise(small),
         assumed=tuple(assumed), unsaid=unsaid,
     )  # fmt: skip
+
+
+def _cosxl(noise: VPConfig | EDMConfig, prediction: str) -> bool:
+    """Whether an editing model is like CosXL's, which sees the latents of a picture scaled."""
+    return isinstance(noise, EDMConfig) and prediction == "v"
 
 
 def _small_noise(settings: Settings) -> VPConfig:
@@ -415,8 +423,8 @@ def export(found: Foreign) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]
 
 
 def _index(found: Foreign, towers: list[str], xl: bool) -> dict[str, Any]:
-    beside = found.network.in_channels - found.autoencoder.latent_channels
-    does = {0: "", 3: "Upscale", found.autoencoder.latent_channels + 1: "Inpaint"}[beside]
+    sees = found.network.sees(found.autoencoder.latent_channels)
+    does = {"": "", "mask": "Inpaint", "picture": "InstructPix2Pix", "depth": "Depth2Img", "else": "Upscale"}[sees]
     kind = f"StableDiffusion{'XL' * xl}{does}Pipeline"
     refiner = xl and len(towers) == 1
     index: dict[str, Any] = {
@@ -432,7 +440,10 @@ def _index(found: Foreign, towers: list[str], xl: bool) -> dict[str, Any]:
     if found.small_noise is not None:
         index |= {SMALL: ["diffusers", "DDPMScheduler"], "max_noise_level": 350, "watermarker": [None, None]}
         return index | {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    if sees == "depth":
+        return index | {"depth_estimator": [None, None], "feature_extractor": [None, None]}
     if xl:
+        index |= {"is_cosxl_edit": True} if sees == "picture" and _cosxl(found.noise, found.prediction) else {}
         index |= {"force_zeros_for_empty_prompt": found.text.zero_empty}
         return index | ({"requires_aesthetics_score": True} if refiner else {})
     return index | {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}

@@ -16,6 +16,7 @@ from limner.errors import FileProblem
 PREFIX = "hf:"
 NAME = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>[\w. /-]+\.(safetensors|ckpt)))?")
 BESIDE = (".json", ".txt", ".model")
+UNREAD = {"safety_checker", "feature_extractor", "image_encoder", "depth_estimator"}
 
 
 def fetch(source: str) -> Path:
@@ -63,7 +64,7 @@ def choose(names: Collection[str], source: str) -> list[str]:
     where that is there, else the only single file. Raises FileProblem."""
     if folders.INDEX in names:
         wanted = [folders.INDEX]
-        for part in (*folders.KNOWN_PARTS, *folders.BESIDE - {"safety_checker", "feature_extractor", "image_encoder"}):
+        for part in (*folders.KNOWN_PARTS, *folders.BESIDE - UNREAD):
             inside = [PurePosixPath(name) for name in names if name.startswith(f"{part}/") and name.count("/") == 1]
             weights = _weights([path.name for path in inside])
             wanted += [str(path) for path in inside if path.name in weights or _beside(path.name)]

@@ -28,6 +28,8 @@ from limner.text import bpe
 from limner.text.clip import OPENCLIP_H, CLIPTextConfig, CLIPTowersConfig
 
 SMALL = "low_scale_model."
+DEPTH = "depth_model."
+"""What finds depth in a picture, MiDaS: depth is given as a picture."""
 BESIDE = {  # noise, numbers of the loss and marks
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
@@ -124,14 +126,15 @@ def recognise(
     words = CLIPTowersConfig(towers=tuple(towers), skip=int(skipped), normed=not xl, zero_empty=xl and len(towers) > 1)
     noise, codec, told = _continuous(path, tensors, codec)
     predicted: Any = prediction or told or ("v" if "v_pred" in tensors else "")
-    predicted = predicted or ("v" if two and predicts_v(places, tensors) else "eps")
+    depth = network.sees(codec.latent_channels) == "depth"  # the one that was published predicts eps
+    predicted = predicted or ("v" if two and not depth and predicts_v(places, tensors) else "eps")
     assumed = [NOISE_ASSUMED] if enlarges else []
     few = LCM if network.guidance_width else PLAYGROUND if noise == PLAYGROUND_NOISE else None
     if few is None and (says := distilled.by_name(path, xl)) is not None:
         few, sentence = says
         assumed.append(sentence)
         predicted = prediction or few.prediction or predicted
-    unsaid = not (prediction or enlarges) and (two or bool(few and few.prediction))
+    unsaid = not (prediction or enlarges or depth) and (two or bool(few and few.prediction))
     if unsaid and not (few and few.prediction):
         assumed.append(ASSUMED.format(predicted))
     return Foreign(
@@ -234,7 +237,7 @@ def superfluous(name: str, averaged: bool = False) -> bool:
     reads = name.startswith(("cond_stage_model.", "conditioner.embedders."))
     return (
         name in BESIDE
-        or name.startswith((EMA, SMALL, f"{CODEC}loss."))
+        or name.startswith((EMA, SMALL, DEPTH, f"{CODEC}loss."))
         or (reads and name.rpartition(".")[2] in ("position_ids", "logit_scale", "attn_mask"))
     )
 

@@ -12,10 +12,11 @@ from limner.cli.generate import as_paint, paint
 
 SHARED = (
     "output", "model", "negative", "steps", "guidance", "seed", "sampler", "schedule", "batch", "dialect", "clip_skip",
-    "compat", "noise_delta", "wildcards", "strength", "mask", "mask_blur", "variation", "variation_seed",
-    "guidance_kind", "guidance_rescale", "guidance_mimic", "guidance_interval", "pag_scale", "pag_layers", "lora",
-    "embedding", "control", "ip_adapter", "image_encoder", "adapter_folder", "dtype", "refiner", "switch_at",
-    "guide_model", "offload", "vae", "text_encoder", "strict", "prediction", "device", "as_json", "dry_run",
+    "compat", "noise_delta", "wildcards", "strength", "mask", "mask_blur", "depth", "image_guidance", "variation",
+    "variation_seed", "guidance_kind", "guidance_rescale", "guidance_mimic", "guidance_interval", "pag_scale",
+    "pag_layers", "lora", "embedding", "control", "ip_adapter", "image_encoder", "adapter_folder", "dtype", "refiner",
+    "switch_at", "guide_model", "offload", "vae", "text_encoder", "strict", "prediction", "device", "as_json",
+    "dry_run",
 )  # fmt: skip
 OWN: dict[str, tuple[Any, Any]] = {
     "image": (Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or WebP.")], inspect.Parameter.empty),
@@ -34,7 +35,7 @@ def edit_command(**options: Any) -> None:
     """Paint PROMPT over IMAGE in its own size.
 
     Prints the path of the PNG. With --mask only where that is white; with --expand beyond its edges. What is not
-    painted is kept, bit for bit.
+    painted is kept, bit for bit. A model that edits (InstructPix2Pix) does to IMAGE what PROMPT says.
     """
     paint(**options, keep_size=True)
 

@@ -120,6 +120,16 @@ def paint(
     mask_blur: Annotated[
         float | None, typer.Option("--mask-blur", help="Pixels over which the painting fades in. [default: 4]")
     ] = None,
+    depth: Annotated[
+        Path | None,
+        typer.Option("--depth", metavar="IMAGE", help="A depth map, white near, for models told of it (SD2-depth)."),
+    ] = None,
+    image_guidance: Annotated[
+        float | None,
+        typer.Option(
+            "--image-guidance", help="How closely a model that edits (InstructPix2Pix) keeps to -i. [default: 1.5]"
+        ),
+    ] = None,
     variation: Annotated[
         float | None, typer.Option("--variation", help="A picture like that of the seed: 0.1 is near, 1 is another.")
     ] = None,
@@ -250,6 +260,7 @@ def paint(
         "schedule": schedule,
         "strength": strength,
         "mask_blur": mask_blur,
+        "image_guidance": image_guidance,
         "variation": variation,
         "variation_seed": variation_seed,
         "switch_at": switch_at,
@@ -271,6 +282,9 @@ def paint(
     }
     remembered = _remembered(settings, image, mask, model) if settings else {}
     shown = remembered.pop("ip_adapter", [])
+    depth_hash = remembered.pop("depth_hash", None)
+    if depth_hash and depth is None:
+        raise UsageError(f"{str(settings)!r} was painted after a depth map, which it does not hold: add --depth IMAGE")
     painted_with, adapters = remembered.pop("model_hash", None), remembered.pop("adapters", [])
     controlled = remembered.pop("control", [])
     asked = remembered | {k: v for k, v in flags.items() if v is not None}
@@ -323,7 +337,10 @@ def paint(
         _told(sentence)
     for sentence in told:
         tell(sentence)
-    given: dict[str, Any] = {"image": image, "mask": mask}
+    if image_guidance is None and "image_guidance" in asked and getattr(pipe.system, "sees", "") != "picture":
+        tell(f"{pipe.system.name} does not edit pictures: the image_guidance painted with is left out")
+        del asked["image_guidance"]
+    given: dict[str, Any] = {"image": image, "mask": mask, "depth": depth}
     if control or controlled:
         given["control"], sentences = _control(pipe, control or [], controlled, tell)
         for sentence in sentences:
@@ -348,7 +365,9 @@ def paint(
         given["image"] = pictures.open_image(image)
         asked = pipeline.enlarging(pipe.system, given["image"], factor) | asked
     request = pipeline.prepare(pipe.system, **asked, batch=batch, **given)
-    given["image"] = request.image
+    given |= {"image": request.image, "depth": request.depth}
+    if depth_hash and request.depth is not None and not _same_hash(depth_hash, pictures.digest(request.depth)):
+        tell(f"{depth} is not the depth map painted with (hash {depth_hash}): expect another picture")
     paths = [] if output == "-" else _paths(output, request)
     for path in paths:
         metadata.check_writable(path, size=4 * request.width * request.height * request.batch)

@@ -77,13 +77,19 @@ class UNetConfig:
     def heads(self, width: int) -> int:
         return self.num_heads or width // self.head_width
 
+    def sees(self, latent_channels: int) -> Literal["", "depth", "picture", "mask", "else"]:
+        """What comes beside latents of so many channels: nothing, a depth map, latents of a picture to edit, or a mask
+        and latents of the picture around it."""
+        known = {0: "", 1: "depth", latent_channels: "picture", latent_channels + 1: "mask"}
+        return known.get(self.in_channels - latent_channels, "else")  # type: ignore[return-value]
+
 
 SD1 = UNetConfig(num_heads=8, text_width=768)  # 860M parameters
 SD1_INPAINT = replace(SD1, in_channels=9)  # beside the latents: the mask, and latents of the picture around it
 SD1_EDIT = replace(SD1, in_channels=8)  # InstructPix2Pix, arXiv:2211.09800: beside the latents, those of the picture
 SD2 = UNetConfig(head_width=64, text_width=1024, linear_projection=True)  # 866M
 SD2_INPAINT = replace(SD2, in_channels=9)
-SD2_DEPTH = replace(SD2, in_channels=5)
+SD2_DEPTH = replace(SD2, in_channels=5)  # beside the latents: how near each is
 SDXL = UNetConfig(  # 2,567M
     widths=(320, 640, 1280),
     depths=(0, 2, 10),
@@ -94,6 +100,7 @@ SDXL = UNetConfig(  # 2,567M
     vector_width=2816,  # pooled 1280 + 6 numbers x 256
 )
 SDXL_INPAINT = replace(SDXL, in_channels=9)
+SDXL_EDIT = replace(SDXL, in_channels=8)
 SDXL_REFINER = UNetConfig(  # 2,260M
     widths=(384, 768, 1536, 1536),
     depths=(0, 4, 4, 0),

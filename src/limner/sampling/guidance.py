@@ -1,4 +1,4 @@
-"""Guidance makes one x0 of several: given the prompt, given the negative prompt, and given a spoilt network.
+"""Guidance makes one x0 of several: given the prompt, the negative prompt, no picture to edit, a spoilt network.
 
 A `Combine` is a function of them, a denoiser that uses it is again a denoiser, so samplers never learn of guidance.
 """
@@ -17,10 +17,12 @@ from limner.sampling.interpolants import Interpolant
 from limner.sampling.predictions import Prediction
 from limner.types import Denoise
 
-Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]
-"""(x, sigma) -> (x0 given the prompt, x0 given the negative prompt), from one pass of the network over both."""
+Pair = Callable[[Tensor, float], tuple[Tensor, ...]]
+"""(x, sigma) -> (x0 given the prompt, x0 given the negative prompt), from one pass of the network over both, and after
+them what `pictured` reads."""
 Combine = Callable[..., Tensor]
-"""(cond, uncond, x, sigma) -> x0, all (b, c, h, w), and after sigma what a spoilt network says where `pushed` reads it.
+"""(cond, uncond, x, sigma) -> x0, all (b, c, h, w), and after sigma what is said without the picture where `pictured`
+reads it, and what a spoilt network says where `pushed` does.
 Some remember what they were given before: one for each drawing."""
 WAYS = ("cfg", "apg", "cfg_zero")
 
@@ -29,13 +31,15 @@ WAYS = ("cfg", "apg", "cfg_zero")
 class Guidance:
     """`scale` 1 is none. `way` is classifier-free guidance, adaptive projected guidance, or CFG-Zero*; `rescale`, 0 to
     1, is how far the spread of what comes out is brought back to that of the prompt alone; `mimic`, 0 for not at all,
-    is the scale whose range of values it is kept to; `push`, 0 for not at all, leads away from a spoilt network."""
+    is the scale whose range of values it is kept to; `push`, 0 for not at all, leads away from a spoilt network;
+    `picture`, 1 for not at all, is the scale of what a picture to edit says."""
 
     scale: float = 1.0
     way: Literal["cfg", "apg", "cfg_zero"] = "cfg"
     rescale: float = 0.0
     mimic: float = 0.0
     push: float = 0.0
+    picture: float = 1.0
 
     def __post_init__(self) -> None:
         if self.way not in WAYS:
@@ -51,6 +55,8 @@ def combining(guidance: Guidance, prediction: Prediction, interpolant: Interpola
         "apg": lambda: projected(guidance.scale),
         "cfg_zero": lambda: zero_star(guidance.scale, prediction, interpolant),
     }[guidance.way]()
+    if guidance.picture != 1:
+        combine = pictured(combine, guidance.picture)
     if guidance.push:
         combine = pushed(combine, guidance.push)
     if guidance.mimic:
@@ -60,9 +66,13 @@ def combining(guidance: Guidance, prediction: Prediction, interpolant: Interpola
 
 def guided(pair: Pair, combine: Combine, spoilt: Denoise | None = None) -> Denoise:
     """`spoilt` is what `pushed` leads away from, where `combine` holds it."""
-    if spoilt is None:
-        return lambda x, sigma: combine(*pair(x, sigma), x, sigma)
-    return lambda x, sigma: combine(*pair(x, sigma), x, sigma, spoilt(x, sigma))
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        cond, uncond, *more = pair(x, sigma)
+        more += [] if spoilt is None else [spoilt(x, sigma)]
+        return combine(cond, uncond, x, sigma, *more)
+
+    return denoise
 
 
 def classifier_free(scale: float) -> Combine:
@@ -107,11 +117,23 @@ def zero_star(scale: float, prediction: Prediction, interpolant: Interpolant, ze
     return combine
 
 
+def pictured(combine: Combine, scale: float) -> Combine:
+    """And towards what a picture to edit says of itself: + (scale - 1) * (uncond - blind), where cond and uncond are
+    given the picture and `blind` is not. With `classifier_free` this is InstructPix2Pix (arXiv:2211.09800, equation 3).
+    """
+    return lambda cond, uncond, x, sigma, blind: combine(cond, uncond, x, sigma) + (scale - 1) * (uncond - blind)
+
+
 def pushed(combine: Combine, scale: float) -> Combine:
     """And away from what a spoilt network says of the same prompt: + scale * (cond - spoilt) (perturbed attention
     guidance, arXiv:2403.17377, equation 16). Without a negative prompt this is `classifier_free(1 + scale)` of the two.
     """
-    return lambda cond, uncond, x, sigma, spoilt: combine(cond, uncond, x, sigma) + scale * (cond - spoilt)
+
+    def again(cond: Tensor, uncond: Tensor, x: Tensor, sigma: float, *more: Tensor) -> Tensor:
+        *blind, spoilt = more
+        return combine(cond, uncond, x, sigma, *blind) + scale * (cond - spoilt)
+
+    return again
 
 
 def _along(a: Tensor, b: Tensor) -> Tensor:
@@ -126,8 +148,8 @@ def rescaled(combine: Combine, amount: float, prediction: Prediction, interpolan
     """What the network says, guided, mixed by `amount` with the same at the standard deviation of what it says of the
     prompt (arXiv:2305.08891, equations 14 to 16)."""
 
-    def again(cond: Tensor, uncond: Tensor, x: Tensor, sigma: float, *spoilt: Tensor) -> Tensor:
-        alpha, x0 = interpolant.alpha(sigma), combine(cond, uncond, x, sigma, *spoilt)
+    def again(cond: Tensor, uncond: Tensor, x: Tensor, sigma: float, *more: Tensor) -> Tensor:
+        alpha, x0 = interpolant.alpha(sigma), combine(cond, uncond, x, sigma, *more)
         told, said = (prediction.from_x0(v, x, alpha, sigma) for v in (cond, x0))
         spread, wanted = (out.std(dim=(1, 2, 3), keepdim=True) for out in (said, told))
         return prediction.to_x0(torch.lerp(said, said * (wanted / spread), amount), x, alpha, sigma)
@@ -141,8 +163,8 @@ def mimicking(combine: Combine, scale: float, share: float = 0.995) -> Combine:
     classifier-free guidance of `scale`, if that is narrower."""
     model = classifier_free(scale)
 
-    def again(cond: Tensor, uncond: Tensor, x: Tensor, sigma: float, *spoilt: Tensor) -> Tensor:
-        x0, like = combine(cond, uncond, x, sigma, *spoilt), model(cond, uncond, x, sigma)
+    def again(cond: Tensor, uncond: Tensor, x: Tensor, sigma: float, *more: Tensor) -> Tensor:
+        x0, like = combine(cond, uncond, x, sigma, *more), model(cond, uncond, x, sigma)
         middle = x0.mean(dim=(2, 3), keepdim=True)
         off = x0 - middle
         reach, wanted = (_quantile(v, share) for v in (off, like - like.mean(dim=(2, 3), keepdim=True)))

@@ -21,7 +21,7 @@ from limner.models.controlnet import KINDS
 from limner.models.unet import Residuals, UNet, guidance_embedding, micro_conditioning
 from limner.sampling import compat, samplers, schedules
 from limner.sampling.guidance import Combine, Guidance, classifier_free, combining, composed, guided, within
-from limner.sampling.interpolants import Discrete, Interpolant
+from limner.sampling.interpolants import Discrete, Interpolant, Preconditioned
 from limner.sampling.predictions import Prediction
 from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, unreached
 from limner.types import Conditioning, Control, Defaults, Denoise, Images, Latents, Reference, Request
@@ -120,6 +120,10 @@ class DiffusionSystem(nn.Module):
         self.grid = self.autoencoder.factor
         self.beside = getattr(network.config, "in_channels", self.autoencoder.channels) - self.autoencoder.channels
         """Channels that the network sees beside the latents."""
+        config: Any = network.config
+        seeing = isinstance(network, UNet) and small_noise is None
+        self.sees: str = config.sees(self.autoencoder.channels) if seeing else ""
+        """What they are, as `limner.models.unet.UNetConfig.sees` says; "" for an upscaler, whose `small_noise` does."""
         self.told_guidance: int = getattr(network.config, "guidance_width", 0)
         """Width of the guidance that the network is told, instead of being guided; 0 for most."""
         self.enlarges = self.grid if small_noise is not None else 1
@@ -215,6 +219,12 @@ class DiffusionSystem(nn.Module):
             self.check_small(request)
         elif not all(prompt.strip() for prompt in request.prompts):
             raise UsageError("the prompt is empty: say what to draw")
+        if self.sees == "picture" and request.image is None:
+            raise UsageError(f"{self.name} edits a picture, but none was given: limner edit IMAGE, or -i IMAGE")
+        if self.sees == "depth" and request.depth is None:
+            raise UsageError(
+                f"{self.name} draws after a depth map, but none was given: add --depth IMAGE, near is white"
+            )
         if self.clip_skip is not None:
             self.text_encoder.checked(request.clip_skip)
         steps = len(self.sigmas(request)) - 1
@@ -328,6 +338,8 @@ class DiffusionSystem(nn.Module):
         """Let guidance lead away from what a weaker model says of the same prompt, in place of the negative prompt
         (autoguidance, arXiv:2406.02070, equation 4). Raises CheckpointMismatch for one of other latents, noise or
         prediction."""
+        if self.sees == "picture":
+            raise CheckpointMismatch(f"{self.name} is guided by the picture that it edits: leave {guide.name} out")
         self.alike(guide, "guide what", "draws")
         guide.refuses = False
         self.__dict__["guide"] = guide
@@ -382,12 +394,14 @@ class DiffusionSystem(nn.Module):
         network: nn.Module | None = None,
         against: Denoise | None = None,
         spoilt: Denoise | None = None,
+        pictured: bool = False,
     ) -> Denoise:
         """The denoiser a solver asks, guided by `combine` (None is not at all) within an `interval`: a row of the
         network for each part and the negative prompt of a picture there, one row elsewhere and without guidance if
         there is nothing to compose. `controls` gives those of the step, each with what it saw of its picture. `network`
         stands for this system's own; `against` says what the negative prompt would, and `spoilt` what guidance pushes
-        away from besides."""
+        away from besides. `pictured` asks for one row more, of the negative prompt with nothing beside, for `combine`.
+        """
         network = self.network if network is None else network
         first = next(network.parameters())
         dtype = first.dtype
@@ -398,15 +412,18 @@ class DiffusionSystem(nn.Module):
             told = [replace(c, images=seen.expand(count, -1, -1)) for c in prompts.parts]
             told.append(replace(prompts.uncond, images=none.expand(count, -1, -1)))
         told = [c.map(lambda v: v.to(dtype) if v.is_floating_point() else v) for c in told]
-        every = Conditioning.cat(told) if prompts.alone else told[0]
+        every = Conditioning.cat(told + told[-1:] * pictured) if prompts.alone else told[0]
         weights = torch.tensor(prompts.weights, device=first.device)
 
-        def predict(x: Tensor, sigma: float, cond: Conditioning, wanted: int | None = None) -> Tensor:
-            """x0 of every row of x, of which the first `wanted`, all without, are told what is wanted."""
+        def predict(x: Tensor, sigma: float, cond: Conditioning, wanted: int | None = None, blind: int = 0) -> Tensor:
+            """x0 of every row of x, of which the first `wanted`, all without, are told what is wanted, and the last
+            `blind` see nothing beside x."""
             scaled = (self.interpolant.input_scale(sigma) * x).to(dtype)
             seen = scaled
             if beside is not None:
-                seen = torch.cat([seen, beside.repeat(len(x) // len(beside), 1, 1, 1).to(dtype)], dim=1)
+                shown = beside.repeat(len(x) // len(beside), 1, 1, 1)
+                shown[len(x) - blind :] = 0
+                seen = torch.cat([seen, shown.to(dtype)], dim=1)
             t = torch.full((len(x),), self.interpolant.time(sigma), device=x.device)
             rows = len(x) if wanted is None else wanted
             more = [controlled(control, hint, scaled, t, cond, rows) for control, hint in controls()]
@@ -414,13 +431,14 @@ class DiffusionSystem(nn.Module):
             output = network(seen, t, cond, **told).to(x.dtype)
             return self.prediction.to_x0(output, x, self.interpolant.alpha(sigma), sigma)
 
-        def pair(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        def pair(x: Tensor, sigma: float) -> tuple[Tensor, ...]:
             if prompts.alone:
-                cond, negative = predict(torch.cat([x, x]), sigma, every, len(x)).chunk(2)
-                return cond, negative
+                rows = 2 + pictured
+                return predict(torch.cat([x] * rows), sigma, every, len(x), len(x) * pictured).chunk(rows)
             *parts, uncond = told  # one after another, for the memory's sake
             negative = predict(x, sigma, uncond, 0)
-            return composed([predict(x, sigma, part) for part in parts], list(weights), negative), negative
+            more = [predict(x, sigma, uncond, 0, len(x))] if pictured else []
+            return composed([predict(x, sigma, part) for part in parts], list(weights), negative), negative, *more
 
         def plain(x: Tensor, sigma: float) -> Tensor:
             return predict(x, sigma, told[0]) if prompts.alone else pair(x, sigma)[0]
@@ -442,9 +460,15 @@ class DiffusionSystem(nn.Module):
         if self.small_noise is not None:
             assert picture is not None
             found["beside"] = self.opaque(picture)
-        elif self.beside:
+        elif self.sees == "mask":
             found["beside"] = self.seen(picture, request)
-        elif request.mask is not None:
+        elif self.sees == "picture":  # as it comes out of the encoder, but for CosXL
+            cosxl = isinstance(self.interpolant, Preconditioned) and self.prediction.name == "v"
+            found["beside"] = found["start"] if cosxl else self.autoencoder.from_latents(found["start"])
+        elif self.sees == "depth":
+            assert request.depth is not None
+            found["beside"] = pictures.depth_tensor(request.depth, width, height, self.grid).to(device)
+        if request.mask is not None and self.sees != "mask":
             found["paint"] = pictures.to_latents(request.mask, width, height, self.grid).to(device)
         return {name: value.expand(count, -1, -1, -1) for name, value in found.items()}
 
@@ -480,8 +504,10 @@ class DiffusionSystem(nn.Module):
             small = self.small_noise.mix(beside, noise(tuple(beside.shape[1:])), sigma)
             beside = self.small_noise.input_scale(sigma) * small
         eps = noise(shape)
-        # all of a mask's picture anew: it knows nothing of what was there
-        over = None if request.mask is not None and request.strength == 1 and not request.compat else start
+        # all of it anew: x knows nothing of what was there; A1111 begins over what it edits
+        anew = request.mask is not None and not request.compat
+        anew |= self.sees == "picture" and not request.compat.startswith("a1111")
+        over = None if anew and request.strength == 1 else start
         draw: Any = lambda: noise(shape)  # noqa: E731
         if request.compat:
             levels = self.levels(request)
@@ -541,7 +567,8 @@ class DiffusionSystem(nn.Module):
             if prompts.guide is not None:
                 assert system.guide is not None
                 against = plain(system.guide, prompts.guide)
-            return system.denoiser(prompts, combine, interval, beside, *sees(system), None, against, spoilt)
+            pictured = request.image_guidance != 1
+            return system.denoiser(prompts, combine, interval, beside, *sees(system), None, against, spoilt, pictured)
 
         def on_step(done: int, total: int) -> None:
             nonlocal steps
@@ -585,13 +612,13 @@ class DiffusionSystem(nn.Module):
 
     def unguided(self, request: Request) -> bool:
         """Whether the prompt is followed plainly: as asked for, or since the network is told the guidance instead."""
-        return request.guidance == 1 or self.told_guidance > 0
+        return request.guidance == 1 == request.image_guidance or self.told_guidance > 0
 
     def combine(self, request: Request) -> Combine:
         """The guidance that a request asks for, which may remember: one for each drawing."""
         way = Guidance(
             scale=request.guidance, way=request.guidance_kind, rescale=request.guidance_rescale,  # type: ignore[arg-type]
-            mimic=request.guidance_mimic, push=request.pag_scale,
+            mimic=request.guidance_mimic, push=request.pag_scale, picture=request.image_guidance,
         )  # fmt: skip
         return combining(way, self.prediction, self.interpolant)
 
