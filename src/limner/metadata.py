@@ -50,6 +50,8 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "schedule": (str, 1, 100),
     "strength": (float, 0, 1),
     "mask_blur": (float, 0, 100),
+    "only_masked": (bool, 0, 1),
+    "padding": (int, 0, 65_536),  # around what is masked
     "guidance_kind": (str, 1, 50),
     "guidance_rescale": (float, 0, 1),
     "guidance_mimic": (float, 0, 100),
@@ -97,6 +99,7 @@ IP_ADAPTER = ADAPTER | {"image_hash": (str, 1, 64)}  # of the picture shown
 
 NUMBERS = {
     "Mask blur": "mask_blur",
+    "Masked area padding": "padding",
     "Variation seed": "variation_seed",
     "Variation seed strength": "variation",
     "CFG Rescale phi": "guidance_rescale",
@@ -107,6 +110,7 @@ NUMBERS = {
     "Hires steps": "hires_steps",
     "ENSD": "noise_delta",
 }  # infotext -> setting
+ONLY_MASKED = "Only masked"
 
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
@@ -260,6 +264,7 @@ def to_infotext(settings: dict[str, Any]) -> str:
         "Clip skip": skip if (skip := settings.get("clip_skip", 1)) > 1 else None,
         "Prompt dialect": settings.get("prompt_dialect"),
         "Denoising strength": f"{over:.12g}" if over is not None else None,
+        "Inpaint area": ONLY_MASKED if settings.get("only_masked") else None,
         **{key: f"{settings[name]:.12g}" if name in settings else None for key, name in NUMBERS.items()},
         "Refiner": f"{settings['refiner']} [{settings['refiner_hash']}]" if "refiner" in settings else None,
         "RNG": {"a1111-cpu": "CPU"}.get(settings.get("compat", "")),
@@ -311,8 +316,13 @@ def from_infotext(text: str) -> dict[str, Any]:
     numbers = {"Steps": ("steps", int), "Seed": ("seed", int), "CFG scale": ("guidance", float)}
     numbers |= {"Denoising strength": ("strength", float), "Clip skip": ("clip_skip", int)}
     numbers |= {
-        key: (name, int if name.endswith(("seed", "steps", "delta")) else float) for key, name in NUMBERS.items()
+        key: (name, int if name.endswith(("seed", "steps", "delta", "padding")) else float)
+        for key, name in NUMBERS.items()
     }
+    if pairs.get("Inpaint area") == ONLY_MASKED:
+        settings["only_masked"] = True
+    else:  # some programs say it of whole pictures too
+        pairs.pop("Masked area padding", None)
     if "Hires upscale" in pairs:  # the strength is that of the second pass
         numbers["Denoising strength"] = ("hires_strength", float)
     for key, (name, kind) in numbers.items():

@@ -27,6 +27,7 @@ from limner.types import Control, Defaults, GeneratedImage, Latents, OnStep, Ref
 
 MAX_SEED = 2**63 - 1
 MASK_BLUR = 4.0
+PADDING = 32
 SWITCH_AT = 0.8
 NOISE_LEVEL = 20
 FACTOR, UPSCALE_STRENGTH = 2.0, 0.5
@@ -38,7 +39,7 @@ CHUNK = 8
 SELDOM: dict[str, Any] = {
     "guidance_kind": "cfg", "guidance_rescale": 0.0, "guidance_mimic": 0.0, "guidance_interval": None, "variation": 0.0,
     "pag_scale": 0.0, "pag_layers": ("mid_block",),
-    "compat": "", "noise_delta": 0, "place": 0,
+    "compat": "", "noise_delta": 0, "place": 0, "only_masked": False,
 }  # fmt: skip
 """What a picture remembers only where it was asked for, and what is said by leaving it out."""
 
@@ -97,9 +98,10 @@ class Pipeline:
         **values: Any,
     ) -> list[GeneratedImage]:
         """Paint over a picture in its own size, to the nearest that the model draws: `generate` with `image`. `expand`
-        adds pixels to the left, top, right and bottom, which are painted, and keeps the rest."""
+        adds pixels to the left, top, right and bottom, which are painted, and keeps the rest. With `only_masked` a
+        picture of any size keeps it, and what is around the mask is drawn at the model's."""
         picture, mask = canvas(image, expand, values.pop("mask", None))
-        size = dict(zip(("width", "height"), size_of(self.system, picture), strict=True))
+        size = {} if values.get("only_masked") else size_of(self.system, picture)
         return self.generate(prompt, image=picture, mask=mask, **{**size, **values})
 
     def upscale(
@@ -197,17 +199,18 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
 
     Keywords, all optional: negative (str), seed (int; random without), batch, width and height in pixels, steps,
     guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], mask (as image, white where it is
-    painted, while the rest is kept bit for bit) with mask_blur in pixels, prompt_dialect ("a1111", "comfyui", "plain"),
-    clip_skip from 1, wildcards (folder of .txt files), guidance_kind ("cfg", "apg", "cfg_zero"), guidance_rescale 0 to
-    1, guidance_mimic (a scale), guidance_interval (low, high, of the noise), pag_scale (perturbed attention guidance,
-    beside the other or alone; 3 is usual) with pag_layers (blocks, "mid_block" without), variation 0 to 1 towards the
-    noise of variation_seed, compat ("a1111", "a1111-cpu", "comfyui") to do as these do, with noise_delta and place,
-    switch_at (0 to 1, where a refiner takes over), hires (a factor above 1) with hires_strength and hires_steps,
-    on_step(done, total); with a Pipeline also lora and embedding (files, or (file, weight), for this time only),
-    adapter_folder, where `<lora:name:weight>` of the prompt is looked for, control (ControlNets and T2I-Adapters, each
-    what --control takes, keywords of `limner.adapters.control.open_control`, or its file, image and weight), ip_adapter
-    (the same of IP-Adapters) and image_encoder. What is left out is the model's
-    default.
+    painted, while the rest is kept bit for bit) with mask_blur in pixels and only_masked (the part around the mask and
+    padding pixels more, 32 without, is drawn at width x height and put back into the picture), prompt_dialect
+    ("a1111", "comfyui", "plain"), clip_skip from 1, wildcards (folder of .txt files), guidance_kind ("cfg", "apg",
+    "cfg_zero"), guidance_rescale 0 to 1, guidance_mimic (a scale), guidance_interval (low, high, of the noise),
+    pag_scale (perturbed attention guidance, beside the other or alone; 3 is usual) with pag_layers (blocks,
+    "mid_block" without), variation 0 to 1 towards the noise of variation_seed, compat ("a1111", "a1111-cpu",
+    "comfyui") to do as these do, with noise_delta and place, switch_at (0 to 1, where a refiner takes over), hires (a
+    factor above 1) with hires_strength and hires_steps, on_step(done, total); with a Pipeline also lora and embedding
+    (files, or (file, weight), for this time only), adapter_folder, where `<lora:name:weight>` of the prompt is looked
+    for, control (ControlNets and T2I-Adapters, each what --control takes, keywords of
+    `limner.adapters.control.open_control`, or its file, image and weight), ip_adapter (the same of IP-Adapters) and
+    image_encoder. What is left out is the model's default.
 
     Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
     """
@@ -216,7 +219,7 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
         warnings.warn(sentence, Ignored, stacklevel=3)
     one_seed = request.variation or request.compat == "comfyui"
     seeds = [request.seed + (0 if one_seed else i) for i in range(request.batch)]
-    images = draw(system, list(request.prompts), seeds, request, negatives=list(request.negatives))
+    images = draw(system, list(request.prompts), seeds, drawn(request), negatives=list(request.negatives))
     return [
         GeneratedImage(finished(x, request), seed, {**describe(system, request, place), "seed": seed})
         for place, (x, seed) in enumerate(zip(images, seeds, strict=True))
@@ -238,13 +241,14 @@ def canvas(
     return pictures.expanded(picture, expand, found)
 
 
-def size_of(system: System, picture: Image.Image, times: float | None = None) -> tuple[int, int]:
+def size_of(system: System, picture: Image.Image, times: float | None = None) -> dict[str, int]:
     """The width and height nearest to those of a picture, or so many times them, in its shape, that the system
     draws."""
     low, high, grid = system.defaults.min_size, system.defaults.max_size, system.grid
     times = float(getattr(system, "enlarges", 1) if times is None else times)
     scale = min(high / max(picture.size), max(times, low / min(picture.size)))
-    return tuple(min(max(round(n * scale / grid) * grid, low), high) for n in picture.size)  # type: ignore[return-value]
+    sides = (min(max(round(n * scale / grid) * grid, low), high) for n in picture.size)
+    return dict(zip(("width", "height"), sides, strict=True))
 
 
 def enlarging(system: System, picture: Image.Image, factor: float | None) -> dict[str, Any]:
@@ -253,13 +257,38 @@ def enlarging(system: System, picture: Image.Image, factor: float | None) -> dic
     if own > 1 and factor not in (None, own):
         raise UsageError(f"factor is {factor}: {system.name} enlarges by {own}, no more and no less")
     times = own if own > 1 else _number("factor", FACTOR if factor is None else factor, 1, 16, above=True)
-    width, height = size_of(system, picture, times)
-    if max(width / picture.width, height / picture.height) < 0.9 * times:
+    size = size_of(system, picture, times)
+    if max(size["width"] / picture.width, size["height"] / picture.height) < 0.9 * times:
         most = system.defaults.max_size
         raise UsageError(
             f"{times:g} times {picture.width} x {picture.height} pixels is more than {system.name} draws, {most} a side"
         )
-    return {"width": width, "height": height} | ({"strength": UPSCALE_STRENGTH} if own == 1 else {})
+    return {**size, **({"strength": UPSCALE_STRENGTH} if own == 1 else {})}
+
+
+def close_up(request: Request) -> tuple[pictures.Box, pictures.Box]:
+    """The part of the picture that a request with `only_masked` draws, and where in the drawing it lies."""
+    assert request.mask is not None
+    return pictures.close_up(request.mask, request.padding, request.width, request.height)
+
+
+def drawn(request: Request) -> Request:
+    """What is drawn for a request: with `only_masked`, the part around its mask. A control's picture is laid over the
+    whole picture, and the same part of it is seen."""
+    if not request.only_masked:
+        return request
+    assert request.image is not None
+    assert request.mask is not None
+    part, place = close_up(request)
+    size, whole = (request.width, request.height), request.image.size
+    images = [
+        request.image,
+        request.mask,
+        *(pictures.fit(one.image, *whole).convert("RGBA") for one in request.control),
+    ]
+    image, mask, *told = (pictures.cut(one, part, place, *size) for one in images)
+    control = tuple(replace(one, image=seen) for one, seen in zip(request.control, told, strict=True))
+    return replace(request, image=image, mask=mask, control=control)
 
 
 def finished(image: Tensor, request: Request) -> Image.Image:
@@ -268,6 +297,8 @@ def finished(image: Tensor, request: Request) -> Image.Image:
     if request.mask is None:
         return picture
     assert request.image is not None
+    if request.only_masked:
+        picture = pictures.put(picture, *close_up(request), *request.image.size)
     return pictures.paste(picture, request.image, request.mask, request.mask_blur)
 
 
@@ -435,6 +466,8 @@ def check(
     strength: float | None = None,
     mask: str | Path | Image.Image | None = None,
     mask_blur: float | None = None,
+    only_masked: bool = False,
+    padding: int | None = None,
     guidance_kind: str | None = None,
     guidance_rescale: float | None = None,
     guidance_mimic: float | None = None,
@@ -479,6 +512,12 @@ def check(
         mask = pictures.open_mask(mask, image)
     elif mask_blur is not None:
         raise UsageError("mask_blur is how softly a mask ends, but no mask was given: add --mask IMAGE")
+    if not isinstance(only_masked, bool):
+        raise UsageError(f"only_masked is {only_masked!r:.50}: give True or False")
+    if only_masked and mask is None:
+        raise UsageError("only_masked draws the part around a mask, but no mask was given: add --mask IMAGE")
+    if padding is not None and not only_masked:
+        raise UsageError("padding is what is seen around a mask of which only_masked draws the part: ask for it, too")
     sizes = [
         _size(name, default if value is None else value, defaults, grid)
         for name, value, default in (("width", width, defaults.width), ("height", height, defaults.height))
@@ -555,6 +594,8 @@ def check(
         strength=strength,
         mask=mask,
         mask_blur=_number("mask_blur", MASK_BLUR if mask_blur is None else mask_blur, 0, 100),
+        only_masked=only_masked,
+        padding=_whole("padding", PADDING if padding is None else padding, 0, 65_536),
         guidance_kind=kind,
         guidance_rescale=_number("guidance_rescale", rescale, 0, 1),
         guidance_mimic=_number("guidance_mimic", guidance_mimic or 0, 0, 100),
@@ -647,13 +688,16 @@ def ignored(system: System, request: Request) -> list[str]:
             told.append(f"{one.name} tells nothing in the steps of the refiner")
     told += [f"{one.name} has weight 0, and shows nothing" for one in request.ip_adapter if not one.weight]
     shown = [("the picture's", request.image)] if request.image is not None else []
+    width, height = request.width, request.height
+    if request.only_masked and request.image is not None:
+        width, height = request.image.size
     for whose, image in shown + [(f"{one.name}'s picture's", one.image) for one in request.control]:
-        across, down = image.width * request.height, image.height * request.width
+        across, down = image.width * height, image.height * width
         side, cut = ("width", 1 - down / across) if across > down else ("height", 1 - across / down)
         if cut >= 0.005:
             told.append(
                 f"{cut:.0%} of {whose} {side} is cut off, equally at both ends, to make its "
-                f"{image.width} x {image.height} pixels {request.width} x {request.height}: "
+                f"{image.width} x {image.height} pixels {width} x {height}: "
                 "ask for a width and height of its shape"
             )
     if system.task == "autoencoding":
@@ -706,6 +750,8 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
         settings["strength"] = request.strength
     if request.mask is not None:
         settings["mask_blur"] = request.mask_blur
+    if request.only_masked:
+        settings["padding"] = request.padding
     if request.control:
         settings["control"] = [one.settings() for one in request.control]
     if request.ip_adapter:

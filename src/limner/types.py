@@ -150,14 +150,15 @@ class Request:
 
     `prompts` and `negatives` are those of each picture of the batch, expanded by its seed. `prompt_dialect` and
     `clip_skip` are None where the model's own will do. `mask` has the size of `image`, white where it is painted, and
-    its edges fade over `mask_blur` pixels. `guidance_kind`, `_rescale` and `_mimic` are `way`, `rescale` and `mimic` of
-    `limner.sampling.guidance.Guidance`. `variation` is how much of the first noise is that of `variation_seed` + place;
-    all pictures have the same seed then. `pag_scale` is `push` there, away from a network whose pixels attend to
-    themselves alone in `pag_layers`. `hires` times the size is what is drawn in the end: over what was drawn first,
-    with a strength and steps of its own. `switch_at` is the share of the noise after which a refiner takes over.
-    `noise_level` is the timestep whose noise an upscaler puts over the picture first. `compat` is a program of
-    `limner.sampling.compat` to do as, `noise_delta` A1111's number of the name, `place` that of the first picture in a
-    batch of ComfyUI's."""
+    its edges fade over `mask_blur` pixels. With `only_masked` the part of the picture around the white, and `padding`
+    pixels of it more, is drawn at `width` x `height` and put back. `guidance_kind`, `_rescale` and `_mimic` are `way`,
+    `rescale` and `mimic` of `limner.sampling.guidance.Guidance`. `variation` is how much of the first noise is that of
+    `variation_seed` + place; all pictures have the same seed then. `pag_scale` is `push` there, away from a network
+    whose pixels attend to themselves alone in `pag_layers`. `hires` times the size is what is drawn in the end: over
+    what was drawn first, with a strength and steps of its own. `switch_at` is the share of the noise after which a
+    refiner takes over. `noise_level` is the timestep whose noise an upscaler puts over the picture first. `compat` is
+    a program of `limner.sampling.compat` to do as, `noise_delta` A1111's number of the name, `place` that of the first
+    picture in a batch of ComfyUI's."""
 
     prompt: str
     negative: str
@@ -173,6 +174,8 @@ class Request:
     strength: float | None = None
     mask: Image.Image | None = None
     mask_blur: float = 0.0
+    only_masked: bool = False
+    padding: int = 0
     guidance_kind: str = "cfg"
     guidance_rescale: float = 0.0
     guidance_mimic: float = 0.0

@@ -12,7 +12,8 @@ from limner.cli.generate import as_paint, paint
 
 SHARED = (
     "output", "model", "negative", "steps", "guidance", "seed", "sampler", "schedule", "batch", "dialect", "clip_skip",
-    "compat", "noise_delta", "wildcards", "strength", "mask", "mask_blur", "variation", "variation_seed",
+    "compat", "noise_delta", "wildcards", "strength", "mask", "mask_blur", "only_masked", "padding",
+    "variation", "variation_seed",
     "guidance_kind", "guidance_rescale", "guidance_mimic", "guidance_interval", "pag_scale", "pag_layers", "lora",
     "embedding", "control", "ip_adapter", "image_encoder", "adapter_folder", "dtype", "refiner", "switch_at",
     "guide_model", "vae", "text_encoder", "strict", "prediction", "device", "as_json", "dry_run",
@@ -20,6 +21,14 @@ SHARED = (
 OWN: dict[str, tuple[Any, Any]] = {
     "image": (Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or WebP.")], inspect.Parameter.empty),
     "prompt": (Annotated[str, typer.Argument(help="What to paint.")], inspect.Parameter.empty),
+    "width": (
+        Annotated[
+            int | None,
+            typer.Option("-W", "--width", help="To draw at. [default: the picture's; with --only-masked the model's]"),
+        ],
+        None,
+    ),
+    "height": (Annotated[int | None, typer.Option("-H", "--height", help="As the width.")], None),
     "expand": (
         Annotated[
             tuple[int, int, int, int] | None,
@@ -34,7 +43,8 @@ def edit_command(**options: Any) -> None:
     """Paint PROMPT over IMAGE in its own size.
 
     Prints the path of the PNG. With --mask only where that is white; with --expand beyond its edges. What is not
-    painted is kept, bit for bit.
+    painted is kept, bit for bit. --only-masked looks closely: what is around the mask is drawn at the model's size, and
+    put back into a picture of any.
     """
     paint(**options, keep_size=True)
 

@@ -120,6 +120,16 @@ def paint(
     mask_blur: Annotated[
         float | None, typer.Option("--mask-blur", help="Pixels over which the painting fades in. [default: 4]")
     ] = None,
+    only_masked: Annotated[
+        bool,
+        typer.Option(
+            "--only-masked", help="Draw what is around the mask at the size of the drawing, and put it back there."
+        ),
+    ] = False,
+    padding: Annotated[
+        int | None,
+        typer.Option("--padding", help="With --only-masked: pixels around the mask that are seen. [default: 32]"),
+    ] = None,
     variation: Annotated[
         float | None, typer.Option("--variation", help="A picture like that of the seed: 0.1 is near, 1 is another.")
     ] = None,
@@ -241,6 +251,8 @@ def paint(
         "schedule": schedule,
         "strength": strength,
         "mask_blur": mask_blur,
+        "only_masked": only_masked or None,
+        "padding": padding,
         "variation": variation,
         "variation_seed": variation_seed,
         "switch_at": switch_at,
@@ -330,8 +342,8 @@ def paint(
     if expand is not None or keep_size:
         assert image is not None
         given["image"], given["mask"] = pipeline.canvas(image, expand, mask)
-        for name, side in zip(("width", "height"), pipeline.size_of(pipe.system, given["image"]), strict=True):
-            asked.setdefault(name, side)
+        if not only_masked:
+            asked = pipeline.size_of(pipe.system, given["image"]) | asked
     if enlarge:
         assert image is not None
         given["image"] = pictures.open_image(image)
@@ -339,8 +351,9 @@ def paint(
     request = pipeline.prepare(pipe.system, **asked, batch=batch, **given)
     given["image"] = request.image
     paths = [] if output == "-" else _paths(output, request)
+    width, height = given["image"].size if request.only_masked else (request.width, request.height)
     for path in paths:
-        metadata.check_writable(path, size=4 * request.width * request.height * request.batch)
+        metadata.check_writable(path, size=4 * width * height * request.batch)
     if painted_with and not _same_hash(painted_with, pipe.system.model_hash):
         tell(
             f"{str(settings)!r} was painted with other weights (model hash {painted_with[:10]!r}, "
@@ -352,6 +365,10 @@ def paint(
         _print_plan(_plan(pipe, request, paths), as_json)
         return
     print(f"seed {request.seed}, {pipe.system.name} on {pipeline.computes(pipe.system)}", file=sys.stderr)
+    if request.only_masked:
+        (left, top, right, bottom), _ = pipeline.close_up(request)
+        size = f"{right - left} x {bottom - top} pixels from {left}, {top} on"
+        print(f"draws {size} as {request.width} x {request.height}", file=sys.stderr)
     with _progress() as on_step, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("ignore", Ignored)  # told above
         warnings.simplefilter("always", Assumed)
@@ -411,7 +428,7 @@ def _remembered(path: Path, image: Path | None, mask: Path | None, model: str | 
         )
     if "strength" in settings and image is None:
         raise UsageError(f"{str(path)!r} was painted over another picture, which it does not hold: add -i PICTURE")
-    if "mask_blur" in settings and mask is None:
+    if ("mask_blur" in settings or "only_masked" in settings) and mask is None:
         raise UsageError(f"{str(path)!r} was painted under a mask, which it does not hold: add --mask MASK")
     return {k: v for k, v in settings.items() if k != "limner"}
 
