@@ -73,6 +73,8 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "compat": (str, 1, 20),
     "noise_delta": (int, 0, 2**31),
     "place": (int, 0, 1023),  # in a batch of ComfyUI's
+    "tile": (int, 0, 65_536),  # pixels that the network sees at once
+    "vae_tile": (int, 0, 65_536),
     "noise_level": (int, 0, 999),  # of a picture that was enlarged
     "adapters": (list, 1, 100),  # each as `ADAPTER`: of LoRA and its kin, with a weight; without, a learned word
     "control": (list, 1, 100),  # each as `CONTROL`
@@ -109,6 +111,8 @@ NUMBERS = {
     "Hires upscale": "hires",
     "Hires steps": "hires_steps",
     "ENSD": "noise_delta",
+    "Tile": "tile",
+    "VAE tile": "vae_tile",
 }  # infotext -> setting
 ONLY_MASKED = "Only masked"
 
@@ -316,7 +320,7 @@ def from_infotext(text: str) -> dict[str, Any]:
     numbers = {"Steps": ("steps", int), "Seed": ("seed", int), "CFG scale": ("guidance", float)}
     numbers |= {"Denoising strength": ("strength", float), "Clip skip": ("clip_skip", int)}
     numbers |= {
-        key: (name, int if name.endswith(("seed", "steps", "delta", "padding")) else float)
+        key: (name, int if name.endswith(("seed", "steps", "delta", "padding", "tile")) else float)
         for key, name in NUMBERS.items()
     }
     if pairs.get("Inpaint area") == ONLY_MASKED:

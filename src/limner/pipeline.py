@@ -19,6 +19,7 @@ from limner import __version__, catalog, names, pictures
 from limner.adapters import asking, attaching, references
 from limner.adapters import control as controls
 from limner.errors import Assumed, FileProblem, Ignored, UnknownName, UsageError
+from limner.models import tiling
 from limner.sampling import compat as programs
 from limner.sampling import samplers, schedules
 from limner.sampling.guidance import WAYS
@@ -31,6 +32,8 @@ PADDING = 32
 SWITCH_AT = 0.8
 NOISE_LEVEL = 20
 FACTOR, UPSCALE_STRENGTH = 2.0, 0.5
+MOST_SEEN = 2
+"""Pictures are enlarged whole up to so many times the side that the model was made for, and else in tiles of it."""
 MOST_ADDED = 4096
 CHUNK = 8
 """Pictures drawn at once; a larger batch goes in turns, so memory does not grow with it."""
@@ -39,7 +42,7 @@ CHUNK = 8
 SELDOM: dict[str, Any] = {
     "guidance_kind": "cfg", "guidance_rescale": 0.0, "guidance_mimic": 0.0, "guidance_interval": None, "variation": 0.0,
     "pag_scale": 0.0, "pag_layers": ("mid_block",),
-    "compat": "", "noise_delta": 0, "place": 0, "only_masked": False,
+    "compat": "", "noise_delta": 0, "place": 0, "only_masked": False, "tile": 0, "vae_tile": None,
 }  # fmt: skip
 """What a picture remembers only where it was asked for, and what is said by leaving it out."""
 
@@ -108,7 +111,8 @@ class Pipeline:
         self, image: str | Path | Image.Image, prompt: str = "", *, factor: float | None = None, **values: Any
     ) -> list[GeneratedImage]:
         """Enlarge a picture: an upscaler always by its own factor, 4; other models by `factor`, 2 without, painting
-        what `prompt` says over it with a `strength` of 0.5. Keywords are those of `generate`."""
+        what `prompt` says over it with a `strength` of 0.5. What is more than twice as large as the model's own size is
+        drawn in tiles of that, if `tile` says nothing else. Keywords are those of `generate`."""
         told = enlarging(self.system, pictures.open_image(image), factor)
         return self.generate(prompt, image=image, **{**told, **values})
 
@@ -219,7 +223,8 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
         warnings.warn(sentence, Ignored, stacklevel=3)
     one_seed = request.variation or request.compat == "comfyui"
     seeds = [request.seed + (0 if one_seed else i) for i in range(request.batch)]
-    images = draw(system, list(request.prompts), seeds, drawn(request), negatives=list(request.negatives))
+    chunk = 1 if in_tiles(request) else CHUNK
+    images = draw(system, list(request.prompts), seeds, drawn(request), chunk, list(request.negatives))
     return [
         GeneratedImage(finished(x, request), seed, {**describe(system, request, place), "seed": seed})
         for place, (x, seed) in enumerate(zip(images, seeds, strict=True))
@@ -263,7 +268,9 @@ def enlarging(system: System, picture: Image.Image, factor: float | None) -> dic
         raise UsageError(
             f"{times:g} times {picture.width} x {picture.height} pixels is more than {system.name} draws, {most} a side"
         )
-    return {**size, **({"strength": UPSCALE_STRENGTH} if own == 1 else {})}
+    tile = MOST_SEEN * max(system.defaults.width, system.defaults.height)
+    cut = {"tile": tile} if max(size.values()) > tile else {}
+    return {**size, **cut, **({"strength": UPSCALE_STRENGTH} if own == 1 else {})}
 
 
 def close_up(request: Request) -> tuple[pictures.Box, pictures.Box]:
@@ -289,6 +296,37 @@ def drawn(request: Request) -> Request:
     image, mask, *told = (pictures.cut(one, part, place, *size) for one in images)
     control = tuple(replace(one, image=seen) for one, seen in zip(request.control, told, strict=True))
     return replace(request, image=image, mask=mask, control=control)
+
+
+def in_tiles(request: Request) -> bool:
+    """Whether the network sees what is drawn in tiles."""
+    return 0 < request.tile < max(request.width, request.height) * request.hires
+
+
+def parts(system: System, request: Request) -> list[str]:
+    """A sentence for each thing that is done in parts, or in a part of the picture."""
+    told = []
+    if request.only_masked:
+        (left, top, right, bottom), _ = close_up(request)
+        size = f"{right - left} x {bottom - top} pixels from {left}, {top} on"
+        told.append(f"draws {size} as {request.width} x {request.height}")
+    last = larger(system, request) if request.hires != 1 else request
+    width, height = last.width, last.height
+    if in_tiles(request):
+        told.append(
+            f"draws {width} x {height} pixels in {_tiles(width, height, request.tile, system.grid)}: tile 0 is all"
+        )
+    tile = tiling.tile_of(system.grid, width, height) if request.vae_tile is None else request.vae_tile
+    if 0 < tile < max(width, height):
+        told.append(
+            f"decodes {width} x {height} pixels in {_tiles(width, height, tile, system.grid)}: vae_tile 0 is all"
+        )
+    return told
+
+
+def _tiles(width: int, height: int, tile: int, grid: int) -> str:
+    side = tile // grid
+    return f"{len(tiling.tiles(height // grid, width // grid, side, tiling.overlap_of(side)))} tiles of {tile}"
 
 
 def finished(image: Tensor, request: Request) -> Image.Image:
@@ -330,7 +368,7 @@ def draw(
             warnings.warn(f"{name} overflows in half precision: its network computes in fp32 from here on", Assumed, 4)
             latents = to_latents(system, prompts[some], negatives[some], seeds[some], told)
         # 4. latents to pixels
-        images.append(whole(system.decode(latents).clamp(-1, 1).float().cpu(), system.name))
+        images.append(whole(system.decode(latents, request.vae_tile).clamp(-1, 1).float().cpu(), system.name))
     # 5. settings are attached by `generate`
     return torch.cat(images)
 
@@ -347,11 +385,11 @@ def to_latents(system: System, prompts: list[str], negatives: list[str], seeds: 
     if request.hires == 1:
         return system.sample(cond, request, noise, **begun)
     first = replace(request, on_step=_overall(request.on_step, 0, 2))
-    small = system.decode(system.sample(cond, first, noise, **begun)).clamp(-1, 1)
+    small = system.decode(system.sample(cond, first, noise, **begun), request.vae_tile).clamp(-1, 1)
     # and again over what was drawn, enlarged
     second = larger(system, request, _overall(request.on_step, 1, 2))
     drawn = torch.nn.functional.interpolate(small, (second.height, second.width), mode="bicubic").clamp(-1, 1)
-    begun = system.given(second, len(prompts)) | {"start": system.encode(drawn)}  # type: ignore[attr-defined]
+    begun = system.given(second, len(prompts)) | {"start": system.encode(drawn, request.vae_tile)}  # type: ignore[attr-defined]
     noise = noise_of(seeds, device, request) if request.compat else noise  # which begin anew
     return system.sample(system.condition(prompts, second, negatives), second, noise, **begun)
 
@@ -488,6 +526,8 @@ def check(
     place: int | None = None,
     control: Sequence[Control] = (),
     ip_adapter: Sequence[Reference] = (),
+    tile: int | None = None,
+    vae_tile: int | None = None,
     wildcards: str | Path | None = None,
     on_step: OnStep | None = None,
 ) -> Request:
@@ -614,6 +654,8 @@ def check(
         noise_level=_whole("noise_level", NOISE_LEVEL if noise_level is None else noise_level, 0, 999),
         control=tuple(control),
         ip_adapter=tuple(ip_adapter),
+        tile=_tile("tile", tile or 0, defaults, grid),
+        vae_tile=None if vae_tile is None else _tile("vae_tile", vae_tile, defaults, grid),
         on_step=on_step,
     )
 
@@ -655,6 +697,8 @@ def ignored(system: System, request: Request) -> list[str]:
         told.append(f"{system.name} reads prompts plainly, whatever the dialect: brackets and AND are words to it")
     elif dialect == "a1111" and any(AND.search(text) for _, text in against):
         told.append("AND composes prompts, not negative ones: it is a word of the negative prompt")
+    if request.tile and (not in_tiles(request) or system.task == "autoencoding"):
+        told.append(f"tile {request.tile} has no effect: nothing larger is drawn by a network")
     if request.clip_skip is not None and system.clip_skip is None:
         told.append(f"clip skip has no effect: {system.name} does not read prompts with CLIP")
     if request.noise_level != NOISE_LEVEL and getattr(system, "enlarges", 1) == 1:
@@ -795,6 +839,15 @@ def _size(name: str, value: Any, defaults: Defaults, grid: int) -> int:
         near = " or ".join(str(n) for n in (below, below + grid) if low <= n <= high)
         raise UsageError(f"{name} is {value}, not a multiple of {grid} pixels: take {near}")
     return _whole(name, value, low, high)
+
+
+def _tile(name: str, value: Any, defaults: Defaults, grid: int) -> int:
+    value = _whole(name, value, 0, 65_536)
+    if value and (value < defaults.min_size or value % grid):
+        raise UsageError(
+            f"{name} is {value}: give a multiple of {grid} pixels from {defaults.min_size} on, or 0 for all"
+        )
+    return value
 
 
 def _overall(on_step: OnStep | None, turn: int, turns: int) -> OnStep | None:

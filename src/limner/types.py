@@ -158,7 +158,8 @@ class Request:
     what was drawn first, with a strength and steps of its own. `switch_at` is the share of the noise after which a
     refiner takes over. `noise_level` is the timestep whose noise an upscaler puts over the picture first. `compat` is
     a program of `limner.sampling.compat` to do as, `noise_delta` A1111's number of the name, `place` that of the first
-    picture in a batch of ComfyUI's."""
+    picture in a batch of ComfyUI's. `tile` is the side in pixels of what the network sees at once, `vae_tile` that of
+    what the autoencoder does; 0 is all of it, None what the size asks for."""
 
     prompt: str
     negative: str
@@ -198,6 +199,8 @@ class Request:
     place: int = 0
     control: tuple[Control, ...] = ()
     ip_adapter: tuple[Reference, ...] = ()
+    tile: int = 0
+    vae_tile: int | None = None
     on_step: OnStep | None = field(default=None, compare=False)
 
 
@@ -286,4 +289,6 @@ class System(Protocol):
         """Latents of one picture a row; `noise(shape)` draws fresh noise for every row, shape without the batch."""
         ...
 
-    def decode(self, latents: Tensor) -> Images: ...
+    def decode(self, latents: Tensor, tile: int | None = None) -> Images:
+        """`tile` pixels at once, 0 for all, None for what the size asks for."""
+        ...

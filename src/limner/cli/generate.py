@@ -202,6 +202,18 @@ def paint(
     dtype: Annotated[
         str, typer.Option("--dtype", help="What the network computes in: fp32, fp16 or bf16; auto is the fastest.")
     ] = "auto",
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            "--tile",
+            help="Let the network see tiles of so many pixels, for large pictures. [default: 0, all; of `limner "
+            "upscale` twice the model's size]",
+        ),
+    ] = None,
+    vae_tile: Annotated[
+        int | None,
+        typer.Option("--vae-tile", help="The same of the autoencoder. [default: 1024 for more than 1536 x 1536, or 0]"),
+    ] = None,
     refiner: Annotated[
         str | None, typer.Option("--refiner", help="A model that does the last steps, such as SDXL's refiner.")
     ] = None,
@@ -268,6 +280,8 @@ def paint(
         "prompt_dialect": dialect,
         "clip_skip": clip_skip,
         "noise_level": noise_level,
+        "tile": tile,
+        "vae_tile": vae_tile,
         "compat": compat,
         "noise_delta": noise_delta,
         "wildcards": wildcards,
@@ -365,10 +379,8 @@ def paint(
         _print_plan(_plan(pipe, request, paths), as_json)
         return
     print(f"seed {request.seed}, {pipe.system.name} on {pipeline.computes(pipe.system)}", file=sys.stderr)
-    if request.only_masked:
-        (left, top, right, bottom), _ = pipeline.close_up(request)
-        size = f"{right - left} x {bottom - top} pixels from {left}, {top} on"
-        print(f"draws {size} as {request.width} x {request.height}", file=sys.stderr)
+    for sentence in pipeline.parts(pipe.system, request):
+        print(sentence, file=sys.stderr)
     with _progress() as on_step, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("ignore", Ignored)  # told above
         warnings.simplefilter("always", Assumed)
@@ -559,12 +571,15 @@ def _plan(pipe: Pipeline, request: Request, paths: list[Path]) -> dict[str, Any]
     parameters = list(pipe.system.parameters())  # type: ignore[attr-defined]
     weights = sum(p.numel() * p.element_size() for p in parameters)
     pixels = request.width * request.height * min(request.batch, pipeline.CHUNK)
+    if pipeline.in_tiles(request):
+        pixels = min(request.width, request.tile) * min(request.height, request.tile)
     return {
         "model": pipe.system.name,
         **pipeline.describe(pipe.system, request),
         **({"prompts": list(request.prompts)} if len(set(request.prompts)) > 1 else {}),
         "seed": request.seed,
         "batch": request.batch,
+        **({"parts": parts} if (parts := pipeline.parts(pipe.system, request)) else {}),
         "device": str(parameters[0].device),
         "output": [str(path) for path in paths],
         "parameters": sum(p.numel() for p in parameters),
