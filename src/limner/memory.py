@@ -63,7 +63,7 @@ def plan(system: System, request: Request, count: int) -> Plan:
     def noise(shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(count, *shape, device="meta")
 
-    decoding = Stage("the decoding", ("autoencoder",), made_by(lambda: ghost.decode(noise(size))))
+    decoding = Stage("the decoding", ("autoencoder",), made_by(lambda: ghost.decode(noise(size), request.vae_tile)))
     if not isinstance(system, DiffusionSystem):
         return Plan({"autoencoder": bytes_of(ghost.autoencoder)}, (decoding,))
     others = {name: other for name in ("refiner", "guide") if (other := getattr(system, name)) is not None}

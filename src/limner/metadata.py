@@ -51,6 +51,8 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "schedule": (str, 1, 100),
     "strength": (float, 0, 1),
     "mask_blur": (float, 0, 100),
+    "only_masked": (bool, 0, 1),
+    "padding": (int, 0, 65_536),  # around what is masked
     "guidance_kind": (str, 1, 50),
     "guidance_rescale": (float, 0, 1),
     "guidance_mimic": (float, 0, 100),
@@ -74,6 +76,8 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "compat": (str, 1, 20),
     "noise_delta": (int, 0, 2**31),
     "place": (int, 0, 1023),  # in a batch of ComfyUI's
+    "tile": (int, 0, 65_536),  # pixels that the network sees at once
+    "vae_tile": (int, 0, 65_536),
     "noise_level": (int, 0, 999),  # of a picture that was enlarged
     "adapters": (list, 1, 100),  # each as `ADAPTER`: of LoRA and its kin, with a weight; without, a learned word
     "control": (list, 1, 100),  # each as `CONTROL`
@@ -100,6 +104,7 @@ IP_ADAPTER = ADAPTER | {"image_hash": (str, 1, 64)}  # of the picture shown
 
 NUMBERS = {
     "Mask blur": "mask_blur",
+    "Masked area padding": "padding",
     "Variation seed": "variation_seed",
     "Variation seed strength": "variation",
     "CFG Rescale phi": "guidance_rescale",
@@ -110,7 +115,10 @@ NUMBERS = {
     "Hires upscale": "hires",
     "Hires steps": "hires_steps",
     "ENSD": "noise_delta",
+    "Tile": "tile",
+    "VAE tile": "vae_tile",
 }  # infotext -> setting
+ONLY_MASKED = "Only masked"
 
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
@@ -264,6 +272,7 @@ def to_infotext(settings: dict[str, Any]) -> str:
         "Clip skip": skip if (skip := settings.get("clip_skip", 1)) > 1 else None,
         "Prompt dialect": settings.get("prompt_dialect"),
         "Denoising strength": f"{over:.12g}" if over is not None else None,
+        "Inpaint area": ONLY_MASKED if settings.get("only_masked") else None,
         **{key: f"{settings[name]:.12g}" if name in settings else None for key, name in NUMBERS.items()},
         "Refiner": f"{settings['refiner']} [{settings['refiner_hash']}]" if "refiner" in settings else None,
         "RNG": {"a1111-cpu": "CPU"}.get(settings.get("compat", "")),
@@ -315,8 +324,13 @@ def from_infotext(text: str) -> dict[str, Any]:
     numbers = {"Steps": ("steps", int), "Seed": ("seed", int), "CFG scale": ("guidance", float)}
     numbers |= {"Denoising strength": ("strength", float), "Clip skip": ("clip_skip", int)}
     numbers |= {
-        key: (name, int if name.endswith(("seed", "steps", "delta")) else float) for key, name in NUMBERS.items()
+        key: (name, int if name.endswith(("seed", "steps", "delta", "padding", "tile")) else float)
+        for key, name in NUMBERS.items()
     }
+    if pairs.get("Inpaint area") == ONLY_MASKED:
+        settings["only_masked"] = True
+    else:  # some programs say it of whole pictures too
+        pairs.pop("Masked area padding", None)
     if "Hires upscale" in pairs:  # the strength is that of the second pass
         numbers["Denoising strength"] = ("hires_strength", float)
     for key, (name, kind) in numbers.items():

@@ -145,6 +145,56 @@ def to_latents(mask: Image.Image, width: int, height: int, factor: int) -> Tenso
     return (F.max_pool2d(mask_tensor(mask, width, height), factor) > 0).float()
 
 
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom, in pixels; the last two are outside."""
+
+
+def close_up(mask: Image.Image, padding: int, width: int, height: int) -> tuple[Box, Box]:
+    """The part of a picture to be drawn at width x height so that its white pixels are seen closely, and where in the
+    drawing it lies: they and `padding` pixels around them, widened to the shape of the drawing and moved into the
+    picture. A part that is all of the picture's width or height, and yet not of that shape, fills the middle."""
+    left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
+    left, top = max(0, left - padding), max(0, top - padding)
+    right, bottom = min(mask.width, right + padding), min(mask.height, bottom + padding)
+    across, down = right - left, bottom - top
+    if across * height > down * width:
+        down = round(across * height / width)
+    else:
+        across = round(down * width / height)
+    (left, right, begin, end), (top, bottom, first, last) = (
+        _widened(left, right, across, mask.width, width),
+        _widened(top, bottom, down, mask.height, height),
+    )
+    return (left, top, right, bottom), (begin, first, end, last)
+
+
+def _widened(start: int, end: int, side: int, length: int, drawn: int) -> tuple[int, int, int, int]:
+    """`start` to `end` made `side` pixels, as far as there are `length`; and where they lie in `drawn` pixels."""
+    if side > length:
+        size = max(1, round(length * drawn / side))
+        return 0, length, (drawn - size) // 2, (drawn - size) // 2 + size
+    start = min(max(0, start - (side - (end - start)) // 2), length - side)
+    return start, start + side, 0, drawn
+
+
+def cut(image: Image.Image, part: Box, place: Box, width: int, height: int) -> Image.Image:
+    """The part of a picture or a mask scaled into its place of width x height pixels; its edges are drawn out to what
+    is left of them."""
+    scale = Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS  # which rings beside edges
+    left, top, right, bottom = place
+    inner = np.asarray(image.crop(part).resize((right - left, bottom - top), scale))
+    around = [(top, height - bottom), (left, width - right), (0, 0)]
+    return Image.fromarray(np.pad(inner, around[: inner.ndim], mode="edge"))
+
+
+def put(painted: Image.Image, part: Box, place: Box, width: int, height: int) -> Image.Image:
+    """What `cut` took, painted, back where it was in a picture of that size, which is black elsewhere."""
+    left, top, right, bottom = part
+    whole = Image.new(painted.mode, (width, height))
+    whole.paste(painted.crop(place).resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top))
+    return whole
+
+
 def softened(mask: Image.Image, blur: float) -> np.ndarray:
     """(h, w) in [0, 1], how much of a pixel is new: edges fade over `blur` pixels inwards, so what is black stays."""
     hard = np.asarray(mask, dtype=np.float32) / 255

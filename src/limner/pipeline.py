@@ -19,6 +19,7 @@ from limner import __version__, catalog, memory, names, pictures
 from limner.adapters import asking, attaching, references
 from limner.adapters import control as controls
 from limner.errors import Assumed, FileProblem, Ignored, UnknownName, UsageError
+from limner.models import tiling
 from limner.sampling import compat as programs
 from limner.sampling import samplers, schedules
 from limner.sampling.guidance import WAYS
@@ -28,9 +29,12 @@ from limner.types import Control, Defaults, GeneratedImage, Latents, OnStep, Ref
 
 MAX_SEED = 2**63 - 1
 MASK_BLUR = 4.0
+PADDING = 32
 SWITCH_AT = 0.8
 NOISE_LEVEL = 20
 FACTOR, UPSCALE_STRENGTH = 2.0, 0.5
+MOST_SEEN = 2
+"""Pictures are enlarged whole up to so many times the side that the model was made for, and else in tiles of it."""
 MOST_ADDED = 4096
 CHUNK = 8
 """Pictures drawn at once; a larger batch goes in turns, so memory does not grow with it."""
@@ -40,7 +44,7 @@ SELDOM: dict[str, Any] = {
     "guidance_kind": "cfg", "guidance_rescale": 0.0, "guidance_mimic": 0.0, "guidance_interval": None,
     "image_guidance": 1.0, "variation": 0.0,
     "pag_scale": 0.0, "pag_layers": ("mid_block",),
-    "compat": "", "noise_delta": 0, "place": 0,
+    "compat": "", "noise_delta": 0, "place": 0, "only_masked": False, "tile": 0, "vae_tile": None,
 }  # fmt: skip
 """What a picture remembers only where it was asked for, and what is said by leaving it out."""
 
@@ -99,16 +103,18 @@ class Pipeline:
         **values: Any,
     ) -> list[GeneratedImage]:
         """Paint over a picture in its own size, to the nearest that the model draws: `generate` with `image`. `expand`
-        adds pixels to the left, top, right and bottom, which are painted, and keeps the rest."""
+        adds pixels to the left, top, right and bottom, which are painted, and keeps the rest. With `only_masked` a
+        picture of any size keeps it, and what is around the mask is drawn at the model's."""
         picture, mask = canvas(image, expand, values.pop("mask", None))
-        size = dict(zip(("width", "height"), size_of(self.system, picture), strict=True))
+        size = {} if values.get("only_masked") else size_of(self.system, picture)
         return self.generate(prompt, image=picture, mask=mask, **{**size, **values})
 
     def upscale(
         self, image: str | Path | Image.Image, prompt: str = "", *, factor: float | None = None, **values: Any
     ) -> list[GeneratedImage]:
         """Enlarge a picture: an upscaler always by its own factor, 4; other models by `factor`, 2 without, painting
-        what `prompt` says over it with a `strength` of 0.5. Keywords are those of `generate`."""
+        what `prompt` says over it with a `strength` of 0.5. What is more than twice as large as the model's own size is
+        drawn in tiles of that, if `tile` says nothing else. Keywords are those of `generate`."""
         told = enlarging(self.system, pictures.open_image(image), factor)
         return self.generate(prompt, image=image, **{**told, **values})
 
@@ -208,18 +214,19 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
 
     Keywords, all optional: negative (str), seed (int; random without), batch, width and height in pixels, steps,
     guidance, sampler, schedule, image (path, Pillow image) with strength in (0, 1], mask (as image, white where it is
-    painted, while the rest is kept bit for bit) with mask_blur in pixels, prompt_dialect ("a1111", "comfyui", "plain"),
-    depth (as image, white near, for models told of it), image_guidance (how closely models that edit keep to image),
-    clip_skip from 1, wildcards (folder of .txt files), guidance_kind ("cfg", "apg", "cfg_zero"), guidance_rescale 0 to
-    1, guidance_mimic (a scale), guidance_interval (low, high, of the noise), pag_scale (perturbed attention guidance,
-    beside the other or alone; 3 is usual) with pag_layers (blocks, "mid_block" without), variation 0 to 1 towards the
-    noise of variation_seed, compat ("a1111", "a1111-cpu", "comfyui") to do as these do, with noise_delta and place,
-    switch_at (0 to 1, where a refiner takes over), hires (a factor above 1) with hires_strength and hires_steps,
-    on_step(done, total); with a Pipeline also lora and embedding (files, or (file, weight), for this time only),
-    adapter_folder, where `<lora:name:weight>` of the prompt is looked for, control (ControlNets and T2I-Adapters, each
-    what --control takes, keywords of `limner.adapters.control.open_control`, or its file, image and weight), ip_adapter
-    (the same of IP-Adapters) and image_encoder. What is left out is the model's
-    default.
+    painted, while the rest is kept bit for bit) with mask_blur in pixels and only_masked (the part around the mask and
+    padding pixels more, 32 without, is drawn at width x height and put back into the picture), depth (as image, white
+    near, for models told of it), image_guidance (how closely models that edit keep to image), prompt_dialect
+    ("a1111", "comfyui", "plain"), clip_skip from 1, wildcards (folder of .txt files), guidance_kind ("cfg", "apg",
+    "cfg_zero"), guidance_rescale 0 to 1, guidance_mimic (a scale), guidance_interval (low, high, of the noise),
+    pag_scale (perturbed attention guidance, beside the other or alone; 3 is usual) with pag_layers (blocks,
+    "mid_block" without), variation 0 to 1 towards the noise of variation_seed, compat ("a1111", "a1111-cpu",
+    "comfyui") to do as these do, with noise_delta and place, switch_at (0 to 1, where a refiner takes over), hires (a
+    factor above 1) with hires_strength and hires_steps, on_step(done, total); with a Pipeline also lora and embedding
+    (files, or (file, weight), for this time only), adapter_folder, where `<lora:name:weight>` of the prompt is looked
+    for, control (ControlNets and T2I-Adapters, each what --control takes, keywords of
+    `limner.adapters.control.open_control`, or its file, image and weight), ip_adapter (the same of IP-Adapters) and
+    image_encoder. What is left out is the model's default.
 
     Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
     """
@@ -228,7 +235,8 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
         warnings.warn(sentence, Ignored, stacklevel=3)
     one_seed = request.variation or request.compat == "comfyui"
     seeds = [request.seed + (0 if one_seed else i) for i in range(request.batch)]
-    images = draw(system, list(request.prompts), seeds, request, negatives=list(request.negatives))
+    chunk = 1 if in_tiles(request) else CHUNK
+    images = draw(system, list(request.prompts), seeds, drawn(request), chunk, list(request.negatives))
     return [
         GeneratedImage(finished(x, request), seed, {**describe(system, request, place), "seed": seed})
         for place, (x, seed) in enumerate(zip(images, seeds, strict=True))
@@ -250,13 +258,14 @@ def canvas(
     return pictures.expanded(picture, expand, found)
 
 
-def size_of(system: System, picture: Image.Image, times: float | None = None) -> tuple[int, int]:
+def size_of(system: System, picture: Image.Image, times: float | None = None) -> dict[str, int]:
     """The width and height nearest to those of a picture, or so many times them, in its shape, that the system
     draws."""
     low, high, grid = system.defaults.min_size, system.defaults.max_size, system.grid
     times = float(getattr(system, "enlarges", 1) if times is None else times)
     scale = min(high / max(picture.size), max(times, low / min(picture.size)))
-    return tuple(min(max(round(n * scale / grid) * grid, low), high) for n in picture.size)  # type: ignore[return-value]
+    sides = (min(max(round(n * scale / grid) * grid, low), high) for n in picture.size)
+    return dict(zip(("width", "height"), sides, strict=True))
 
 
 def enlarging(system: System, picture: Image.Image, factor: float | None) -> dict[str, Any]:
@@ -265,13 +274,73 @@ def enlarging(system: System, picture: Image.Image, factor: float | None) -> dic
     if own > 1 and factor not in (None, own):
         raise UsageError(f"factor is {factor}: {system.name} enlarges by {own}, no more and no less")
     times = own if own > 1 else _number("factor", FACTOR if factor is None else factor, 1, 16, above=True)
-    width, height = size_of(system, picture, times)
-    if max(width / picture.width, height / picture.height) < 0.9 * times:
+    size = size_of(system, picture, times)
+    if max(size["width"] / picture.width, size["height"] / picture.height) < 0.9 * times:
         most = system.defaults.max_size
         raise UsageError(
             f"{times:g} times {picture.width} x {picture.height} pixels is more than {system.name} draws, {most} a side"
         )
-    return {"width": width, "height": height} | ({"strength": UPSCALE_STRENGTH} if own == 1 else {})
+    tile = MOST_SEEN * max(system.defaults.width, system.defaults.height)
+    cut = {"tile": tile} if max(size.values()) > tile else {}
+    return {**size, **cut, **({"strength": UPSCALE_STRENGTH} if own == 1 else {})}
+
+
+def close_up(request: Request) -> tuple[pictures.Box, pictures.Box]:
+    """The part of the picture that a request with `only_masked` draws, and where in the drawing it lies."""
+    assert request.mask is not None
+    return pictures.close_up(request.mask, request.padding, request.width, request.height)
+
+
+def drawn(request: Request) -> Request:
+    """What is drawn for a request: with `only_masked`, the part around its mask. The picture of a control and a
+    depth map are laid over the whole picture, and the same part of them is seen."""
+    if not request.only_masked:
+        return request
+    assert request.image is not None
+    assert request.mask is not None
+    part, place = close_up(request)
+    size, whole = (request.width, request.height), request.image.size
+    images = [
+        request.image,
+        request.mask,
+        *(pictures.fit(one.image, *whole).convert("RGBA") for one in request.control),
+        *([] if request.depth is None else [pictures.fit(request.depth, *whole)]),
+    ]
+    image, mask, *told = (pictures.cut(one, part, place, *size) for one in images)
+    depth = None if request.depth is None else told.pop()
+    control = tuple(replace(one, image=seen) for one, seen in zip(request.control, told, strict=True))
+    return replace(request, image=image, mask=mask, control=control, depth=depth)
+
+
+def in_tiles(request: Request) -> bool:
+    """Whether the network sees what is drawn in tiles."""
+    return 0 < request.tile < max(request.width, request.height) * request.hires
+
+
+def parts(system: System, request: Request) -> list[str]:
+    """A sentence for each thing that is done in parts, or in a part of the picture."""
+    told = []
+    if request.only_masked:
+        (left, top, right, bottom), _ = close_up(request)
+        size = f"{right - left} x {bottom - top} pixels from {left}, {top} on"
+        told.append(f"draws {size} as {request.width} x {request.height}")
+    last = larger(system, request) if request.hires != 1 else request
+    width, height = last.width, last.height
+    if in_tiles(request):
+        told.append(
+            f"draws {width} x {height} pixels in {_tiles(width, height, request.tile, system.grid)}: tile 0 is all"
+        )
+    tile = tiling.tile_of(system.grid, width, height) if request.vae_tile is None else request.vae_tile
+    if 0 < tile < max(width, height):
+        told.append(
+            f"decodes {width} x {height} pixels in {_tiles(width, height, tile, system.grid)}: vae_tile 0 is all"
+        )
+    return told
+
+
+def _tiles(width: int, height: int, tile: int, grid: int) -> str:
+    side = tile // grid
+    return f"{len(tiling.tiles(height // grid, width // grid, side, tiling.overlap_of(side)))} tiles of {tile}"
 
 
 def finished(image: Tensor, request: Request) -> Image.Image:
@@ -280,6 +349,8 @@ def finished(image: Tensor, request: Request) -> Image.Image:
     if request.mask is None:
         return picture
     assert request.image is not None
+    if request.only_masked:
+        picture = pictures.put(picture, *close_up(request), *request.image.size)
     return pictures.paste(picture, request.image, request.mask, request.mask_blur)
 
 
@@ -314,7 +385,7 @@ def draw(
             warnings.warn(f"{name} overflows in half precision: its network computes in fp32 from here on", Assumed, 4)
             latents = to_latents(system, prompts[some], negatives[some], seeds[some], told)
         # 4. latents to pixels
-        images.append(whole(system.decode(latents).clamp(-1, 1).float().cpu(), system.name))
+        images.append(whole(system.decode(latents, request.vae_tile).clamp(-1, 1).float().cpu(), system.name))
     # 5. settings are attached by `generate`
     return torch.cat(images)
 
@@ -331,11 +402,11 @@ def to_latents(system: System, prompts: list[str], negatives: list[str], seeds: 
     if request.hires == 1:
         return system.sample(cond, request, noise, **begun)
     first = replace(request, on_step=_overall(request.on_step, 0, 2))
-    small = system.decode(system.sample(cond, first, noise, **begun)).clamp(-1, 1)
+    small = system.decode(system.sample(cond, first, noise, **begun), request.vae_tile).clamp(-1, 1)
     # and again over what was drawn, enlarged
     second = larger(system, request, _overall(request.on_step, 1, 2))
     drawn = torch.nn.functional.interpolate(small, (second.height, second.width), mode="bicubic").clamp(-1, 1)
-    begun = system.given(second, len(prompts)) | {"start": system.encode(drawn)}  # type: ignore[attr-defined]
+    begun = system.given(second, len(prompts)) | {"start": system.encode(drawn, request.vae_tile)}  # type: ignore[attr-defined]
     noise = noise_of(seeds, device, request) if request.compat else noise  # which begin anew
     return system.sample(system.condition(prompts, second, negatives), second, noise, **begun)
 
@@ -461,6 +532,8 @@ def check(
     mask_blur: float | None = None,
     depth: str | Path | Image.Image | None = None,
     image_guidance: float | None = None,
+    only_masked: bool = False,
+    padding: int | None = None,
     guidance_kind: str | None = None,
     guidance_rescale: float | None = None,
     guidance_mimic: float | None = None,
@@ -481,6 +554,8 @@ def check(
     place: int | None = None,
     control: Sequence[Control] = (),
     ip_adapter: Sequence[Reference] = (),
+    tile: int | None = None,
+    vae_tile: int | None = None,
     wildcards: str | Path | None = None,
     on_step: OnStep | None = None,
 ) -> Request:
@@ -505,6 +580,12 @@ def check(
         mask = pictures.open_mask(mask, image)
     elif mask_blur is not None:
         raise UsageError("mask_blur is how softly a mask ends, but no mask was given: add --mask IMAGE")
+    if not isinstance(only_masked, bool):
+        raise UsageError(f"only_masked is {only_masked!r:.50}: give True or False")
+    if only_masked and mask is None:
+        raise UsageError("only_masked draws the part around a mask, but no mask was given: add --mask IMAGE")
+    if padding is not None and not only_masked:
+        raise UsageError("padding is what is seen around a mask of which only_masked draws the part: ask for it, too")
     sizes = [
         _size(name, default if value is None else value, defaults, grid)
         for name, value, default in (("width", width, defaults.width), ("height", height, defaults.height))
@@ -585,6 +666,8 @@ def check(
             "image_guidance", defaults.image_guidance if image_guidance is None else image_guidance, 0, 100
         ),
         mask_blur=_number("mask_blur", MASK_BLUR if mask_blur is None else mask_blur, 0, 100),
+        only_masked=only_masked,
+        padding=_whole("padding", PADDING if padding is None else padding, 0, 65_536),
         guidance_kind=kind,
         guidance_rescale=_number("guidance_rescale", rescale, 0, 1),
         guidance_mimic=_number("guidance_mimic", guidance_mimic or 0, 0, 100),
@@ -603,6 +686,8 @@ def check(
         noise_level=_whole("noise_level", NOISE_LEVEL if noise_level is None else noise_level, 0, 999),
         control=tuple(control),
         ip_adapter=tuple(ip_adapter),
+        tile=_tile("tile", tile or 0, defaults, grid),
+        vae_tile=None if vae_tile is None else _tile("vae_tile", vae_tile, defaults, grid),
         on_step=on_step,
     )
 
@@ -644,6 +729,8 @@ def ignored(system: System, request: Request) -> list[str]:
         told.append(f"{system.name} reads prompts plainly, whatever the dialect: brackets and AND are words to it")
     elif dialect == "a1111" and any(AND.search(text) for _, text in against):
         told.append("AND composes prompts, not negative ones: it is a word of the negative prompt")
+    if request.tile and (not in_tiles(request) or system.task == "autoencoding"):
+        told.append(f"tile {request.tile} has no effect: nothing larger is drawn by a network")
     if request.clip_skip is not None and system.clip_skip is None:
         told.append(f"clip skip has no effect: {system.name} does not read prompts with CLIP")
     if request.noise_level != NOISE_LEVEL and getattr(system, "enlarges", 1) == 1:
@@ -682,13 +769,16 @@ def ignored(system: System, request: Request) -> list[str]:
     told += [f"{one.name} has weight 0, and shows nothing" for one in request.ip_adapter if not one.weight]
     given = (("the picture's", request.image), ("the depth map's", request.depth))
     shown = [(whose, image) for whose, image in given if image is not None]
+    width, height = request.width, request.height
+    if request.only_masked and request.image is not None:
+        width, height = request.image.size
     for whose, image in shown + [(f"{one.name}'s picture's", one.image) for one in request.control]:
-        across, down = image.width * request.height, image.height * request.width
+        across, down = image.width * height, image.height * width
         side, cut = ("width", 1 - down / across) if across > down else ("height", 1 - across / down)
         if cut >= 0.005:
             told.append(
                 f"{cut:.0%} of {whose} {side} is cut off, equally at both ends, to make its "
-                f"{image.width} x {image.height} pixels {request.width} x {request.height}: "
+                f"{image.width} x {image.height} pixels {width} x {height}: "
                 "ask for a width and height of its shape"
             )
     if system.task == "autoencoding":
@@ -743,6 +833,8 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
         settings["mask_blur"] = request.mask_blur
     if request.depth is not None:
         settings["depth_hash"] = pictures.digest(request.depth)
+    if request.only_masked:
+        settings["padding"] = request.padding
     if request.control:
         settings["control"] = [one.settings() for one in request.control]
     if request.ip_adapter:
@@ -786,6 +878,15 @@ def _size(name: str, value: Any, defaults: Defaults, grid: int) -> int:
         near = " or ".join(str(n) for n in (below, below + grid) if low <= n <= high)
         raise UsageError(f"{name} is {value}, not a multiple of {grid} pixels: take {near}")
     return _whole(name, value, low, high)
+
+
+def _tile(name: str, value: Any, defaults: Defaults, grid: int) -> int:
+    value = _whole(name, value, 0, 65_536)
+    if value and (value < defaults.min_size or value % grid):
+        raise UsageError(
+            f"{name} is {value}: give a multiple of {grid} pixels from {defaults.min_size} on, or 0 for all"
+        )
+    return value
 
 
 def _overall(on_step: OnStep | None, turn: int, turns: int) -> OnStep | None:

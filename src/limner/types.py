@@ -150,16 +150,19 @@ class Request:
     """A picture asked for, complete: `pipeline.prepare` has filled in the model's defaults and checked every value.
 
     `prompts` and `negatives` are those of each picture of the batch, expanded by its seed. `prompt_dialect` and
-    `clip_skip` are None where the model's own will do. `mask` has the size of `image`, white where it is painted, and
-    its edges fade over `mask_blur` pixels. `depth` is a depth map, as `limner.pictures.open_depth` reads it.
-    `guidance_kind`, `_rescale` and `_mimic` are `way`, `rescale` and `mimic` of `limner.sampling.guidance.Guidance`,
-    `image_guidance` is `picture` there. `variation` is how much of the first noise is that of `variation_seed` + place;
-    all pictures have the same seed then. `pag_scale` is `push` there, away from a network whose pixels attend to
-    themselves alone in `pag_layers`. `hires` times the size is what is drawn in the end: over what was drawn first,
-    with a strength and steps of its own. `switch_at` is the share of the noise after which a refiner takes over.
-    `noise_level` is the timestep whose noise an upscaler puts over the picture first. `compat` is a program of
-    `limner.sampling.compat` to do as, `noise_delta` A1111's number of the name, `place` that of the first picture in a
-    batch of ComfyUI's."""
+    `clip_skip` are None where the model's own will do. `mask` has the size of `image`, white where it is painted,
+    and its edges fade over `mask_blur` pixels. `depth` is a depth map, as `limner.pictures.open_depth` reads it,
+    and `image_guidance` is `picture` of `limner.sampling.guidance.Guidance`. With `only_masked` the part of the
+    picture around the white, and `padding` pixels of it more, is drawn at `width` x `height` and put back.
+    `guidance_kind`, `_rescale` and `_mimic` are `way`, `rescale` and `mimic` of
+    `limner.sampling.guidance.Guidance`. `variation` is how much of the first noise is that of `variation_seed` +
+    place; all pictures have the same seed then. `pag_scale` is `push` there, away from a network whose pixels
+    attend to themselves alone in `pag_layers`. `hires` times the size is what is drawn in the end: over what was
+    drawn first, with a strength and steps of its own. `switch_at` is the share of the noise after which a refiner
+    takes over. `noise_level` is the timestep whose noise an upscaler puts over the picture first. `compat` is a
+    program of `limner.sampling.compat` to do as, `noise_delta` A1111's number of the name, `place` that of the
+    first picture in a batch of ComfyUI's. `tile` is the side in pixels of what the network sees at once, `vae_tile`
+    that of what the autoencoder does; 0 is all of it, None what the size asks for."""
 
     prompt: str
     negative: str
@@ -177,6 +180,8 @@ class Request:
     mask_blur: float = 0.0
     depth: Image.Image | None = None
     image_guidance: float = 1.0
+    only_masked: bool = False
+    padding: int = 0
     guidance_kind: str = "cfg"
     guidance_rescale: float = 0.0
     guidance_mimic: float = 0.0
@@ -199,6 +204,8 @@ class Request:
     place: int = 0
     control: tuple[Control, ...] = ()
     ip_adapter: tuple[Reference, ...] = ()
+    tile: int = 0
+    vae_tile: int | None = None
     on_step: OnStep | None = field(default=None, compare=False)
 
 
@@ -290,4 +297,6 @@ class System(Protocol):
         """Latents of one picture a row; `noise(shape)` draws fresh noise for every row, shape without the batch."""
         ...
 
-    def decode(self, latents: Tensor) -> Images: ...
+    def decode(self, latents: Tensor, tile: int | None = None) -> Images:
+        """`tile` pixels at once, 0 for all, None for what the size asks for."""
+        ...

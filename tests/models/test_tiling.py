@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from limner import types
 from limner.errors import UsageError
+from limner.models import tiling
 from limner.models.autoencoder import KL_TINY, KLAutoencoder
 from limner.models.tiling import Tiled
 
@@ -87,3 +88,29 @@ def test_what_cannot_be_tiled_is_refused():
     for tile, overlap in ((32, 1.0), (32, -0.1), (4, 0.25)):
         with pytest.raises(UsageError, match="cannot overlap"):
             Tiled(Blocks(), tile=tile, overlap=overlap)
+
+
+def test_the_size_chooses_what_goes_whole():
+    for factor, width, height, tile in (
+        (8, 1536, 1536, 0),
+        (8, 3072, 768, 0),
+        (8, 1536, 1544, 1024),
+        (4, 768, 768, 0),
+        (4, 4096, 4096, 512),  # 128 latents: its attention has four times as many of a pixel
+        (32, 1536, 1536, 0),
+        (32, 2048, 2048, 1024),
+    ):
+        assert tiling.tile_of(factor, width, height) == tile
+
+
+def test_pictures_that_go_whole_go_together_while_they_fit():
+    plain, images = Blocks(), torch.randn(5, 3, 1024, 1024)
+    codec = tiling.through(plain, 1024, 1024, 0)
+    latents = codec.encode(images)
+    assert torch.equal(codec.decode(latents), plain.decode(latents))
+    assert [size[0] for size in plain.seen[:10]] == [2, 2, 1, 2, 2, 1, 5]
+    assert isinstance(codec, types.Autoencoder)
+    assert isinstance(tiling.through(plain, 1024, 1024), Tiled)  # 256 latents a side
+    assert isinstance(tiling.through(plain, 512, 512), tiling.Sliced)
+    assert isinstance(tiling.through(plain, 64, 128, 64), Tiled)
+    assert isinstance(tiling.through(plain, 64, 64, 64), tiling.Sliced)

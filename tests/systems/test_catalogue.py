@@ -197,3 +197,69 @@ def test_pixels_survive_the_way_to_a_tensor_and_back():
     rgba[rgba[..., 3] == 0] = 0
     back = np.asarray(pictures.to_pil(pictures.to_tensor(Image.fromarray(rgba), 32, 32)[0]))
     assert (abs(back.astype(int) - rgba) <= 1).all()
+
+
+def drawing_of(name: str, **told):
+    """(system, what it is asked for): a picture of its own size over another."""
+    import numpy as np
+    from PIL import Image
+
+    system = noisy(name).eval()
+    side = system.defaults.max_size
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    prompt = "" if system.task == "autoencoding" else "red circle"
+    steps = {} if system.task == "autoencoding" else {"steps": 2, "strength": 0.8}
+    return system, {"prompt": prompt, "image": picture, "width": side, "height": side, "seed": 4, **steps, **told}
+
+
+@pytest.mark.filterwarnings("ignore::limner.errors.Ignored")
+@pytest.mark.parametrize("name", TINY)
+def test_tiles_as_large_as_the_picture_change_nothing_and_smaller_ones_do(name):
+    system, told = drawing_of(name)
+    side = told["width"]
+    whole = pipeline.generate(system, **told)[0].image
+    for more in ({"tile": side}, {"vae_tile": side}, {"tile": 0, "vae_tile": 0}):
+        assert pipeline.generate(system, **told, **more)[0].image.tobytes() == whole.tobytes(), more
+    half = side // 2 // system.grid * system.grid
+    for more in ({"tile": half}, {"vae_tile": half}):
+        cut = pipeline.generate(system, **told, **more)[0]
+        assert cut.image.size == whole.size
+        changed = cut.image.tobytes() != whole.tobytes()
+        assert changed == (system.task != "autoencoding" or "vae_tile" in more), more
+
+
+@pytest.mark.filterwarnings("ignore::limner.errors.Ignored")
+@pytest.mark.parametrize("name", TINY)
+def test_pictures_in_tiles_are_the_same_alone_and_in_a_batch_and_redone_from_their_settings(name):
+    system, told = drawing_of(name)
+    half = told["width"] // 2 // system.grid * system.grid
+    together = pipeline.generate(system, **told, tile=half, vae_tile=half, batch=3)
+    last = together[2]
+    assert (last.settings["tile"], last.settings["vae_tile"]) == (half, half)
+    again = {k: v for k, v in last.settings.items() if k not in ("limner", "model", "model_hash")}
+    alone = pipeline.generate(system, image=told["image"], **again)[0]
+    assert alone.settings == last.settings
+    assert furthest(alone.image, last.image) <= 1
+
+
+@pytest.mark.filterwarnings("ignore::limner.errors.Ignored")
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("padding", [0, 7, 500])
+def test_what_a_mask_keeps_is_kept_of_pictures_of_any_size(name, padding):
+    import numpy as np
+    from PIL import Image
+
+    system, told = drawing_of(name, only_masked=True, padding=padding, mask_blur=0)
+    side = system.defaults.width
+    rng = np.random.default_rng(padding)
+    for size in ((3 * side + 1, side // 2), (side + 5, 2 * side + 3)):
+        picture = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        left, top = (int(rng.integers(0, n - 8)) for n in size)
+        mask = Image.new("L", size)
+        mask.paste(255, (left, top, left + 8, top + 6))
+        asked = told | {"image": picture, "mask": mask, "width": side, "height": side}
+        painted = np.asarray(pipeline.generate(system, **asked)[0].image.convert("RGB"))
+        white = np.asarray(mask) > 0
+        assert painted.shape[:2] == (size[1], size[0])
+        assert (painted == np.asarray(picture))[~white].all()
+        assert (painted != np.asarray(picture))[white].any()

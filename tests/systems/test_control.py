@@ -101,7 +101,7 @@ def drawn(pipe: Any, monkeypatch, **settings: Any) -> torch.Tensor:
     seen: list[torch.Tensor] = []
     decode = pipe.system.decode
     with monkeypatch.context() as patch:
-        patch.setattr(pipe.system, "decode", lambda latents: (seen.append(latents), decode(latents))[1])
+        patch.setattr(pipe.system, "decode", lambda latents, tile: (seen.append(latents), decode(latents))[1])
         pipe.generate("a red fox", **{"seed": 3, "steps": 10, "guidance": 5.0, "sampler": "euler"} | settings)
     return seen[0]
 
@@ -160,7 +160,7 @@ def test_each_part_of_a_composed_prompt_is_told_the_same(systems, nets, monkeypa
         seen: list[torch.Tensor] = []
         decode = pipe.system.decode
         with monkeypatch.context() as patch:
-            patch.setattr(pipe.system, "decode", lambda latents: (seen.append(latents), decode(latents))[1])  # noqa: B023
+            patch.setattr(pipe.system, "decode", lambda latents, tile: (seen.append(latents), decode(latents))[1])  # noqa: B023
             pipe.generate("a red fox AND a red fox :0", seed=3, steps=10, guidance=5.0, sampler="euler", control=ask)
         assert (seen[0] - one).abs().max() <= 1e-3 * one.abs().max()
 

@@ -241,7 +241,7 @@ def test_each_picture_of_a_batch_and_each_part_of_a_prompt_is_told_the_same(syst
     with monkeypatch.context() as patch:
         seen: list[torch.Tensor] = []
         decode = pipe.system.decode
-        patch.setattr(pipe.system, "decode", lambda latents: (seen.append(latents), decode(latents))[1])
+        patch.setattr(pipe.system, "decode", lambda latents, tile: (seen.append(latents), decode(latents))[1])
         told = {"seed": 3, "steps": 10, "guidance": 5.0, "sampler": "euler"}
         pipe.generate("a red fox AND a red fox :0", **told, ip_adapter=ask)
     assert (seen[0] - one).abs().max() <= 1e-3 * one.abs().max()

@@ -95,7 +95,7 @@ def drawn(system: Any, sampler: str, monkeypatch, **settings) -> tuple[torch.Ten
     """The same of ours."""
     seen: list[torch.Tensor] = []
     decode = system.decode
-    monkeypatch.setattr(system, "decode", lambda latents: (seen.append(latents), decode(latents))[1])
+    monkeypatch.setattr(system, "decode", lambda latents, tile: (seen.append(latents), decode(latents))[1])
     told = {"seed": 3, "steps": 10, "guidance": 5.0, "sampler": sampler}
     image = pipeline.generate(system, "a red fox", **told | settings)[0].image
     return seen[0], image

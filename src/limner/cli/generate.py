@@ -130,6 +130,16 @@ def paint(
             "--image-guidance", help="How closely a model that edits (InstructPix2Pix) keeps to -i. [default: 1.5]"
         ),
     ] = None,
+    only_masked: Annotated[
+        bool,
+        typer.Option(
+            "--only-masked", help="Draw what is around the mask at the size of the drawing, and put it back there."
+        ),
+    ] = False,
+    padding: Annotated[
+        int | None,
+        typer.Option("--padding", help="With --only-masked: pixels around the mask that are seen. [default: 32]"),
+    ] = None,
     variation: Annotated[
         float | None, typer.Option("--variation", help="A picture like that of the seed: 0.1 is near, 1 is another.")
     ] = None,
@@ -202,6 +212,18 @@ def paint(
     dtype: Annotated[
         str, typer.Option("--dtype", help="What the network computes in: fp32, fp16 or bf16; auto is the fastest.")
     ] = "auto",
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            "--tile",
+            help="Let the network see tiles of so many pixels, for large pictures. [default: 0, all; of `limner "
+            "upscale` twice the model's size]",
+        ),
+    ] = None,
+    vae_tile: Annotated[
+        int | None,
+        typer.Option("--vae-tile", help="The same of the autoencoder. [default: 0; of more than 1536 x 1536, 1024]"),
+    ] = None,
     refiner: Annotated[
         str | None, typer.Option("--refiner", help="A model that does the last steps, such as SDXL's refiner.")
     ] = None,
@@ -261,6 +283,8 @@ def paint(
         "strength": strength,
         "mask_blur": mask_blur,
         "image_guidance": image_guidance,
+        "only_masked": only_masked or None,
+        "padding": padding,
         "variation": variation,
         "variation_seed": variation_seed,
         "switch_at": switch_at,
@@ -276,6 +300,8 @@ def paint(
         "prompt_dialect": dialect,
         "clip_skip": clip_skip,
         "noise_level": noise_level,
+        "tile": tile,
+        "vae_tile": vae_tile,
         "compat": compat,
         "noise_delta": noise_delta,
         "wildcards": wildcards,
@@ -358,8 +384,8 @@ def paint(
     if expand is not None or keep_size:
         assert image is not None
         given["image"], given["mask"] = pipeline.canvas(image, expand, mask)
-        for name, side in zip(("width", "height"), pipeline.size_of(pipe.system, given["image"]), strict=True):
-            asked.setdefault(name, side)
+        if not only_masked:
+            asked = pipeline.size_of(pipe.system, given["image"]) | asked
     if enlarge:
         assert image is not None
         given["image"] = pictures.open_image(image)
@@ -369,8 +395,9 @@ def paint(
     if depth_hash and request.depth is not None and not _same_hash(depth_hash, pictures.digest(request.depth)):
         tell(f"{depth} is not the depth map painted with (hash {depth_hash}): expect another picture")
     paths = [] if output == "-" else _paths(output, request)
+    width, height = given["image"].size if request.only_masked else (request.width, request.height)
     for path in paths:
-        metadata.check_writable(path, size=4 * request.width * request.height * request.batch)
+        metadata.check_writable(path, size=4 * width * height * request.batch)
     if painted_with and not _same_hash(painted_with, pipe.system.model_hash):
         tell(
             f"{str(settings)!r} was painted with other weights (model hash {painted_with[:10]!r}, "
@@ -382,6 +409,8 @@ def paint(
         _print_plan(_plan(pipe, request, paths), as_json)
         return
     print(f"seed {request.seed}, {pipe.system.name} on {pipeline.computes(pipe.system)}", file=sys.stderr)
+    for sentence in pipeline.parts(pipe.system, request):
+        print(sentence, file=sys.stderr)
     with _progress() as on_step, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("ignore", Ignored)  # told above
         warnings.simplefilter("error" if strict else "always", Assumed)  # which ends the drawing where it is met
@@ -444,7 +473,7 @@ def _remembered(path: Path, image: Path | None, mask: Path | None, model: str | 
         )
     if "strength" in settings and image is None:
         raise UsageError(f"{str(path)!r} was painted over another picture, which it does not hold: add -i PICTURE")
-    if "mask_blur" in settings and mask is None:
+    if ("mask_blur" in settings or "only_masked" in settings) and mask is None:
         raise UsageError(f"{str(path)!r} was painted under a mask, which it does not hold: add --mask MASK")
     return {k: v for k, v in settings.items() if k != "limner"}
 
@@ -590,8 +619,8 @@ def _plan(pipe: Pipeline, request: Request, paths: list[Path]) -> dict[str, Any]
     from limner import devices, memory, pipeline
 
     system: Any = pipe.system
-    drawn = pipeline.larger(system, request) if request.hires > 1 else request
-    found = memory.plan(system, drawn, min(request.batch, pipeline.CHUNK))
+    last = pipeline.drawn(pipeline.larger(system, request) if request.hires > 1 else request)
+    found = memory.plan(system, last, 1 if pipeline.in_tiles(request) else min(request.batch, pipeline.CHUNK))
     there = 0 if system.works_on else sum(found.weights.values())
     free = devices.free_of(system.device) + (there if system.device.type == "cuda" else 0)
     turns = system.device.type == "cuda" and memory.takes_turns(system, found, free)
@@ -608,6 +637,7 @@ def _plan(pipe: Pipeline, request: Request, paths: list[Path]) -> dict[str, Any]
         **({"prompts": list(request.prompts)} if len(set(request.prompts)) > 1 else {}),
         "seed": request.seed,
         "batch": request.batch,
+        **({"parts": parts} if (parts := pipeline.parts(pipe.system, request)) else {}),
         "device": str(system.device),
         "output": [str(path) for path in paths],
         "parameters": sum(p.numel() for p in system.parameters()),

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from limner import pictures
 from limner.errors import UsageError
+from limner.models import tiling
 from limner.nn.convolution import ChannelToSpace, ResidualBlock, SpaceToChannel
 from limner.text.prompts import Dialect
 from limner.types import Defaults, Images, Latents, Request
@@ -134,14 +135,18 @@ class AutoencodingSystem(nn.Module):
             return {}
         picture = pictures.to_tensor(request.image, request.width, request.height)
         device = next(self.autoencoder.parameters()).device
-        return {"start": self.encode(picture.to(device)).expand(count, -1, -1, -1)}
+        return {"start": self.encode(picture.to(device), request.vae_tile).expand(count, -1, -1, -1)}
 
-    def encode(self, images: Images) -> Latents:
+    def encode(self, images: Images, tile: int | None = None) -> Latents:
+        """In tiles of so many pixels, where None leaves it to the size of the pictures."""
         with torch.no_grad():
-            return self.autoencoder.encode(images)
+            height, width = images.shape[2:]
+            return tiling.through(self.autoencoder, width, height, tile).encode(images)
 
-    def decode(self, latents: Latents) -> Images:
-        return self.autoencoder.decode(latents)
+    def decode(self, latents: Latents, tile: int | None = None) -> Images:
+        """As `encode`."""
+        height, width = (n * self.grid for n in latents.shape[2:])
+        return tiling.through(self.autoencoder, width, height, tile).decode(latents)
 
 
 def gradient_loss(a: Tensor, b: Tensor, scales: int = 3) -> Tensor:

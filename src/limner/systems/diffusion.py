@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from limner import hints, pictures
 from limner.errors import CheckpointMismatch, UsageError
-from limner.models import ip_adapter, unet
+from limner.models import ip_adapter, tiling, unet
 from limner.models.controlnet import KINDS
 from limner.models.unet import Residuals, UNet, guidance_embedding, micro_conditioning
 from limner.sampling import compat, samplers, schedules
@@ -142,7 +142,10 @@ class DiffusionSystem(nn.Module):
 
         `batch` has "captions" and either "latents" (b, c, h, w) or "images" (b, 4, H, W).
         """
-        x0 = batch["latents"] if "latents" in batch else self.encode(batch["images"])
+        x0 = batch.get("latents")
+        if x0 is None:
+            with torch.no_grad():
+                x0 = self.autoencoder.encode(self.opaque(batch["images"]))
         n, device = len(x0), x0.device
         coin = random.Random(generator.initial_seed())  # on the host: asking the device would wait for it
         captions = ["" if coin.random() < self.caption_dropout else caption for caption in batch["captions"]]
@@ -301,10 +304,10 @@ class DiffusionSystem(nn.Module):
                 scale = torch.full((len(prompts) * (most + 1),), request.guidance, device=read.tokens.device)
                 read = replace(read, guidance=guidance_embedding(scale, system.told_guidance))
             *parts, uncond = (read.map(lambda v, k=k: v[k :: most + 1]) for k in range(most + 1))
-            size = request.width, request.height
+            width, height = (min(n, request.tile or n) for n in (request.width, request.height))
             guide = None if system.guide is None else told(system.guide, turn)
-            sized = tuple(system.sized(part, *size) for part in parts)
-            return Prompts(sized, weights, system.sized(uncond, *size, score=2.5), guide)
+            sized = tuple(system.sized(part, width, height) for part in parts)
+            return Prompts(sized, weights, system.sized(uncond, width, height, score=2.5), guide)
 
         known = lru_cache(maxsize=MOST_KNOWN)(told)  # a long prompt that changes at every step would fill the memory
         mine: Turns = [(end, partial(known, self, turn), self) for end, turn in turns.items()]
@@ -456,7 +459,7 @@ class DiffusionSystem(nn.Module):
         if request.image is not None:
             picture = pictures.to_tensor(request.image, width, height).to(device)
         if picture is not None and self.small_noise is None:
-            found["start"] = self.encode(picture)
+            found["start"] = self.encode(picture, request.vae_tile)
         if self.small_noise is not None:
             assert picture is not None
             found["beside"] = self.opaque(picture)
@@ -482,7 +485,7 @@ class DiffusionSystem(nn.Module):
             mask = (pictures.mask_tensor(request.mask, width, height).to(device) >= 0.5).float()
             kept = self.opaque(picture) * (1 - mask)
         small = F.interpolate(mask, (height // self.grid, width // self.grid), mode="nearest")
-        return torch.cat([small, self.encode(kept)], dim=1)
+        return torch.cat([small, self.encode(kept, request.vae_tile)], dim=1)
 
     def sample(
         self,
@@ -496,8 +499,12 @@ class DiffusionSystem(nn.Module):
         """`start` are latents to begin from (img2img), walked from `request.strength` of the way into noise; `paint`
         (b, 1, h, w) is 0 where they stay what they are. `beside` are channels that the network sees beside x; a small
         picture to be enlarged gets noise first. What is told changes with the steps done, however often a sampler asks
-        in a step."""
+        in a step. With `request.tile` the network sees overlapping tiles, and each step goes on from what it says of
+        them, blended (MultiDiffusion, arXiv:2302.08113, equation 5, with weights that fade)."""
         shape = (self.autoencoder.channels, request.height // self.grid, request.width // self.grid)
+        side = request.tile // self.grid or max(shape[1:])
+        overlap = tiling.overlap_of(side)
+        places = tiling.tiles(*shape[1:], side, overlap)
         sigmas = self.sigmas(request)
         if self.small_noise is not None and beside is not None:
             sigma = self.small_noise.sigmas[request.noise_level]
@@ -522,18 +529,20 @@ class DiffusionSystem(nn.Module):
             x = self.interpolant.mix(over, eps, sigmas[0])
         sampler = compat.solver(request.compat, request.sampler) if request.compat else samplers.get(request.sampler)
         interval = request.guidance_interval or self.defaults.guidance_interval
-        combine, push = self.combine(request), classifier_free(1 + request.pag_scale) if request.pag_scale else None
+        combine = [self.combine(request) for _ in places]
+        push = classifier_free(1 + request.pag_scale) if request.pag_scale else None
         perturbed = lru_cache(maxsize=None)(lambda system: unet.perturbed(system.network, request.pag_layers))
         seeing = [self]  # controls and pictures as words, and a guide that can
         if self.guide is not None and self.guide.network.config == self.network.config:
             seeing.append(self.guide)
-        controls = [(one, self.hint(one, request)) for one in request.control if one.weight]
+        told = [(one, self.hint(one, request)) for one in request.control if one.weight]
+        controls = [[(one, self.see(one, hint, place)) for one, hint in told] for place in places]
         steps, last = 0, len(sigmas) - 1
 
         there = contextlib.ExitStack()
         if self.works_on is not None:
-            for _, told, _ in cond:  # the words before the networks, which need not be there together
-                told()
+            for _, tell, _ in cond:  # the words before the networks, which need not be there together
+                tell()
 
         present: DiffusionSystem | None = None
 
@@ -546,29 +555,33 @@ class DiffusionSystem(nn.Module):
                         there.enter_context(one.at_work("network"))
             present = system
 
-        @lru_cache(maxsize=1)
-        def denoiser(turn: int) -> Denoise:
+        @lru_cache(maxsize=len(places))
+        def denoiser(turn: int, tile: int) -> Denoise:
             _, told, system = cond[turn]
             prompts = told()
             bring(system)
+            top, bottom, left, right = places[tile]
+            near = None if beside is None else beside[:, :, top:bottom, left:right]
 
             def now() -> list[tuple[Control, Any]]:
-                return [row for row in controls if row[0].at(steps, last)]
+                return [row for row in controls[tile] if row[0].at(steps, last)]
 
             def sees(other: DiffusionSystem) -> tuple[Any, Sequence[Reference]]:
                 return (now, request.ip_adapter) if any(other is one for one in seeing) else (list, ())
 
             def plain(other: DiffusionSystem, said: Prompts, network: nn.Module | None = None) -> Denoise:
-                return other.denoiser(said, None, interval, beside, *sees(other), network)
+                return other.denoiser(said, None, interval, near, *sees(other), network)
 
             against, spoilt = None, plain(system, prompts, perturbed(system)) if request.pag_scale else None
             if system.unguided(request):
-                return system.denoiser(prompts, push, interval, beside, *sees(system), None, spoilt)
+                return system.denoiser(prompts, push, interval, near, *sees(system), None, spoilt)
             if prompts.guide is not None:
                 assert system.guide is not None
                 against = plain(system.guide, prompts.guide)
             pictured = request.image_guidance != 1
-            return system.denoiser(prompts, combine, interval, beside, *sees(system), None, against, spoilt, pictured)
+            return system.denoiser(
+                prompts, combine[tile], interval, near, *sees(system), None, against, spoilt, pictured
+            )
 
         def on_step(done: int, total: int) -> None:
             nonlocal steps
@@ -578,7 +591,7 @@ class DiffusionSystem(nn.Module):
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             turn = next(k for k, (until, *_) in enumerate(cond) if steps < until)
-            x0 = denoiser(turn)(x, sigma)
+            x0 = tiling.blended(lambda tile, part: denoiser(turn, tile)(part, sigma), x, side, overlap)
             return x0 if paint is None else torch.lerp(start, x0, paint)  # type: ignore[arg-type]
 
         dtype = next(self.network.parameters()).dtype
@@ -593,14 +606,19 @@ class DiffusionSystem(nn.Module):
                 network.cpu()
         return self.interpolant.input_scale(sigmas[-1]) * x if sigmas[-1] else x
 
-    def hint(self, control: Control, request: Request) -> Any:
-        """What a control sees of its picture, which is on white, in [0, 1] and of the size of the request."""
-        dtype = next(self.network.parameters()).dtype
-        control.network.to(self.device, dtype)  # which may have been widened since it was opened
+    def hint(self, control: Control, request: Request) -> Tensor:
+        """The picture of a control, on white, (1, 3, h, w) in [0, 1] and of the size of the request."""
         image = pictures.fit(hints.on_white(control.image), request.width, request.height)
         image = hints.make(control.maker, image) if control.maker else image
-        hint = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-        return control.network.see(hint.to(self.device, dtype), KINDS.get(control.kind, 0))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+
+    def see(self, control: Control, hint: Tensor, place: tuple[int, int, int, int]) -> Any:
+        """What a control sees of it at a place in latents: top, bottom, left, right."""
+        dtype = next(self.network.parameters()).dtype
+        control.network.to(self.device, dtype)  # which may have been widened since it was opened
+        top, bottom, left, right = (n * self.grid for n in place)
+        near = hint[:, :, top:bottom, left:right].to(self.device, dtype)
+        return control.network.see(near, KINDS.get(control.kind, 0))
 
     def check_perturbed(self, request: Request) -> None:
         if not isinstance(self.network, UNet):
@@ -628,10 +646,14 @@ class DiffusionSystem(nn.Module):
             return images[:, :3] + 1 - images[:, 3:]
         return images
 
-    def encode(self, images: Images) -> Latents:
+    def encode(self, images: Images, tile: int | None = None) -> Latents:
+        """In tiles of so many pixels, where None leaves it to the size of the pictures."""
         with torch.no_grad(), self.at_work("autoencoder"):
-            return self.autoencoder.encode(self.opaque(images))
+            height, width = images.shape[2:]
+            return tiling.through(self.autoencoder, width, height, tile).encode(self.opaque(images))
 
-    def decode(self, latents: Latents) -> Images:
+    def decode(self, latents: Latents, tile: int | None = None) -> Images:
+        """As `encode`."""
+        height, width = (n * self.grid for n in latents.shape[2:])
         with self.at_work("autoencoder"):
-            return self.autoencoder.decode(latents)
+            return tiling.through(self.autoencoder, width, height, tile).decode(latents)
