@@ -27,6 +27,7 @@ from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, J
 from limner.models.unet import SD1, SD2, SDXL, SDXL_REFINER, UNET_TINY, X4_UPSCALER, UNet, UNetConfig
 from limner.sampling import interpolants, predictions
 from limner.sampling.interpolants import SMALL_NOISE, EDMConfig, VPConfig, discrete
+from limner.systems import previews
 from limner.systems.autoencoding import AutoencodingSystem
 from limner.systems.diffusion import DiffusionSystem
 from limner.text import bpe
@@ -100,6 +101,8 @@ class Entry:
     file: Path | None = None
     task: str = field(default="")
     recipe: bool = True
+    latent_rgb: previews.Map | None = None
+    """What previews of `file` are made with (see `limner.systems.previews`), where it is not published."""
 
     @property
     def name(self) -> str:
@@ -151,6 +154,7 @@ CATALOG = {
             task=DiffusionSystem.task,
             file=WEIGHTS / "icons" / "icons.safetensors",
             summary="emoji, stickers and icons, 256 px, transparent",
+            latent_rgb=previews.ICONS,
         ),
         Entry(
             config=DiffusionConfig(
@@ -375,6 +379,8 @@ def load(
         row = next((row for row in entries() if row.file is not None and path.resolve() == row.file.resolve()), None)
         config = config if row is None else replace(config, defaults=row.config.defaults)
         system = _bare(config, path)
+        if row is not None and row.latent_rgb is not None:
+            system.latent_rgb = torch.tensor(row.latent_rgb)
         if getattr(config, "text_encoder", "") == "minilm":
             tensors |= {f"text_encoder.{k}": v for k, v in system.text_encoder.state_dict().items()}  # type: ignore[union-attr]
     files.assign(system, _cast(tensors, dtype or torch.float32), path)

@@ -23,8 +23,11 @@ Latents = Float[Tensor, "b c h w"]
 """What a diffusion network works on: scaled to about unit variance."""
 Tokens = Float[Tensor, "b l d"]
 
-OnStep = Callable[[int, int], None]
-"""Called after every sampling step with (steps done, steps in all)."""
+Preview = Callable[[], list[Image.Image]]
+"""Makes, when it is called, small pictures of what is being drawn, as x0 was predicted last: one for each picture drawn
+at once, a pixel a latent, with transparency where the model knows it."""
+OnStep = Callable[[int, int, Preview], None]
+"""Called after every sampling step with (steps done, steps in all, what shows how far it is)."""
 Noise = Callable[[], Tensor]
 """Each call draws fresh standard normal noise of the shape being sampled."""
 Denoise = Callable[[Tensor, float], Tensor]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +24,7 @@ from limner.sampling import compat, samplers, schedules
 from limner.sampling.guidance import Combine, Guidance, classifier_free, combining, composed, guided, within
 from limner.sampling.interpolants import Discrete, Interpolant
 from limner.sampling.predictions import Prediction
+from limner.systems import previews
 from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, unreached
 from limner.types import Conditioning, Control, Defaults, Denoise, Images, Latents, Reference, Request
 
@@ -87,6 +89,8 @@ class DiffusionSystem(nn.Module):
     """A weaker model, which guidance leads away from in place of the negative prompt."""
     refuses = True
     """Whether a prompt may not ask for adapters that are not here: what another model knows, a refiner need not."""
+    latent_rgb: Tensor | None = None
+    """The map of `limner.systems.previews`, once it is known."""
     adapters: Any = None
     """What `limner.adapters` keeps of those attached."""
     task = "text-to-image"
@@ -463,6 +467,7 @@ class DiffusionSystem(nn.Module):
             seeing.append(self.guide)
         controls = [(one, self.hint(one, request)) for one in request.control if one.weight]
         steps, last = 0, len(sigmas) - 1
+        newest = x
 
         @lru_cache(maxsize=1)
         def denoiser(turn: int) -> Denoise:
@@ -490,12 +495,14 @@ class DiffusionSystem(nn.Module):
             nonlocal steps
             steps = done
             if request.on_step is not None:
-                request.on_step(done, total)
+                request.on_step(done, total, partial(self.preview, newest))
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
+            nonlocal newest
             turn = next(k for k, (until, *_) in enumerate(cond) if steps < until)
             x0 = denoiser(turn)(x, sigma)
-            return x0 if paint is None else torch.lerp(start, x0, paint)  # type: ignore[arg-type]
+            newest = x0 if paint is None else torch.lerp(start, x0, paint)  # type: ignore[arg-type]
+            return newest
 
         like = next(self.network.parameters())
         references = [(one.network.to(like.device, like.dtype), one.weight_in) for one in request.ip_adapter]
@@ -546,3 +553,10 @@ class DiffusionSystem(nn.Module):
 
     def decode(self, latents: Latents) -> Images:
         return self.autoencoder.decode(latents)
+
+    @torch.no_grad()
+    def preview(self, latents: Latents) -> list[Image.Image]:
+        """A small picture of each row, a pixel a latent, without decoding (see `limner.systems.previews`)."""
+        if self.latent_rgb is None:
+            self.latent_rgb = previews.of(self.autoencoder)
+        return previews.show(latents, self.latent_rgb)
