@@ -322,7 +322,7 @@ def to_latents(system: System, prompts: list[str], negatives: list[str], seeds: 
     # and again over what was drawn, enlarged
     second = larger(system, request, _overall(request.on_step, 1, 2))
     drawn = torch.nn.functional.interpolate(small, (second.height, second.width), mode="bicubic").clamp(-1, 1)
-    begun = system.given(second, len(prompts)) | {"start": system.encode(drawn)}  # type: ignore[attr-defined]
+    begun = system.given(second, len(prompts)) | {"start": system.encode(drawn)}
     noise = noise_of(seeds, device, request) if request.compat else noise  # which begin anew
     return system.sample(system.condition(prompts, second, negatives), second, noise, **begun)
 

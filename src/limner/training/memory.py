@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from limner import catalog
-from limner.catalog import DiffusionConfig
 from limner.data.images import Batches
 from limner.errors import OutOfMemory, UsageError
 from limner.training.config import TrainConfig
@@ -32,7 +30,7 @@ def check_parameters(config: TrainConfig, device: torch.device) -> None:
     check_counts(config.system, "system")
     system = config.system
     with torch.device("meta"):
-        built = catalog.build(replace(system, autoencoder_from="") if isinstance(system, DiffusionConfig) else system)
+        built = catalog.build(catalog.bare(system))
     count = sum(p.numel() for p in built.parameters() if p.requires_grad)
     compare(16 * count, device, f"{count / 1e6:,.0f} million parameters take", "make the network smaller")
 
