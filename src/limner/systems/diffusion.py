@@ -36,7 +36,9 @@ def controlled(control: Control, seen: Any, x: Tensor, t: Tensor, cond: Conditio
     rows = wanted if control.guess else len(x)
     if not rows:
         return Residuals()
-    added = control.network(x[:rows], t[:rows], cond.map(lambda v: v[:rows]), seen)
+    if rows < len(x):
+        cond = cond.keep(rows, lambda: replace(cond.map(lambda v: v[:rows]), kept={}))
+    added = control.network(x[:rows], t[:rows], cond, seen)
     if added.levels:
         return Residuals(levels=tuple(control.weight * level for level in added.levels))
     count = len(added.down) + 1
@@ -360,8 +362,8 @@ class DiffusionSystem(nn.Module):
             count = len(prompts.weights[0])
             told = [replace(c, images=seen.expand(count, -1, -1)) for c in prompts.parts]
             told.append(replace(prompts.uncond, images=none.expand(count, -1, -1)))
-        told = [c.map(lambda v: v.to(dtype) if v.is_floating_point() else v) for c in told]
-        every = Conditioning.cat(told) if prompts.alone else told[0]
+        told = [replace(c.map(lambda v: v.to(dtype) if v.is_floating_point() else v), kept={}) for c in told]
+        every = replace(Conditioning.cat(told), kept={}) if prompts.alone else told[0]
         weights = torch.tensor(prompts.weights, device=first.device)
 
         def predict(x: Tensor, sigma: float, cond: Conditioning, wanted: int | None = None) -> Tensor:
