@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +31,7 @@ def made(tmp_path_factory, sd1_folder) -> dict[str, Any]:
     found: dict[str, Any] = {kind: pipeline.load(path, "cpu") for kind, path in paths.items()}
     found["refined"] = pipeline.load(paths["sdxl"], "cpu", refiner=paths["sdxl_refiner"])
     theirs("sd1", 5).save_pretrained(folder / "net")
-    modules = {name: module for name, module in attentions(found["sd1"].system.network).items()}
+    modules = attentions(found["sd1"].system.network)
     rows = {f"{name}.{part}": getattr(module, part) for name, module in modules.items() for part in ("to_k", "to_v")}
     zoo.file(folder / "style.safetensors", {"unet": rows}, zoo.lora, zoo.diffusers)
     widths = [module.to_k.out_features for module in modules.values()]
@@ -91,12 +90,13 @@ def test_what_is_kept_changes_no_bit(made, way, monkeypatch):
     assert drawn(made, way) == kept
 
 
-def count(made: dict[str, Any], way: str, module: nn.Module) -> int:
-    calls: list[int] = []
-    handle = module.register_forward_hook(lambda *_: calls.append(1))
+def counts(made: dict[str, Any], way: str, modules: list[nn.Module]) -> list[int]:
+    calls: list[nn.Module] = []
+    handles = [module.register_forward_hook(lambda module, *_: calls.append(module)) for module in modules]
     drawn(made, way)
-    handle.remove()
-    return len(calls)
+    for handle in handles:
+        handle.remove()
+    return [calls.count(module) for module in modules]
 
 
 @pytest.mark.parametrize(
@@ -106,18 +106,16 @@ def count(made: dict[str, Any], way: str, module: nn.Module) -> int:
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
 def test_keys_and_values_are_computed_once_for_each_conditioning(made, way, times):
-    for attention in attentions(made["sd1"].system.network).values():
-        assert count(made, way, attention.to_k) == count(made, way, attention.to_v) == times
+    modules = [part for one in attentions(made["sd1"].system.network).values() for part in (one.to_k, one.to_v)]
+    assert counts(made, way, modules) == [times] * len(modules)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_sizes_and_pictures_as_words_are_read_once(made):
-    assert count(made, "sizes", made["sdxl"].system.network.add_embedding) == 1
-    *_, (name, attention) = attentions(made["sd1"].system.network).items()
-    own = made["shown"].network.layers[-1]
-    assert name.startswith("mid_block")
-    assert count(made, "a picture as words", own["to_k_ip"]) == 0  # of weight 0
-    assert count(made, "a picture as words", made["shown"].network.layers[0]["to_v_ip"]) == 1
+    assert counts(made, "sizes", [made["sdxl"].system.network.add_embedding]) == [1]
+    first, *_, last = made["shown"].network.layers
+    assert list(attentions(made["sd1"].system.network))[-1].startswith("mid_block")  # of weight 0
+    assert counts(made, "a picture as words", [first["to_v_ip"], last["to_k_ip"]]) == [1, 0]
 
 
 def test_adapters_between_two_drawings_are_seen(made):
