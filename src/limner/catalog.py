@@ -38,6 +38,7 @@ from limner.models.unet import (
 )
 from limner.sampling import interpolants, predictions
 from limner.sampling.interpolants import SMALL_NOISE, EDMConfig, VPConfig, discrete
+from limner.systems import previews
 from limner.systems.autoencoding import AutoencodingSystem
 from limner.systems.diffusion import DiffusionSystem
 from limner.text import bpe
@@ -80,7 +81,8 @@ class AutoencodingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """`autoencoder_from` is a file of an autoencoder (or of a whole system) whose weights are used when training."""
+    """`autoencoder_from` and `text_encoder_from` are files or folders of an autoencoder and of CLIP's towers, or of
+    whole systems with them, of ours or of other programs, whose weights are used when training."""
 
     kind: Literal["diffusion"] = "diffusion"
     name: SystemName = "icons"
@@ -89,6 +91,7 @@ class DiffusionConfig:
     autoencoder: Annotated[DCAEConfig | KLConfig, Field(discriminator="type")] = DCAE_ICONS
     autoencoder_from: str = ""
     text_encoder: Literal["minilm"] | CLIPTowersConfig = "minilm"
+    text_encoder_from: str = ""
     max_tokens: int = 24
     interpolant: Literal["flow", "edm"] | VPConfig | EDMConfig = "flow"
     small_noise: VPConfig | None = None
@@ -111,6 +114,8 @@ class Entry:
     file: Path | None = None
     task: str = field(default="")
     recipe: bool = True
+    latent_rgb: previews.Map | None = None
+    """What previews of `file` are made with (see `limner.systems.previews`), where it is not published."""
 
     @property
     def name(self) -> str:
@@ -174,6 +179,7 @@ CATALOG = {
             task=DiffusionSystem.task,
             file=WEIGHTS / "icons" / "icons.safetensors",
             summary="emoji, stickers and icons, 256 px, transparent",
+            latent_rgb=previews.ICONS,
         ),
         Entry(
             config=DiffusionConfig(
@@ -214,7 +220,7 @@ CATALOG = {
             task=DiffusionSystem.task,
             summary="coloured shapes, 32 px: a U-Net that reads text, trained in a minute",
         ),
-        _stable_diffusion("sd1", "512 px, any file of Stable Diffusion 1"),
+        replace(_stable_diffusion("sd1", "512 px, any file of Stable Diffusion 1"), recipe=True),
         _stable_diffusion("sd2", "512 px, Stable Diffusion 2 base", **_SD2),
         _stable_diffusion(
             "sd2-v",
@@ -284,8 +290,8 @@ def entry(name: str) -> Entry:
 def build(
     config: AutoencodingConfig | DiffusionConfig, tokenizers: Sequence[CLIPTokenizer] = ()
 ) -> AutoencodingSystem | DiffusionSystem:
-    """The system with fresh weights; a frozen autoencoder is read from `autoencoder_from` when that is given. CLIP's
-    towers take `tokenizers`, or the one that ships.
+    """The system with fresh weights; a frozen autoencoder is read from `autoencoder_from` when that is given, CLIP's
+    towers from `text_encoder_from`. They take `tokenizers`, or the one that ships.
 
     Raises UsageError for what no system can be built of.
     """
@@ -319,13 +325,18 @@ def build(
     codec = config.autoencoder
     autoencoder = DCAE(codec) if isinstance(codec, DCAEConfig) else KLAutoencoder(codec)
     if config.autoencoder_from:
-        _load_autoencoder(autoencoder, config.autoencoder_from)
+        _load_part(autoencoder, "autoencoder", config.autoencoder_from, network)
+    words = (
+        minilm(config.max_tokens)
+        if text == "minilm"
+        else CLIPTowers(text, tokenizers or [bpe.shipped()] * len(text.towers))
+    )
+    if config.text_encoder_from:
+        _load_part(words, "text_encoder", config.text_encoder_from, network)
     return DiffusionSystem(
         network=JointDiT(network) if isinstance(network, JointDiTConfig) else UNet(network),
         autoencoder=autoencoder.eval(),
-        text_encoder=minilm(config.max_tokens)
-        if text == "minilm"
-        else CLIPTowers(text, tokenizers or [bpe.shipped()] * len(text.towers)).eval(),
+        text_encoder=words.eval(),
         interpolant=interpolants.get(config.interpolant),
         prediction=predictions.get(config.prediction),
         defaults=config.defaults,
@@ -346,18 +357,52 @@ def minilm(max_tokens: int = 24) -> MiniLM:
     return encoder.requires_grad_(False).eval()
 
 
-def _load_autoencoder(autoencoder: nn.Module, source: str) -> None:
+def _load_part(part: nn.Module, name: str, source: str, network: JointDiTConfig | UNetConfig) -> None:
+    """Give the autoencoder or the text encoder beside a network, whichever `name` says that `part` is, its weights in a
+    file. Raises FileProblem, CheckpointMismatch, UsageError."""
+    if isinstance(part, MiniLM):
+        raise UsageError(f"system.text_encoder_from={source} is for CLIP's towers: this system reads with what ships")
     path = WEIGHTS / source if (WEIGHTS / source).is_file() else Path(source)
     if not path.exists():
-        ours = [e.config for e in entries() if isinstance(e.config, AutoencodingConfig)]
-        recipe = next((c.name for c in ours if c.autoencoder == autoencoder.config), "icons-autoencoder")
-        raise FileProblem(
-            f"no autoencoder {path}: train one with `limner train {recipe} --out runs/{recipe}`, or name its file with "
-            "system.autoencoder_from=FILE"
-        )
+        advice = ""
+        if name == "autoencoder":
+            ours = [e.config for e in entries() if isinstance(e.config, AutoencodingConfig)]
+            recipe = next((c.name for c in ours if c.autoencoder == part.config), "")
+            advice = f"train one with `limner train {recipe} --out runs/{recipe}`, or " if recipe else ""
+        raise FileProblem(f"no {name.replace('_', ' ')} {path}: {advice}name its file with system.{name}_from=FILE")
+    theirs = path.is_dir() or (not isinstance(part, DCAE) and files.CONFIG_KEY not in files.read(path)[1])
+    if theirs and isinstance(network, UNetConfig) and not isinstance(part, DCAE):
+        files.assign(part, _part_of(part, name, path, network), path)
+        return
     tensors, _ = files.load(path)
-    prefix = "autoencoder."
-    files.assign(autoencoder, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, path)
+    prefix = f"{name}."
+    files.assign(part, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, path)
+
+
+def _part_of(part: Any, name: str, path: Path, network: UNetConfig) -> dict[str, Tensor]:
+    """The float32 weights of an autoencoder or of text towers in a file or folder of other programs."""
+    try:
+        if name == "autoencoder":
+            held = [parts.codec(parts.codec_in(path), part.config.scale, "this system")]
+            layout = parts.codec_layout(held[0], part.config)
+        else:
+            inside = [folder for folder in (path / "text_encoder", path / "text_encoder_2") if folder.is_dir()]
+            held = parts.ordered(
+                network, [tower for file in inside or [path] for tower in parts.towers(file)], str(path)
+            )
+            layout = {}
+            for k, (tower, (openclip, _)) in enumerate(zip(held, parts.wanted(network), strict=True)):
+                layout |= layouts.prefixed(parts.tower_config(tower, openclip)[1], f"{k}.", "")
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointMismatch(f"{path} has no whole {name.replace('_', ' ')} of Stable Diffusion") from error
+    found = {one.full(key): t for one in held for key, t in one.tensors.items() if not single_files.superfluous(key)}
+    layouts.fit(layout, part.state_dict(), found, path)
+    return {ours: t.float() for ours, t in layouts.read(layout, found, path).items()}
+
+
+def bare(config: AutoencodingConfig | DiffusionConfig) -> AutoencodingConfig | DiffusionConfig:
+    """The same without files that parts of it are read from."""
+    return replace(config, autoencoder_from="", text_encoder_from="") if isinstance(config, DiffusionConfig) else config
 
 
 # -------------------------------------------------------------------- files
@@ -377,8 +422,7 @@ def save(
     """
     beside = "text_encoder." if getattr(config, "text_encoder", "") == "minilm" else ()
     tensors = {k: v.detach().float().cpu() for k, v in system.state_dict().items() if not k.startswith(beside)}
-    if isinstance(config, DiffusionConfig):
-        config = replace(config, autoencoder_from="")
+    config = bare(config)
     stored, recipe = quantize(
         tensors, lambda name, t: bits if bits != 8 else 8 if t.dim() > 1 and t.numel() >= 4096 else 16
     )
@@ -419,6 +463,8 @@ def load(
         row = next((row for row in entries() if row.file is not None and path.resolve() == row.file.resolve()), None)
         config = config if row is None else replace(config, defaults=row.config.defaults)
         system = _bare(config, path)
+        if row is not None and row.latent_rgb is not None:
+            system.latent_rgb = torch.tensor(row.latent_rgb)
         if getattr(config, "text_encoder", "") == "minilm":
             tensors |= {f"text_encoder.{k}": v for k, v in system.text_encoder.state_dict().items()}  # type: ignore[union-attr]
     files.assign(system, _cast(tensors, dtype or torch.float32), path)
@@ -567,11 +613,9 @@ def _bare(
     config: AutoencodingConfig | DiffusionConfig, path: Path, tokenizers: Sequence[CLIPTokenizer] = ()
 ) -> AutoencodingSystem | DiffusionSystem:
     """The system with nothing in its weights yet."""
-    if isinstance(config, DiffusionConfig):
-        config = replace(config, autoencoder_from="")
     try:
         with torch.device("meta"):
-            return build(config, tokenizers)
+            return build(bare(config), tokenizers)
     except UsageError as error:
         raise CheckpointMismatch(f"{path}: its configuration is of no system ({error})") from error
 

@@ -161,7 +161,7 @@ class _Enough(Exception):
     pass
 
 
-def _enough(done: int, total: int) -> None:
+def _enough(done: int, total: int, preview: Any = None) -> None:
     raise _Enough
 
 

@@ -171,6 +171,47 @@ def encode_png(image: Image.Image, settings: dict[str, Any]) -> bytes:
     return out.getvalue()
 
 
+PREVIEW = "limner-preview"
+
+
+def save_preview(image: Image.Image, path: Path) -> None:
+    """Put a passing picture at `path` in place of the one before: whoever reads it finds one of both, whole. Raises
+    FileProblem."""
+    from PIL.PngImagePlugin import PngInfo
+
+    marks = PngInfo()
+    marks.add_text(PREVIEW, "of a picture that is being painted")
+    marks.add_itxt("XML:com.adobe.xmp", XMP)
+    out = io.BytesIO()
+    image.save(out, "PNG", pnginfo=marks, compress_level=1)
+    temporary = path.parent / f".limner-{secrets.token_hex(8)}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_synced(temporary, out.getvalue())
+        try:
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def check_preview(path: Path) -> None:
+    """Raise FileProblem if `save_preview` to `path` would fail, or would replace what is no preview."""
+    from PIL import Image
+
+    check_writable(path)
+    if not os.path.lexists(path):
+        return
+    known = False
+    with contextlib.suppress(Exception):  # Pillow's plugins raise many kinds
+        if path.is_file():
+            with Image.open(path, formats=["PNG"]) as found:
+                known = PREVIEW in found.info
+    if not known:
+        raise FileProblem(f"{str(path)!r} is there and is no preview, so it is kept: name another file for previews")
+
+
 def check_writable(path: Path, size: int = 0) -> None:
     """Raise FileProblem if `save_png` to `path` would fail, leaving nothing behind. `size` bytes are needed."""
     try:

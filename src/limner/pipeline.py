@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import secrets
@@ -222,9 +223,10 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     pag_scale (perturbed attention guidance, beside the other or alone; 3 is usual) with pag_layers (blocks,
     "mid_block" without), variation 0 to 1 towards the noise of variation_seed, compat ("a1111", "a1111-cpu",
     "comfyui") to do as these do, with noise_delta and place, switch_at (0 to 1, where a refiner takes over), hires (a
-    factor above 1) with hires_strength and hires_steps, on_step(done, total); with a Pipeline also lora and embedding
-    (files, or (file, weight), for this time only), adapter_folder, where `<lora:name:weight>` of the prompt is looked
-    for, control (ControlNets and T2I-Adapters, each what --control takes, keywords of
+    factor above 1) with hires_strength and hires_steps, on_step(done, total, preview), told after each step,
+    where preview() gives small pictures of what is being drawn, made only if it is called; with a Pipeline also lora
+    and embedding (files, or (file, weight), for this time only), adapter_folder, where `<lora:name:weight>` of the
+    prompt is looked for, control (ControlNets and T2I-Adapters, each what --control takes, keywords of
     `limner.adapters.control.open_control`, or its file, image and weight), ip_adapter (the same of IP-Adapters) and
     image_encoder. What is left out is the model's default.
 
@@ -406,7 +408,7 @@ def to_latents(system: System, prompts: list[str], negatives: list[str], seeds: 
     # and again over what was drawn, enlarged
     second = larger(system, request, _overall(request.on_step, 1, 2))
     drawn = torch.nn.functional.interpolate(small, (second.height, second.width), mode="bicubic").clamp(-1, 1)
-    begun = system.given(second, len(prompts)) | {"start": system.encode(drawn, request.vae_tile)}  # type: ignore[attr-defined]
+    begun = system.given(second, len(prompts)) | {"start": system.encode(drawn, request.vae_tile)}
     noise = noise_of(seeds, device, request) if request.compat else noise  # which begin anew
     return system.sample(system.condition(prompts, second, negatives), second, noise, **begun)
 
@@ -688,7 +690,7 @@ def check(
         ip_adapter=tuple(ip_adapter),
         tile=_tile("tile", tile or 0, defaults, grid),
         vae_tile=None if vae_tile is None else _tile("vae_tile", vae_tile, defaults, grid),
-        on_step=on_step,
+        on_step=_heard(on_step),
     )
 
 
@@ -893,4 +895,20 @@ def _overall(on_step: OnStep | None, turn: int, turns: int) -> OnStep | None:
     """Progress over all turns of a large batch."""
     if on_step is None:
         return None
-    return lambda done, total: on_step(turn * total + done, turns * total)
+    return lambda done, total, preview: on_step(turn * total + done, turns * total, preview)
+
+
+def _heard(on_step: OnStep | None) -> OnStep | None:
+    """What is called after each step, if it can be."""
+    if on_step is None:
+        return None
+    wanted = "give a function of (done, total, preview)"
+    if not callable(on_step):
+        raise UsageError(f"on_step is {type(on_step).__name__}: {wanted}")
+    with contextlib.suppress(ValueError):  # some that are written in C have no signature
+        signature = inspect.signature(on_step)
+        try:
+            signature.bind(1, 1, list)
+        except TypeError as error:
+            raise UsageError(f"on_step takes {signature}: {wanted}") from error
+    return on_step

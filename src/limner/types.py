@@ -6,7 +6,7 @@ Shapes: b batch, c channels, h w height and width, l text tokens, d width of a t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -23,8 +23,11 @@ Latents = Float[Tensor, "b c h w"]
 """What a diffusion network works on: scaled to about unit variance."""
 Tokens = Float[Tensor, "b l d"]
 
-OnStep = Callable[[int, int], None]
-"""Called after every sampling step with (steps done, steps in all)."""
+Preview = Callable[[], list[Image.Image]]
+"""Makes, when it is called, small pictures of what is being drawn, as x0 was predicted last: one for each picture drawn
+at once, a pixel a latent, with transparency where the model knows it."""
+OnStep = Callable[[int, int, Preview], None]
+"""Called after every sampling step with (steps done, steps in all, what shows how far it is)."""
 Noise = Callable[[], Tensor]
 """Each call draws fresh standard normal noise of the shape being sampled."""
 Denoise = Callable[[Tensor, float], Tensor]
@@ -36,7 +39,8 @@ class Conditioning:
     """What a network is told beside x and t. `mask` is True where `tokens` are real; `vector` is SDXL's pooled prompt
     and sizes, as `models.unet.micro_conditioning` makes it; `labels` are classes; `guidance` is a scale, as
     `models.unet.guidance_embedding` makes it of what a distilled network is told; `images` are pictures as words more
-    (IP-Adapter)."""
+    (IP-Adapter). A drawing, in which weights stay what they are, keeps in `kept` what follows from this alone, such as
+    keys and values, under the module that computed it; None keeps nothing."""
 
     tokens: Tokens | None = None
     mask: Bool[Tensor, "b l"] | None = None
@@ -45,19 +49,33 @@ class Conditioning:
     labels: Int[Tensor, " b"] | None = None
     images: Tokens | None = None
     guidance: Float[Tensor, "b d"] | None = None
+    kept: dict[Any, Any] | None = field(default=None, compare=False)
+
+    def keep(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once for each `key` if anything is kept."""
+        if self.kept is None:
+            return make()
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
-        """Apply `function` to every tensor present."""
-        values = {k: None if v is None else function(v) for k, v in vars(self).items()}
-        return replace(self, **values)
+        """Apply `function` to every tensor present; nothing is kept of what it was."""
+        values: dict[str, Any] = {k: None if v is None else function(v) for k, v in self.tensors().items()}
+        return Conditioning(**values)
+
+    def tensors(self) -> dict[str, Any]:
+        """All but what is kept."""
+        return {name: value for name, value in vars(self).items() if name != "kept"}
 
     @staticmethod
     def cat(parts: list[Conditioning]) -> Conditioning:
         """Join along the batch axis; every part must fill the same slots."""
-        names = vars(parts[0])
-        return Conditioning(
-            **{k: None if names[k] is None else torch.cat([getattr(p, k) for p in parts]) for k in names}
-        )
+        names = parts[0].tensors()
+        values: dict[str, Any] = {
+            k: None if names[k] is None else torch.cat([getattr(p, k) for p in parts]) for k in names
+        }
+        return Conditioning(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +313,10 @@ class System(Protocol):
 
     def sample(self, cond: Any, request: Request, noise: Callable[[tuple[int, ...]], Tensor], **given: Any) -> Tensor:
         """Latents of one picture a row; `noise(shape)` draws fresh noise for every row, shape without the batch."""
+        ...
+
+    def encode(self, images: Images, tile: int | None = None) -> Latents:
+        """Latents of RGBA images, of which a system without transparency sees what is left on white."""
         ...
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Images:

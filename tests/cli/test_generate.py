@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -406,3 +407,57 @@ def test_brackets_are_plain_words_to_icons(limner, here, tiny_model):
     (path,) = painted(limner("(a|b)", "-m", tiny_model, "-s", 1, "--steps", 1))
     assert metadata.read_settings(here / path)["prompt"] == "(a|b)"
     assert not {"clip_skip", "prompt_dialect"} & metadata.read_settings(here / path).keys()
+
+
+def test_a_preview_is_put_in_place_whole_at_every_step_and_changes_no_picture(limner, here, tiny_model, monkeypatch):
+    versions, replace = [], Path.replace
+
+    def watched(temporary, path):
+        replace(temporary, path)
+        with Image.open(path) as image:
+            versions.append((temporary.parent == path.parent, image.mode, image.size, image.tobytes()))
+
+    args = ("generate", "fox", "-m", tiny_model, "-s", 1, "--steps", 3, "-b", 2)
+    painted(limner(*args, "-o", "plain/"))
+    monkeypatch.setattr(Path, "replace", watched)
+    (here / "beside.png").write_bytes(b"kept")
+    painted(limner(*args, "-o", "watched/", "--preview", "new/now.png"))
+    assert [version[:3] for version in versions] == [(True, "RGBA", (64, 32))] * 3
+    assert len({version[3] for version in versions}) == 3
+    assert [file.name for file in (here / "new").iterdir()] == ["now.png"]
+    for file in (here / "plain").iterdir():
+        assert file.read_bytes() == (here / "watched" / file.name).read_bytes()
+    painted(limner(*args, "--preview", "new/now.png"))  # a preview may be replaced
+    assert (here / "beside.png").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("photo.png", "is there and is no preview, so it is kept"),
+        ("fox.jpg", "let the name end in .png"),
+        ("out.png", "--preview and -o are both 'out.png'"),
+        ("folder.png", "it is a folder"),
+        ("pipe.png", "is there and is no preview"),
+    ],
+)
+def test_a_preview_replaces_nothing_but_previews(limner, here, tiny_model, name, reason):
+    Image.new("RGB", (4, 4)).save("photo.png")
+    (here / "folder.png").mkdir()
+    os.mkfifo("pipe.png")
+    before = (here / "photo.png").read_bytes()
+    result = limner("generate", "fox", "-m", tiny_model, "-o", "out.png", "--preview", name)
+    assert result.code != 0
+    assert reason in result.err
+    assert (here / "photo.png").read_bytes() == before
+    assert not (here / "out.png").exists()
+
+
+def test_an_autoencoder_has_no_steps_to_preview(limner, here, tmp_path):
+    config = catalog.entry("icons-autoencoder-tiny").config
+    catalog.save(catalog.build(config), config, tmp_path / "codec.safetensors")
+    Image.new("RGB", (32, 32), "red").save("photo.png")
+    args = ("generate", "-m", tmp_path / "codec.safetensors", "-i", "photo.png", "--preview", "now.png")
+    assert "--preview has no effect: icons-autoencoder-tiny takes no steps" in limner(*args).err
+    assert limner(*args, "--strict").code == 2
+    assert not (here / "now.png").exists()

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from limner import catalog, recipes
+from limner import catalog, metadata, recipes
 from limner.data.batches import open_batches
 from limner.data.latents import LatentBatches
 from limner.training import loop, memory, state
@@ -279,7 +279,7 @@ def test_a_step_is_measured_without_its_weights_and_a_larger_size_by_what_it_hol
     torch.manual_seed(0)
     config = parse_overrides(recipes.get("icons-tiny"), ["data.limit=8", "data.other_sizes=[[64,64,0.99]]"])
     system = catalog.build(config.system)
-    batches = LatentBatches(open_batches(config.data, 0, torch.device("cpu")), system.autoencoder, 1)
+    batches = LatentBatches(open_batches(config.data, 0, torch.device("cpu")), system, 1)
     for step in (0, next(k for k in range(1000) if len(batches.batch(k, 32)["ids"]) == 32)):
         monkeypatch.setattr(
             batches, "batch", lambda _, *a, step=step, **kw: LatentBatches.batch(batches, step, *a, **kw)
@@ -338,3 +338,107 @@ def test_a_checkpoint_is_packed_as_the_final_weights_of_its_step_would_be(limner
         subprocess.run(command, check=True, cwd=here, capture_output=True)
     assert (here / "a.safetensors").read_bytes() == (here / "b.safetensors").read_bytes()
     assert limner("red circle", "-m", "b.safetensors", "-s", 1, "--steps", 1, "-o", "c.png").code == 0
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_sd1_tiny_learns_and_is_drawn_from(limner, here):
+    args = (
+        "sd1-tiny",
+        *RUN,
+        "--device",
+        "cpu",
+        "steps=60",
+        "batch_size=16",
+        "warmup=5",
+        "log_every=20",
+        "sample_prompts=[]",
+    )
+    assert limner("train", *args).code == 0
+    first, _, last = losses(here / "run")
+    assert last < 0.6 * first
+    assert limner("red circle", "-m", "run", "-s", 1, "-o", "circle.png").code == 0
+    settings = metadata.read_settings(here / "circle.png")
+    assert (settings["model"], settings["width"]) == ("sd1-tiny", 32)
+    assert len(Image.open("circle.png").convert("RGB").getcolors(1024)) > 100
+
+
+SMALL_SD1 = (
+    "system.network.widths=32,64", "system.network.num_blocks=1", "system.network.depths=1,0",
+    "system.network.text_width=64", "system.autoencoder.widths=32,64", "system.autoencoder.blocks=1",
+    'system.text_encoder.towers=[{"width":64,"depth":2,"num_heads":1,"hidden":128}]', "system.defaults.width=32",
+    "system.defaults.height=32", "data.source=shapes", "data.size=32", "data.limit=16", "steps=60", "batch_size=4",
+    "lr=2e-3", "lr_schedule=cosine", "warmup=5", "precision=fp32", "log_every=20", 'sample_prompts=["red circle"]',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", ["folder", "file", "parts", "ours"])
+@pytest.mark.filterwarnings("ignore")
+def test_sd1_learns_beside_the_autoencoder_and_the_words_of_any_file(limner, here, sd1_folder, whole):
+    source = catalog.load(sd1_folder)
+    given = dict.fromkeys(("autoencoder", "text_encoder"), sd1_folder)
+    if whole == "file":
+        assert limner("convert", sd1_folder, "whole.safetensors").code == 0
+        given = dict.fromkeys(given, Path("whole.safetensors"))
+    elif whole == "parts":
+        given = {"autoencoder": sd1_folder / "vae", "text_encoder": sd1_folder / "text_encoder"}
+    elif whole == "ours":
+        config = catalog.config_of(catalog.recognise(sd1_folder))
+        catalog.save(source, config, here / "ours.safetensors")
+        given = dict.fromkeys(given, Path("ours.safetensors"))
+    steps = () if whole == "folder" else ("steps=1",)
+    files = [f"system.{name}_from={file}" for name, file in given.items()]
+    result = limner("train", "sd1", *RUN, "--device", "cpu", *SMALL_SD1, *files, *steps)
+    assert result.code == 0, result
+    if whole == "folder":
+        assert losses(here / "run")[-1] < 0.5 * losses(here / "run")[0]
+    assert limner("red circle", "-m", "run", "-s", 1, "--steps", 2, "-o", "circle.png").code == 0
+    trained = catalog.load(here / "run" / "final" / "sd1.safetensors")
+    for part in ("autoencoder", "text_encoder"):
+        ours, theirs = (getattr(system, part).state_dict() for system in (trained, source))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), part
+    assert trained.network.state_dict().keys() == source.network.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "args"),
+    [
+        (2, "with system.autoencoder_from=FILE and system.text_encoder_from=FILE", ["sd1"]),
+        (2, "of Stable Diffusion 1, with system.text_encoder_from=FILE", ["sd1", "system.autoencoder_from=SD1"]),
+        (3, "no autoencoder no.safetensors: name its file with system.autoencoder_from=FILE",
+         ["sd1", *SMALL_SD1, "system.autoencoder_from=no.safetensors", "system.text_encoder_from=SD1"]),
+        (3, "no text encoder no.safetensors: name its file with system.text_encoder_from=FILE",
+         ["sd1", *SMALL_SD1, "system.autoencoder_from=SD1", "system.text_encoder_from=no.safetensors"]),
+        (3, "in the file, (32, 3, 3, 3) in the model",
+         ["sd1", *SMALL_SD1, "system.autoencoder_from=ODD", "system.text_encoder_from=SD1"]),
+        (3, "the U-Net reads with CLIP-L, 96 wide, but the text encoders given are 64 wide",
+         ["sd1", *SMALL_SD1, "system.autoencoder_from=SD1", "system.text_encoder_from=SD1",
+          "system.network.text_width=96",
+          'system.text_encoder.towers=[{"width":96,"depth":2,"num_heads":1,"hidden":128}]']),
+        (3, "holds no text encoder of CLIP's kind",
+         ["sd1", *SMALL_SD1, "system.autoencoder_from=SD1", "system.text_encoder_from=ODD"]),
+        (2, "system.text_encoder_from=SD1 is for CLIP's towers", ["icons-tiny", "system.text_encoder_from=SD1"]),
+    ],
+)  # fmt: skip
+def test_what_sd1_cannot_learn_beside_is_said_in_a_line(limner, here, sd1_folder, code, message, args):
+    (here / "SD1").symlink_to(sd1_folder)
+    odd = load_file(sd1_folder / "vae" / "diffusion_pytorch_model.safetensors")
+    odd["encoder.conv_in.weight"] = odd["encoder.conv_in.weight"][:, :, :1].clone()
+    save_file(odd, here / "ODD")
+    result = limner("train", *args, "--out", "run", "--device", "cpu")
+    assert (result.code, result.out) == (code, "")
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert not (here / "run").exists()
+
+
+def test_a_run_starts_from_a_file_of_stable_diffusion_in_full_precision(limner, here, sd1_folder, monkeypatch):
+    monkeypatch.setattr(catalog, "_multiplies_bf16", lambda: True)
+    args = ("train", "sd1", *RUN, "--device", "cpu", *SMALL_SD1, f"init_from={sd1_folder}", "steps=1", "lr=1e-20")
+    assert limner(*args).code == 0
+    trained = catalog.load(here / "run" / "final" / "sd1.safetensors").state_dict()
+    source = catalog.load(sd1_folder, dtype=torch.float32).state_dict()
+    assert all(torch.equal(trained[name], source[name]) for name in source)

@@ -14,7 +14,7 @@ from limner.errors import UsageError
 class Shrink(nn.Module):
     """Four pixels a latent, through a convolution that keeps the memory layout it is given."""
 
-    factor, channels = 4, 4
+    grid = 4
 
     def __init__(self) -> None:
         super().__init__()

@@ -84,7 +84,7 @@ def test_comfyui_over_a_picture_walks_all_the_steps_it_is_asked_for(sd1):
     told = {"image": Image.new("RGB", (32, 32), "red"), "strength": 0.5, "steps": 6, "seed": 1, "sampler": "euler"}
     for program, steps in (("comfyui", 6), ("a1111", 4), (None, 3)):
         seen.clear()
-        pipeline.generate(sd1, "a fox", compat=program, on_step=lambda done, total: seen.append(total), **told)
+        pipeline.generate(sd1, "a fox", compat=program, on_step=lambda done, total, preview: seen.append(total), **told)
         assert set(seen) == {steps}, program
 
 

@@ -57,10 +57,10 @@ def test_a_pixel_that_attends_to_itself_alone_gets_its_own_value():
     (attention,) = (a for n, a in unet.self_attentions(network).items() if n.startswith("mid_block"))
     x = torch.randn(2, 6, 64)
     attention.identity = True
-    assert torch.allclose(attention(x, x, None), attention.to_out(attention.to_v(x)))
+    assert torch.allclose(attention(x), attention.to_out(attention.to_v(x)))
     attention.identity = False
-    assert torch.allclose(attention(x[:, :1], x[:, :1], None), attention.to_out(attention.to_v(x[:, :1])), atol=1e-6)
-    assert not torch.allclose(attention(x, x, None), attention.to_out(attention.to_v(x)), atol=1e-2)
+    assert torch.allclose(attention(x[:, :1]), attention.to_out(attention.to_v(x[:, :1])), atol=1e-6)
+    assert not torch.allclose(attention(x), attention.to_out(attention.to_v(x)), atol=1e-2)
 
 
 WAYS = {

@@ -16,7 +16,7 @@ SHARED = (
     "image_guidance", "variation", "variation_seed", "guidance_kind", "guidance_rescale", "guidance_mimic",
     "guidance_interval", "pag_scale", "pag_layers", "lora", "embedding", "control", "ip_adapter", "image_encoder",
     "adapter_folder", "tile", "vae_tile", "dtype", "refiner", "switch_at", "guide_model", "offload", "vae",
-    "text_encoder", "strict", "prediction", "device", "as_json", "dry_run",
+    "text_encoder", "strict", "prediction", "device", "preview", "as_json", "dry_run",
 )  # fmt: skip
 OWN: dict[str, tuple[Any, Any]] = {
     "image": (Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or WebP.")], inspect.Parameter.empty),

@@ -23,7 +23,7 @@ from limner.errors import Assumed, Ignored, UsageError
 
 if TYPE_CHECKING:
     from limner.pipeline import Pipeline
-    from limner.types import OnStep, Request
+    from limner.types import OnStep, Preview, Request
 
 DEFAULT_MODEL = "icons"
 STYLES = """
@@ -259,6 +259,10 @@ def paint(
         str | None, typer.Option("--prediction", help="eps, v or x0, for a model file that does not say it.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")] = "auto",
+    preview: Annotated[
+        Path | None,
+        typer.Option("--preview", metavar="FILE", help="PNG file that shows, after each step, what is being painted."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of paths.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do not paint.")] = False,
     expand: tuple[int, int, int, int] | None = None,
@@ -405,17 +409,24 @@ def paint(
         )
     for sentence in pipeline.ignored(pipe.system, request):
         tell(sentence)
+    if preview is not None:
+        if not hasattr(pipe.system, "preview"):
+            tell(f"--preview has no effect: {pipe.system.name} takes no steps")
+        if preview.absolute() in [path.absolute() for path in paths]:
+            raise UsageError(f"--preview and -o are both {str(preview)!r}: name another file for previews")
+        metadata.check_preview(preview)
     if dry_run:
         _print_plan(_plan(pipe, request, paths), as_json)
         return
     print(f"seed {request.seed}, {pipe.system.name} on {pipeline.computes(pipe.system)}", file=sys.stderr)
     for sentence in pipeline.parts(pipe.system, request):
         print(sentence, file=sys.stderr)
-    with _progress() as on_step, warnings.catch_warnings(record=True) as warned:
+    with _progress() as bar, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("ignore", Ignored)  # told above
         warnings.simplefilter("error" if strict else "always", Assumed)  # which ends the drawing where it is met
         try:
-            painted = pipe.generate(**asked, batch=batch, **given, on_step=on_step)
+            watched = _watched(bar, preview, pipe.system.grid)
+            painted = pipe.generate(**asked, batch=batch, **given, on_step=watched)
         except Assumed as sentence:
             raise UsageError(f"{sentence} (--strict)") from sentence
     for warning in warned:
@@ -607,11 +618,33 @@ def _progress() -> Iterator[OnStep | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("painting", total=None, rate="")
 
-        def on_step(done: int, total: int) -> None:
+        def on_step(done: int, total: int, preview: Any) -> None:
             speed = bar.tasks[task].speed
             bar.update(task, completed=done, total=total, rate=f"{speed:.1f} steps/s" if speed else "")
 
         yield on_step
+
+
+def _watched(bar: OnStep | None, path: Path | None, grid: int) -> OnStep | None:
+    """After each step the `bar` moves, and the newest preview is written to `path`, `grid` times as large,
+    pictures of a batch beside each other."""
+    if path is None:
+        return bar
+    from PIL import Image
+
+    from limner import pictures
+
+    def on_step(done: int, total: int, preview: Preview) -> None:
+        if bar is not None:
+            bar(done, total, preview)
+        images = preview()
+        width, height = grid * images[0].width, grid * images[0].height
+        row = Image.new(images[0].mode, (len(images) * width, height))
+        for place, image in enumerate(images):
+            row.paste(pictures.fit(image, width, height).convert(image.mode), (place * width, 0))
+        metadata.save_preview(row, path)
+
+    return on_step
 
 
 def _plan(pipe: Pipeline, request: Request, paths: list[Path]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from limner.data import transforms
 from limner.data.batches import ImageBatches, seeded
 from limner.errors import UsageError
 from limner.nn.embeddings import sent
-from limner.types import Autoencoder
+from limner.types import System
 
 
 class LatentBatches:
@@ -22,15 +22,15 @@ class LatentBatches:
     torch.distributed each rank encodes its share and all ranks end with the whole.
     """
 
-    def __init__(self, batches: ImageBatches, autoencoder: Autoencoder, views: int, chunk: int = 256) -> None:
+    def __init__(self, batches: ImageBatches, system: System, views: int, chunk: int = 256) -> None:
         self.batches = batches
         size, others = batches.config.size, batches.config.other_sizes
-        check_sizes(others, autoencoder.factor)
-        base = torch.stack([self.encode(v, size, size, autoencoder, chunk) for v in range(views)])
+        check_sizes(others, system.grid)
+        base = torch.stack([self.encode(v, size, size, system, chunk) for v in range(views)])
         self.latents = [base]
         for k, (width, height, _) in enumerate(others):
             smaller = max(1, chunk * size * size // max(size * size, width * height))
-            self.latents.append(self.encode(views + k, height, width, autoencoder, smaller)[None])
+            self.latents.append(self.encode(views + k, height, width, system, smaller)[None])
         shares = [share for *_, share in others]
         self.shares = torch.tensor([1.0 - sum(shares), *shares])
         self.fill = [min(1.0, base[0, 0].numel() / stack[0, 0].numel()) for stack in self.latents]
@@ -39,7 +39,7 @@ class LatentBatches:
         return len(self.batches)
 
     @torch.no_grad()
-    def encode(self, view: int, height: int, width: int, autoencoder: Autoencoder, chunk: int) -> Tensor:
+    def encode(self, view: int, height: int, width: int, system: System, chunk: int) -> Tensor:
         rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
         n, device = len(self.batches), self.batches.device
         share = -(-n // world)
@@ -52,7 +52,7 @@ class LatentBatches:
                 images = transforms.view(images, self.batches.set.mirror[index].to(device), generator)
             images = transforms.fitted(images, height, width)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                parts.append(autoencoder.encode(images).to(torch.float16))
+                parts.append(system.encode(images).to(torch.float16))
         mine = torch.cat(parts).contiguous()  # the gather copies memory as it lies: channels-last would be scrambled
         if world == 1:
             return mine[:n]

@@ -50,7 +50,7 @@ class ControlNet(DownPath):
         return self.added(self.conv_in(x).add_(seen), self.embed(t, cond), cond)
 
     def added(self, x: Tensor, emb: Tensor, cond: Conditioning) -> Residuals:
-        middle, skips = self.down(x, emb, cond.tokens, cond.mask)
+        middle, skips = self.down(x, emb, cond)
         down = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         added = [*down, self.controlnet_mid_block(middle)]
         if self.pooled:

@@ -16,6 +16,7 @@ import copy
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -224,15 +225,15 @@ class DownPath(nn.Module):
         self.mid_block = Middle(config)
 
     def down(
-        self, x: Tensor, emb: Tensor, text: Tensor | None, mask: Tensor | None, added: Sequence[Tensor] = ()
+        self, x: Tensor, emb: Tensor, cond: Conditioning, added: Sequence[Tensor] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """What follows conv_in: what the middle makes, and what the way down hands over, x first. `added` are `levels`
         of `Residuals`."""
         skips = [x]
         for i, level in enumerate(self.down_blocks):
-            x, made = level(x, emb, text, mask, added[i] if i < len(added) else None)
+            x, made = level(x, emb, cond, added[i] if i < len(added) else None)
             skips += made
-        x = self.mid_block(x, emb, text, mask)
+        x = self.mid_block(x, emb, cond)
         return x + added[-1] if len(added) > len(self.down_blocks) else x, skips
 
     def embed(self, t: Tensor, cond: Conditioning, more: Tensor | None = None) -> Tensor:
@@ -243,7 +244,7 @@ class DownPath(nn.Module):
         emb = self.time_embedding(frequencies.to(self.conv_in.weight.dtype), cond.guidance)
         if self.add_embedding is not None:
             assert cond.vector is not None, "the network wants cond.vector"
-            emb = emb + self.add_embedding(cond.vector)
+            emb = emb + cond.keep(self.add_embedding, partial(self.add_embedding, cond.vector))
         if self.class_embedding is not None:
             assert cond.labels is not None, "the network wants cond.labels"
             emb = emb + self.class_embedding(cond.labels)
@@ -280,12 +281,11 @@ class UNet(DownPath):
         """Noisy latents or images (b, c, h, w) at times t (b,), 0 to 999, whole or not -> what the network predicts
         (b, c, h, w). Pictures that come with x (a mask, another picture, depth) are channels of it, after the first."""
         emb = self.embed(t, cond)  # b d
-        text, mask = cond.tokens, cond.mask
         if cond.images is not None:
-            assert text is not None
-            text = torch.cat([text, cond.images], dim=1)
+            assert cond.tokens is not None
+            cond = replace(cond, tokens=torch.cat([cond.tokens, cond.images], dim=1))
 
-        x, skips = self.down(self.conv_in(x), emb, text, mask, () if residuals is None else residuals.levels)
+        x, skips = self.down(self.conv_in(x), emb, cond, () if residuals is None else residuals.levels)
 
         if residuals is not None:
             if residuals.down:
@@ -295,7 +295,7 @@ class UNet(DownPath):
         for level in self.up_blocks:
             joined = [skips.pop() for _ in range(self.config.num_blocks + 1)]
             size = skips[-1].shape[-2:] if skips else None
-            x = level(x, joined, emb, text, mask, size)
+            x = level(x, joined, emb, cond, size)
 
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
@@ -321,14 +321,14 @@ class DownLevel(nn.Module):
             )
 
     def forward(
-        self, x: Tensor, emb: Tensor, text: Tensor | None, mask: Tensor | None, added: Tensor | None = None
+        self, x: Tensor, emb: Tensor, cond: Conditioning, added: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """`added` joins what the last block makes, or, in a level without attention, what follows it."""
         made = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, emb)
             if self.attentions:
-                x = self.attentions[i](x, text, mask)
+                x = self.attentions[i](x, cond)
             made.append(x)
         if added is not None and (self.attentions or not self.downsamplers):
             made[-1] = x = x + added
@@ -347,10 +347,10 @@ class Middle(nn.Module):
         self.resnets = nn.ModuleList(ResBlock(config, width, width) for _ in range(2))
         self.attentions = nn.ModuleList([attention(config)] if config.mid_depth else [])
 
-    def forward(self, x: Tensor, emb: Tensor, text: Tensor | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, cond: Conditioning) -> Tensor:
         x = self.resnets[0](x, emb)
         for attend in self.attentions:
-            x = attend(x, text, mask)
+            x = attend(x, cond)
         return self.resnets[1](x, emb)
 
 
@@ -372,14 +372,13 @@ class UpLevel(nn.Module):
         x: Tensor,
         joined: list[Tensor],
         emb: Tensor,
-        text: Tensor | None,
-        mask: Tensor | None,
+        cond: Conditioning,
         size: torch.Size | None,
     ) -> Tensor:
         for i, (resnet, skip) in enumerate(zip(self.resnets, joined, strict=True)):
             x = resnet(torch.cat([x, skip], dim=1), emb)
             if self.attentions:
-                x = self.attentions[i](x, text, mask)
+                x = self.attentions[i](x, cond)
         for upsample in self.upsamplers:
             x = upsample(x, emb, size)
         return x
@@ -442,23 +441,19 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(TransformerBlock(config, width, text_only) for _ in range(depth))
         self.proj_out = project(width, width)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         pixels = self.norm(x) if self.linear else self.proj_in(self.norm(x))
         pixels = rearrange(pixels, "b c h w -> b (h w) c")
         pixels = self.proj_in(pixels) if self.linear else pixels
         for block in self.transformer_blocks:
-            pixels = block(pixels, text, mask)
+            pixels = block(pixels, cond)
         pixels = self.proj_out(pixels) if self.linear else pixels
         pixels = rearrange(pixels, "b (h w) c -> b c h w", h=x.shape[2])
         return x + (pixels if self.linear else self.proj_out(pixels))
 
 
 class TransformerBlock(nn.Module):
-    """Attention among pixels, attention to the text, and a gated MLP, each after a norm and added.
-
-    The keys and values of the text (`attn2.to_k`, `attn2.to_v`) depend on the prompt alone: to save computing
-    them in every step, they would be kept here.
-    """
+    """Attention among pixels, attention to the text, and a gated MLP, each after a norm and added."""
 
     def __init__(self, config: UNetConfig, width: int, text_only: bool) -> None:
         super().__init__()
@@ -471,10 +466,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         y = self.norm1(x)
-        x = (self.attn1(y, text, mask) if self.text_only else self.attn1(y, y, None)).add_(x)
-        x = self.attn2(self.norm2(x), text, mask).add_(x)
+        x = self.attn1(y, cond if self.text_only else None).add_(x)
+        x = self.attn2(self.norm2(x), cond).add_(x)
         return self.ff(self.norm3(x)).add_(x)
 
 

@@ -17,6 +17,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "icons-autoencoder-tiny": icons.autoencoder_tiny,
     "icons": icons.icons,
     "icons-tiny": icons.icons_tiny,
+    "sd1": stable_diffusion.sd1,
     "sd1-tiny": stable_diffusion.sd1_tiny,
 }
 

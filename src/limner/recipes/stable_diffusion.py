@@ -1,10 +1,34 @@
-"""Latent diffusion with a U-Net, as Stable Diffusion is, in miniature."""
+"""Latent diffusion with a U-Net that reads prompts, as Stable Diffusion 1 is (arXiv:2112.10752), and in miniature."""
 
 from __future__ import annotations
 
 from limner import catalog
 from limner.data.batches import DataConfig
+from limner.recipes import icons
 from limner.training.config import TrainConfig
+
+
+def sd1() -> TrainConfig:
+    """The U-Net from nothing, beside an autoencoder and CLIP that are trained already: give system.autoencoder_from and
+    system.text_encoder_from. Learning rate, decay and averages are those of Stable Diffusion 1, whose batches were
+    eight times as large, and whose pictures had 256 pixels first (data.size)."""
+    return TrainConfig(
+        name="sd1",
+        system=catalog.entry("sd1").config,
+        data=DataConfig(source="icons", size=512, latent_views=2),
+        steps=200_000,
+        batch_size=256,
+        lr=1e-4,
+        betas=(0.9, 0.999),
+        weight_decay=0.01,
+        warmup=10_000,
+        lr_schedule="constant",
+        ema_half_life=1_750_000,
+        precision="bf16",
+        save_every=2_000,
+        sample_every=10_000,
+        sample_prompts=icons.PROMPTS,
+    )
 
 
 def sd1_tiny() -> TrainConfig:

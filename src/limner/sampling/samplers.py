@@ -1,11 +1,11 @@
 """Solvers: from noise to data by asking a denoiser for x0 at falling noise levels.
 
 Each is (denoise, x, sigmas, interpolant, *, noise, on_step) -> x at sigmas[-1]. `x` (b, c, h, w) sits at sigmas[0];
-`denoise(x, sigma)` returns x0; `noise()` draws the fresh noise that stochastic solvers add. Every step is written on
-the pair (alpha, sigma) of both ends without dividing by alpha, so pure noise (alpha = 0) is a legal start and one
-function serves EDM and flow coordinates alike; second order needs a finite lambda = log(alpha / sigma) at both ends and
-is first order where it is not. Only first order is free of the coordinate: `heun` is second order in sigma, `dpmpp_2m`
-in lambda.
+`denoise(x, sigma)` returns x0; `noise()` draws the fresh noise that stochastic solvers add; `on_step` hears of every
+step, as (steps done, steps in all). Every step is written on the pair (alpha, sigma) of both ends without dividing by
+alpha, so pure noise (alpha = 0) is a legal start and one function serves EDM and flow coordinates alike; second order
+needs a finite lambda = log(alpha / sigma) at both ends and is first order where it is not. Only first order is free of
+the coordinate: `heun` is second order in sigma, `dpmpp_2m` in lambda.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from limner import names
 from limner.errors import UnknownName, UsageError
 from limner.sampling.interpolants import Discrete, Interpolant
 from limner.sampling.schedules import karras
-from limner.types import Denoise, Noise, OnStep
+from limner.types import Denoise, Noise
 
 Sampler = Callable[..., Tensor]
 
 
 class Told(TypedDict, total=False):
     noise: Noise | None
-    on_step: OnStep | None
+    on_step: Callable[[int, int], None] | None
 
 
 # ------------------------------------------------------------------------------------------------- in sigma

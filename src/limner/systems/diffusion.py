@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +24,7 @@ from limner.sampling import compat, samplers, schedules
 from limner.sampling.guidance import Combine, Guidance, classifier_free, combining, composed, guided, within
 from limner.sampling.interpolants import Discrete, Interpolant, Preconditioned
 from limner.sampling.predictions import Prediction
+from limner.systems import previews
 from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, unreached
 from limner.types import Conditioning, Control, Defaults, Denoise, Images, Latents, Reference, Request
 
@@ -34,7 +36,9 @@ def controlled(control: Control, seen: Any, x: Tensor, t: Tensor, cond: Conditio
     rows = wanted if control.guess else len(x)
     if not rows:
         return Residuals()
-    added = control.network(x[:rows], t[:rows], cond.map(lambda v: v[:rows]), seen)
+    if rows < len(x):
+        cond = cond.keep(rows, lambda: replace(cond.map(lambda v: v[:rows]), kept={}))
+    added = control.network(x[:rows], t[:rows], cond, seen)
     if added.levels:
         return Residuals(levels=tuple(control.weight * level for level in added.levels))
     count = len(added.down) + 1
@@ -89,6 +93,8 @@ class DiffusionSystem(nn.Module):
     """A weaker model, which guidance leads away from in place of the negative prompt."""
     refuses = True
     """Whether a prompt may not ask for adapters that are not here: what another model knows, a refiner need not."""
+    latent_rgb: Tensor | None = None
+    """The map of `limner.systems.previews`, once it is known."""
     adapters: Any = None
     """What `limner.adapters` keeps of those attached."""
     works_on: torch.device | None = None
@@ -414,8 +420,8 @@ class DiffusionSystem(nn.Module):
             count = len(prompts.weights[0])
             told = [replace(c, images=seen.expand(count, -1, -1)) for c in prompts.parts]
             told.append(replace(prompts.uncond, images=none.expand(count, -1, -1)))
-        told = [c.map(lambda v: v.to(dtype) if v.is_floating_point() else v) for c in told]
-        every = Conditioning.cat(told + told[-1:] * pictured) if prompts.alone else told[0]
+        told = [replace(c.map(lambda v: v.to(dtype) if v.is_floating_point() else v), kept={}) for c in told]
+        every = replace(Conditioning.cat(told + told[-1:] * pictured), kept={}) if prompts.alone else told[0]
         weights = torch.tensor(prompts.weights, device=first.device)
 
         def predict(x: Tensor, sigma: float, cond: Conditioning, wanted: int | None = None, blind: int = 0) -> Tensor:
@@ -538,6 +544,7 @@ class DiffusionSystem(nn.Module):
         told = [(one, self.hint(one, request)) for one in request.control if one.weight]
         controls = [[(one, self.see(one, hint, place)) for one, hint in told] for place in places]
         steps, last = 0, len(sigmas) - 1
+        newest = x
 
         there = contextlib.ExitStack()
         if self.works_on is not None:
@@ -587,12 +594,14 @@ class DiffusionSystem(nn.Module):
             nonlocal steps
             steps = done
             if request.on_step is not None:
-                request.on_step(done, total)
+                request.on_step(done, total, partial(self.preview, newest))
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
+            nonlocal newest
             turn = next(k for k, (until, *_) in enumerate(cond) if steps < until)
             x0 = tiling.blended(lambda tile, part: denoiser(turn, tile)(part, sigma), x, side, overlap)
-            return x0 if paint is None else torch.lerp(start, x0, paint)  # type: ignore[arg-type]
+            newest = x0 if paint is None else torch.lerp(start, x0, paint)  # type: ignore[arg-type]
+            return newest
 
         dtype = next(self.network.parameters()).dtype
         references = [(one.network.to(self.device, dtype), one.weight_in) for one in request.ip_adapter]
@@ -657,3 +666,10 @@ class DiffusionSystem(nn.Module):
         height, width = (n * self.grid for n in latents.shape[2:])
         with self.at_work("autoencoder"):
             return tiling.through(self.autoencoder, width, height, tile).decode(latents)
+
+    @torch.no_grad()
+    def preview(self, latents: Latents) -> list[Image.Image]:
+        """A small picture of each row, a pixel a latent, without decoding (see `limner.systems.previews`)."""
+        if self.latent_rgb is None:
+            self.latent_rgb = previews.of(self.autoencoder)
+        return previews.show(latents, self.latent_rgb)

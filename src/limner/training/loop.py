@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +71,7 @@ def train(
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
         torch.manual_seed(config.seed)
+        check_pretrained(config)
         check_parameters(config, processes.device)
         system: Any = catalog.build(config.system)
         pipeline.check(system.defaults, system.grid, prompt="any")  # the defaults, before anything is spent
@@ -77,18 +79,32 @@ def train(
             pipeline.prepare(system, prompt=prompt)
         check(config, system.grid, config.data.size)
         if config.init_from:
-            warm_start(system, Path(config.init_from), catalog.load)
+            warm_start(system, Path(config.init_from), partial(catalog.load, dtype=torch.float32))
         system.to(processes.device, memory_format=torch.channels_last)
         images = open_batches(config.data, config.seed, processes.device)
         views, side = config.data.latent_views, images.set.images.shape[-1]
         if not views:  # classic sets have a size of their own
             check(config, system.grid, side)
-        batches: Batches = LatentBatches(images, system.autoencoder, views) if views else images
+        batches: Batches = LatentBatches(images, system, views) if views else images
         check_batch(system, batches, config, processes)
         if config.compile:
             system.compile(dynamic=False)
         notes = vain(config, side)
         return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes)
+
+
+def check_pretrained(config: TrainConfig) -> None:
+    """Raises UsageError if nobody says what trained a network that stays as it is."""
+    system = config.system
+    if system.kind != "diffusion" or config.init_from:
+        return
+    parts = {"autoencoder_from": system.autoencoder_from}
+    parts |= {"text_encoder_from": system.text_encoder_from} if system.text_encoder != "minilm" else {}
+    if missing := [f"system.{name}=FILE" for name, source in parts.items() if not source]:
+        raise UsageError(
+            f"{config.name} learns with an autoencoder and a text encoder that are trained already: name a file or "
+            f"folder that has them, such as one of {system.family}, with {' and '.join(missing)}"
+        )
 
 
 def check(config: TrainConfig, grid: int, size: int) -> None:

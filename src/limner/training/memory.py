@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from limner import catalog
-from limner.catalog import DiffusionConfig
 from limner.data.images import Batches
 from limner.devices import memory_of
 from limner.errors import OutOfMemory, UsageError
@@ -30,7 +28,7 @@ def check_parameters(config: TrainConfig, device: torch.device) -> None:
     check_counts(config.system, "system")
     system = config.system
     with torch.device("meta"):
-        built = catalog.build(replace(system, autoencoder_from="") if isinstance(system, DiffusionConfig) else system)
+        built = catalog.build(catalog.bare(system))
     count = sum(p.numel() for p in built.parameters() if p.requires_grad)
     compare(16 * count, device, f"{count / 1e6:,.0f} million parameters take", "make the network smaller")
 
