@@ -212,7 +212,7 @@ def paint(
     ] = None,
     vae_tile: Annotated[
         int | None,
-        typer.Option("--vae-tile", help="The same of the autoencoder. [default: 1024 for more than 1536 x 1536, or 0]"),
+        typer.Option("--vae-tile", help="The same of the autoencoder. [default: 0; of more than 1536 x 1536, 1024]"),
     ] = None,
     refiner: Annotated[
         str | None, typer.Option("--refiner", help="A model that does the last steps, such as SDXL's refiner.")
