@@ -14,18 +14,15 @@ from limner import evaluation, pipeline
 from limner.data.icons import open_icons
 
 SETTINGS: list[dict[str, Any]] = [
-    {"guidance": 5.0},
-    {"guidance": 3.5},
+    {"guidance": 2.5},
     {"guidance": 3.0},
-    {"guidance": 4.0, "guidance_rescale": 0.7},
+    {"guidance": 2.0},
+    {"guidance": 3.5},
+    {"guidance": 2.5, "steps": 16},
     {"guidance": 4.0, "steps": 16},
-    {"guidance": 4.5},
-    {"guidance": 4.0, "guidance_kind": "apg"},
-    {"guidance": 5.0, "guidance_kind": "apg"},
-    {"guidance": 3.5, "steps": 16},
-    {"guidance": 4.0, "steps": 10},
-    {"guidance": 5.0, "guidance_rescale": 0.7},
+    {"guidance": 4.0, "guidance_rescale": 0.7},
     {"guidance": 3.0, "steps": 16},
+    {"guidance": 5.0},
 ]
 
 
