@@ -192,5 +192,5 @@ def test_what_a_model_predicts_can_be_said(tmp_path, tiny_model):
         assert [system.name for system in systems] == ["sd2-v", "sd2"]
     with pytest.raises(UsageError, match="says what it predicts"):
         pipeline.load(tiny_model, "cpu", "v")
-    with pytest.raises(UnknownName, match="no prediction 'x0'"):
-        pipeline.load(file, "cpu", "x0")
+    with pytest.raises(UnknownName, match="no prediction 'noise'"):
+        pipeline.load(file, "cpu", "noise")

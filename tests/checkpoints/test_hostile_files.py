@@ -47,11 +47,15 @@ def write(path: Path, entries: dict[str, Any], size: int | None = None) -> None:
         file.truncate(8 + len(text) + size)
 
 
+HANGS = 60
+"""Seconds after which it is taken for hung, on a machine however busy."""
+
+
 def refused(path: Path, *words: str) -> None:
     began = time.monotonic()
     with pytest.raises(FileProblem) as caught:
         catalog.load(path)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < HANGS
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 1000
@@ -334,7 +338,7 @@ def test_a_setting_that_cannot_be_is_refused(copy, file, name, value):
     began = time.monotonic()
     with pytest.raises(FileProblem) as caught:
         catalog.load(copy)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < HANGS
     assert str(copy) in str(caught.value)
     assert "\n" not in str(caught.value)
 

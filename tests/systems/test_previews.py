@@ -81,7 +81,7 @@ def test_fit_finds_a_linear_autoencoder():
 
 
 def test_the_second_pass_and_every_picture_of_a_large_batch_are_shown(tiny_model, monkeypatch):
-    monkeypatch.setattr(pipeline.draw.__wrapped__, "__defaults__", (2, None))
+    monkeypatch.setattr(pipeline, "CHUNK", 2)
     pipe, seen = limner.load(tiny_model, "cpu"), []
     pipe.generate(
         "fox", seed=1, steps=2, batch=3, hires=2, width=16, height=16, hires_steps=2, hires_strength=1,
