@@ -5,6 +5,7 @@ import io
 import json
 import lzma
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -280,3 +281,16 @@ def test_the_full_pack_is_the_one_that_the_figures_are_about():
     assert all(len(r.captions) >= len(CAPTION_WEIGHTS) for r in pack.records)
     assert not any(mirrors(r) for r in pack.records if "flag of" in r.label)
     assert pack.render(0, 64)[32, 32, 3] == 255
+
+
+def test_a_script_that_starts_itself_again_in_every_process_is_told_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from limner.data.icons import in_parallel\nprint(*in_parallel(len, ['ab'] * 70, 2, 'measuring'))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "measuring: a process ended before its time" in done.stderr
+    script.write_text("if __name__ == '__main__':\n    " + script.read_text().replace("\n", "\n    "))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["2"] * 70

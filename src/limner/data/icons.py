@@ -22,6 +22,8 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -329,7 +331,8 @@ def _draw_job(job: tuple[int, str | bytes, int]) -> tuple[int, np.ndarray | str]
 
 
 def in_parallel(function: Callable[[Job], Result], jobs: list[Job], workers: int, description: str) -> Iterator[Result]:
-    """function(job) of every job, in any order, from `workers` processes; a progress bar if stderr is a terminal."""
+    """function(job) of every job, in their order, from `workers` processes; a progress bar if stderr is a terminal.
+    Raises UsageError when one of them ends before its time."""
     from rich.console import Console
     from rich.progress import track
 
@@ -350,5 +353,11 @@ def in_parallel(function: Callable[[Job], Result], jobs: list[Job], workers: int
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload(["limner.data.icons"])
-    with context.Pool(min(workers, len(jobs))) as pool:
-        yield from progress(pool.imap_unordered(function, jobs, chunksize=8))
+    try:
+        with ProcessPoolExecutor(min(workers, len(jobs)), context) as pool:
+            yield from progress(pool.map(function, jobs, chunksize=8))
+    except BrokenProcessPool as error:
+        raise UsageError(
+            f"{description}: a process ended before its time, as for want of memory, or since a script that asks for "
+            "this has no `if __name__ == '__main__':` around what it does"
+        ) from error
