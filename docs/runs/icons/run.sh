@@ -55,7 +55,7 @@ if [ -n "$judge" ]; then
     cp "$work"/judge/judge.* src/limner/weights/judge/
 fi
 evaluate() {
-    export CUDA_VISIBLE_DEVICES="$1"
+    export CUDA_VISIBLE_DEVICES="$1" OMP_NUM_THREADS=8 # or they crowd each other out
     [ "$1" != 0 ] || python3 -m limner evaluate "$work/icons.safetensors" --data "$data" --cache "$work/cache" \
         --device cuda --batch 128 --no-speed --guidance 4 --out "$work/evaluation-4" >"$work/evaluation-4.log" 2>&1
     python3 docs/runs/icons/settings.py "$work/icons.safetensors" "$data" "$work/cache" \
