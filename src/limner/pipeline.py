@@ -326,7 +326,7 @@ def parts(system: System, request: Request) -> list[str]:
         (left, top, right, bottom), _ = close_up(request)
         size = f"{right - left} x {bottom - top} pixels from {left}, {top} on"
         told.append(f"draws {size} as {request.width} x {request.height}")
-    last = larger(system, request) if request.hires != 1 else request
+    last = last_pass(system, request)
     width, height = last.width, last.height
     if in_tiles(request):
         told.append(
@@ -369,8 +369,7 @@ def draw(
     are not that of `request`, which says everything else."""
     negatives = negatives or [request.negative] * len(prompts)
     turns = range(0, len(prompts), chunk)
-    biggest = larger(system, request) if request.hires > 1 else request
-    if sentence := memory.settle(system, biggest, min(chunk, len(prompts))):
+    if sentence := memory.settle(system, last_pass(system, request), min(chunk, len(prompts))):
         warnings.warn(f"{system.name}, {sentence}", Assumed, 4)
     images = []
     for turn, begin in enumerate(turns):
@@ -411,6 +410,11 @@ def to_latents(system: System, prompts: list[str], negatives: list[str], seeds: 
     begun = system.given(second, len(prompts)) | {"start": system.encode(drawn, request.vae_tile)}
     noise = noise_of(seeds, device, request) if request.compat else noise  # which begin anew
     return system.sample(system.condition(prompts, second, negatives), second, noise, **begun)
+
+
+def last_pass(system: System, request: Request) -> Request:
+    """What is drawn in the end: the second pass of `hires`, or all there is."""
+    return request if request.hires == 1 else larger(system, request)
 
 
 def larger(system: System, request: Request, on_step: OnStep | None = None) -> Request:

@@ -652,7 +652,7 @@ def _plan(pipe: Pipeline, request: Request, paths: list[Path]) -> dict[str, Any]
     from limner import devices, memory, pipeline
 
     system: Any = pipe.system
-    last = pipeline.drawn(pipeline.larger(system, request) if request.hires > 1 else request)
+    last = pipeline.drawn(pipeline.last_pass(system, request))
     found = memory.plan(system, last, 1 if pipeline.in_tiles(request) else min(request.batch, pipeline.CHUNK))
     there = 0 if system.works_on else sum(found.weights.values())
     free = devices.free_of(system.device) + (there if system.device.type == "cuda" else 0)
