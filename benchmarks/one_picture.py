@@ -83,8 +83,8 @@ def paint(arguments: list[str], marks: Path) -> None:
     mark("import")
     load = pipeline.load
 
-    def load_marked(*args: Any) -> pipeline.Pipeline:
-        pipe = load(*args)
+    def load_marked(*args: Any, **kwargs: Any) -> pipeline.Pipeline:
+        pipe = load(*args, **kwargs)
         mark("load")
         system: Any = pipe.system
         for stage, name in (("text", "condition"), ("steps", "sample"), ("decode", "decode")):

@@ -51,7 +51,7 @@ from limner.types import Defaults
 
 WEIGHTS = Path(__file__).parent / "weights"
 _ICONS = Defaults(
-    width=256, height=256, steps=12, guidance=4.0, min_size=128, max_size=512, sampler="dpmpp_2m", strength=0.8
+    width=256, height=256, steps=12, guidance=3.0, min_size=128, max_size=512, sampler="dpmpp_2m", strength=0.8
 )
 _ONCE = replace(_ICONS, steps=1, guidance=1.0)
 
