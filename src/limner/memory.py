@@ -25,8 +25,8 @@ from limner.systems.diffusion import PARTS, DiffusionSystem
 from limner.types import Request, System
 
 SLACK = 1.15
-ROUGH = 16_384
-"""More bytes a pixel than any drawing here takes beside weights."""
+ROUGH = 12_288
+"""More bytes a pixel than drawings here take beside weights, recordings of steps among them."""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -46,13 +46,23 @@ class Plan:
     weights: Mapping[str, int]
     stages: tuple[Stage, ...]
 
-    def peak(self, offload: bool) -> tuple[int, Stage]:
-        """Bytes at the height of the drawing, and its stage then; with `offload` only parts at work are there."""
-        rows = [
-            (sum(self.weights[part] for part in (stage.parts if offload else self.weights)) + stage.made, stage)
-            for stage in self.stages
-        ]
+    def peak(self, offload: bool, recorded: bool = False) -> tuple[int, Stage]:
+        """Bytes at the height of the drawing, and its stage then; with `offload` only parts at work are there, and a
+        step that is `recorded` (see `limner.nn.graphs`) keeps what it made."""
+        step = max((stage.made for stage in self.stages if "network" in stage.parts and recorded), default=0)
+        rows = []
+        for stage in self.stages:
+            weights = sum(self.weights[part] for part in (stage.parts if offload else self.weights))
+            rows.append((weights + stage.made + (0 if "network" in stage.parts else step), stage))
         return max(rows, key=lambda row: row[0])
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes on a device for weights and all that a drawing makes, and whether they are more than enough by far."""
+
+    free: float
+    ample: bool
 
 
 def plan(system: System, request: Request, count: int) -> Plan:
@@ -65,10 +75,10 @@ def plan(system: System, request: Request, count: int) -> Plan:
 
     decoding = Stage("the decoding", ("autoencoder",), made_by(lambda: ghost.decode(noise(size), request.vae_tile)))
     if not isinstance(system, DiffusionSystem):
-        return Plan({"autoencoder": bytes_of(ghost.autoencoder)}, (decoding,))
+        return Plan(weights_of(system, request), (decoding,))
     others = {name: other for name in ("refiner", "guide") if (other := getattr(system, name)) is not None}
     ghost.__dict__ |= {name: without_data(other) for name, other in others.items()}
-    controls = {f"control {k}": one.network for k, one in enumerate(request.control, 1)}
+    controls = [f"control {k}" for k, _ in enumerate(request.control, 1)]
     told = tuple(replace(one, network=ghost_of(one.network), start=0.0, end=1.0) for one in request.control)
     request = replace(request, control=told, ip_adapter=(), compat="", hires=1.0, on_step=_enough)
     prompts = [*request.prompts, *[request.prompt] * count][:count]
@@ -88,25 +98,46 @@ def plan(system: System, request: Request, count: int) -> Plan:
     stages.append(Stage("a step", ("network", *guide, *controls), made_by(step)))
     if "refiner" in others:
         stages.append(Stage("a step of the refiner", ("refiner",), stages[-1].made))
-    weights = {part: bytes_of(getattr(system, part)) for part in PARTS}
-    weights |= {name: bytes_of(module) for name, module in (others | controls).items()}
-    return Plan(weights, (*stages, decoding))
+    return Plan(weights_of(system, request), (*stages, decoding))
+
+
+def weights_of(system: Any, request: Request) -> dict[str, int]:
+    """Bytes of the weights of every part of a drawing."""
+    if not isinstance(system, DiffusionSystem):
+        return {"autoencoder": bytes_of(system.autoencoder)}
+    parts = {part: getattr(system, part) for part in PARTS}
+    parts |= {name: other for name in ("refiner", "guide") if (other := getattr(system, name)) is not None}
+    parts |= {f"control {k}": one.network for k, one in enumerate(request.control, 1)}
+    return {name: bytes_of(part) for name, part in parts.items()}
+
+
+def room(system: Any, request: Request, count: int) -> Room:
+    """What there is for a drawing of `count` pictures at once."""
+    weights, device = sum(weights_of(system, request).values()), system.device
+    if device.type != "cuda":
+        return Room(free_of(device), ample=False)
+    free = free_of(device) + (0 if system.works_on else weights)
+    return Room(free, not system.works_on and weights + ROUGH * request.width * request.height * count < free)
 
 
 def settle(system: System, request: Request, count: int) -> str:
-    """Have the parts of a system take turns on its GPU where a drawing would not fit otherwise. Returns what was done
-    and why, "" for nothing."""
-    device = system.device
-    if not isinstance(system, DiffusionSystem) or device.type != "cuda" or system.stays or system.works_on:
+    """Have the parts of a system take turns on its GPU where a drawing would not fit otherwise, or its steps recorded
+    where there is room for that too. Returns what takes turns and why, "" for nothing."""
+    if not isinstance(system, DiffusionSystem) or system.device.type != "cuda":
         return ""
-    free = free_of(device) + sum(bytes_of(getattr(system, part)) for part in PARTS)
-    if ROUGH * request.width * request.height * count + 3 * bytes_of(system) < free:
-        return ""  # by far
+    there = room(system, request, count)
+    for one in (system, system.refiner, system.guide):
+        if one is not None:
+            one.graphs.on = there.ample
+            if not there.ample:
+                one.graphs.clear()
+    if there.ample or system.stays or system.works_on:
+        return ""
     found = plan(system, request, count)
-    if not takes_turns(system, found, free):
+    if not takes_turns(system, found, there.free):
         return ""
     system.offload()
-    return offloading(found, free, device)
+    return offloading(found, there.free, system.device)
 
 
 def takes_turns(system: Any, found: Plan, free: float) -> bool:

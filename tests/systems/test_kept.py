@@ -23,13 +23,17 @@ class Words(nn.Module):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, sd1_folder) -> dict[str, Any]:
+    return pipelines(tmp_path_factory, sd1_folder, "cpu")
+
+
+def pipelines(tmp_path_factory, sd1_folder, device: str) -> dict[str, Any]:
     """Pipelines of every kind, and what is put beside them."""
     folder = tmp_path_factory.mktemp("kept")
     paths = {"sd1": sd1_folder}
     for kind in ("sdxl", "sdxl_refiner", "lcm"):
         paths[kind] = getattr(stable_diffusion, kind)(tmp_path_factory.mktemp(kind))
-    found: dict[str, Any] = {kind: pipeline.load(path, "cpu") for kind, path in paths.items()}
-    found["refined"] = pipeline.load(paths["sdxl"], "cpu", refiner=paths["sdxl_refiner"])
+    found: dict[str, Any] = {kind: pipeline.load(path, device, dtype="fp32") for kind, path in paths.items()}
+    found["refined"] = pipeline.load(paths["sdxl"], device, dtype="fp32", refiner=paths["sdxl_refiner"])
     theirs("sd1", 5).save_pretrained(folder / "net")
     modules = attentions(found["sd1"].system.network)
     rows = {f"{name}.{part}": getattr(module, part) for name, module in modules.items() for part in ("to_k", "to_v")}
@@ -37,6 +41,7 @@ def made(tmp_path_factory, sd1_folder) -> dict[str, Any]:
     widths = [module.to_k.out_features for module in modules.values()]
     network = stable_diffusion.noised(IPAdapter(Words(), widths, 64), seed=7)
     words = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(8))
+    words = words.to(device)
     shown = Reference(network, words[:1], words[1:], weight=0.7, blocks={"mid_block": 0.0})
     return found | {"net": folder / "net", "lora": folder / "style.safetensors", "shown": shown}
 

@@ -67,6 +67,7 @@ def test_parts_take_turns_where_all_at_once_are_too_much():
     plan = Plan({"text": 10, "network": 30, "vae": 2}, stages)
     assert plan.peak(False) == (62, stages[2])
     assert plan.peak(True) == (35, stages[1])
+    assert plan.peak(False, recorded=True) == (67, stages[2])  # and what the step made is still there
     system = catalog.build(catalog.entry("icons-tiny").config)
     assert not memory.takes_turns(system, plan, 62)
     assert memory.takes_turns(system, plan, 61)
@@ -131,7 +132,7 @@ def test_a_dry_run_tells_what_would_be_loaded_and_why(limner, folders, monkeypat
     assert plan["offload"] is False
     assert "all parts stay" in plan["memory_why"]
     monkeypatch.setattr(DiffusionSystem, "device", torch.device("cuda"))
-    monkeypatch.setattr("limner.devices.free_of", lambda device: 1.0)
+    monkeypatch.setattr("limner.memory.free_of", lambda device: 1.0)
     plan = json.loads(limner("generate", "fox", "-m", folders["sdxl"], "--device", "cpu", "--dry-run", "--json").out)
     assert plan["offload"] is True
     assert "take turns there" in plan["memory_why"]

@@ -66,7 +66,7 @@ def paint(
         typer.Option(
             "--guidance",
             "--cfg-scale",
-            help="How closely to follow the prompt; 1 is plainly. icons burns above 6. [default: 4]",
+            help="How closely to follow the prompt; 1 is plainly. icons burns above 6. [default: 3]",
         ),
     ] = None,
     seed: Annotated[
@@ -649,21 +649,22 @@ def _watched(bar: OnStep | None, path: Path | None, grid: int) -> OnStep | None:
 
 def _plan(pipe: Pipeline, request: Request, paths: list[Path]) -> dict[str, Any]:
     """What would be done, and the memory that it takes."""
-    from limner import devices, memory, pipeline
+    from limner import memory, pipeline
 
     system: Any = pipe.system
     last = pipeline.drawn(pipeline.last_pass(system, request))
-    found = memory.plan(system, last, 1 if pipeline.in_tiles(request) else min(request.batch, pipeline.CHUNK))
-    there = 0 if system.works_on else sum(found.weights.values())
-    free = devices.free_of(system.device) + (there if system.device.type == "cuda" else 0)
+    count = 1 if pipeline.in_tiles(request) else min(request.batch, pipeline.CHUNK)
+    found, there = memory.plan(system, last, count), memory.room(system, last, count)
+    free = there.free
     turns = system.device.type == "cuda" and memory.takes_turns(system, found, free)
-    most, stage = found.peak(turns)
+    most, stage = found.peak(turns, there.ample)
     most += 0 if system.device.type == "cuda" else round(BASE_BYTES)
     if turns:
         why = memory.offloading(found, free, system.device)
     else:
         where = f"{free / 1e9:.1f} GB are free on {system.device}" if system.device.type == "cuda" else "on the CPU"
-        why = f"all parts stay ({where}); most is taken by {stage.name}"
+        kept = ", beside a recorded step (CUDA graph)" if there.ample else ""
+        why = f"all parts stay ({where}); most is taken by {stage.name}{kept}"
     return {
         "model": pipe.system.name,
         **pipeline.describe(pipe.system, request),

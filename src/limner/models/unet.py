@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -176,8 +176,7 @@ UNET_TINY = UNetConfig(widths=(32, 64), num_blocks=1, depths=(1, 1), head_width=
 UNET_TINY_PIXELS = replace(DDPM_CIFAR, widths=(32, 64), num_blocks=1, depths=(0, 1), groups=8)
 
 
-@dataclass(frozen=True)
-class Residuals:
+class Residuals(NamedTuple):
     """What a second network adds to this one. Of a ControlNet (arXiv:2302.05543): `down` to what the way down hands
     over to the way up, in the order of its making, conv_in's output first; `mid` to what the middle makes. Of a
     T2I-Adapter (arXiv:2302.08453): `levels` on the way down, at the end of each level, and of the middle if there is
@@ -250,6 +249,17 @@ class DownPath(nn.Module):
             emb = emb + self.class_embedding(cond.labels)
         return F.silu(emb if more is None else emb + more)
 
+    def tell(self, cond: Conditioning) -> None:
+        """Keep in `cond` what every evaluation would make of it alone: keys and values of its words, and what is told
+        of sizes."""
+        if self.add_embedding is not None:
+            assert cond.vector is not None, "the network wants cond.vector"
+            cond.keep(self.add_embedding, partial(self.add_embedding, cond.vector))
+        for block in self.modules():
+            if isinstance(block, TransformerBlock) and cond.tokens is not None:
+                for attention in (block.attn1, block.attn2) if block.text_only else (block.attn2,):
+                    cond.keep(attention, partial(attention.told, cond.tokens))
+
 
 class UNet(DownPath):
     def __init__(self, config: UNetConfig) -> None:
@@ -277,13 +287,14 @@ class UNet(DownPath):
                 zero(module.to_out[0])
         zero(self.conv_out)
 
+    def tell(self, cond: Conditioning) -> None:
+        super().tell(words_of(cond))
+
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning, residuals: Residuals | None = None) -> Tensor:
         """Noisy latents or images (b, c, h, w) at times t (b,), 0 to 999, whole or not -> what the network predicts
         (b, c, h, w). Pictures that come with x (a mask, another picture, depth) are channels of it, after the first."""
         emb = self.embed(t, cond)  # b d
-        if cond.images is not None:
-            assert cond.tokens is not None
-            cond = replace(cond, tokens=torch.cat([cond.tokens, cond.images], dim=1))
+        cond = words_of(cond)
 
         x, skips = self.down(self.conv_in(x), emb, cond, () if residuals is None else residuals.levels)
 
@@ -298,6 +309,14 @@ class UNet(DownPath):
             x = level(x, joined, emb, cond, size)
 
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def words_of(cond: Conditioning) -> Conditioning:
+    """With pictures as words behind the others."""
+    if cond.images is None:
+        return cond
+    assert cond.tokens is not None
+    return replace(cond, tokens=torch.cat([cond.tokens, cond.images], dim=1))
 
 
 # ---------------------------------------------------------------------- levels

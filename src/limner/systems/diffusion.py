@@ -20,6 +20,7 @@ from limner.errors import CheckpointMismatch, UsageError
 from limner.models import ip_adapter, tiling, unet
 from limner.models.controlnet import KINDS
 from limner.models.unet import Residuals, UNet, guidance_embedding, micro_conditioning
+from limner.nn.graphs import Graphs
 from limner.sampling import compat, samplers, schedules
 from limner.sampling.guidance import Combine, Guidance, classifier_free, combining, composed, guided, within
 from limner.sampling.interpolants import Discrete, Interpolant, Preconditioned
@@ -29,7 +30,9 @@ from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, u
 from limner.types import Conditioning, Control, Defaults, Denoise, Images, Latents, Reference, Request
 
 
-def controlled(control: Control, seen: Any, x: Tensor, t: Tensor, cond: Conditioning, wanted: int) -> Residuals:
+def controlled(
+    control: Control, seen: Any, x: Tensor, t: Tensor, cond: Conditioning, wanted: int, evaluate: Graphs
+) -> Residuals:
     """What a control adds at x, which has `seen` its picture: one that guesses only to the first `wanted` rows, a tenth
     of its weight at the first level of detail and rising to all of it in the middle (arXiv:2302.05543, its code's guess
     mode)."""
@@ -38,7 +41,7 @@ def controlled(control: Control, seen: Any, x: Tensor, t: Tensor, cond: Conditio
         return Residuals()
     if rows < len(x):
         cond = cond.keep(rows, lambda: replace(cond.map(lambda v: v[:rows]), kept={}))
-    added = control.network(x[:rows], t[:rows], cond, seen)
+    added = evaluate(control.network, x[:rows], t[:rows], cond, seen)
     if added.levels:
         return Residuals(levels=tuple(control.weight * level for level in added.levels))
     count = len(added.down) + 1
@@ -118,6 +121,7 @@ class DiffusionSystem(nn.Module):
     ) -> None:
         super().__init__()
         self.small_noise = small_noise
+        self.graphs = Graphs()
         self.name, self.family, self.defaults = name, family, defaults
         self.network = network
         self.autoencoder = autoencoder.requires_grad_(False)
@@ -187,6 +191,7 @@ class DiffusionSystem(nn.Module):
         for system in (self, self.refiner, self.guide):
             if system is not None and system.works_on is None:
                 system.works_on = system.device
+                system.graphs.clear()
                 system.cpu()
 
     @contextlib.contextmanager
@@ -435,9 +440,9 @@ class DiffusionSystem(nn.Module):
                 seen = torch.cat([seen, shown.to(dtype)], dim=1)
             t = torch.full((len(x),), self.interpolant.time(sigma), device=x.device)
             rows = len(x) if wanted is None else wanted
-            more = [controlled(control, hint, scaled, t, cond, rows) for control, hint in controls()]
-            told = {"residuals": Residuals.sum(more)} if more else {}
-            output = network(seen, t, cond, **told).to(x.dtype)
+            more = [controlled(control, hint, scaled, t, cond, rows, self.graphs) for control, hint in controls()]
+            told = [Residuals.sum(more)] if more else []
+            output = self.graphs(network, seen, t, cond, *told).to(x.dtype)
             return self.prediction.to_x0(output, x, self.interpolant.alpha(sigma), sigma)
 
         def pair(x: Tensor, sigma: float) -> tuple[Tensor, ...]:
