@@ -60,7 +60,9 @@ def test_published_spellings_are_known(name):
     assert {spelling: table[spelling].module for spelling in TABLES[name]} == TABLES[name]
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "sdxl-refiner" else ()) for name in TABLES]
+)
 def test_every_module_is_spelled_in_every_way_and_no_spelling_is_lost(name):
     system = bare(name)
     table = spellings(system)

@@ -106,7 +106,12 @@ def test_the_help_says_what_each_command_does_in_whole_sentences(limner):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks GNU's OpenMP")
 @pytest.mark.parametrize(
-    ("given", "spins"), [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"), ({"GOMP_SPINCOUNT": "77"}, "77")]
+    ("given", "spins"),
+    [
+        ({}, "0"),
+        pytest.param({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000", marks=pytest.mark.slow),
+        ({"GOMP_SPINCOUNT": "77"}, "77"),
+    ],
 )
 def test_threads_that_wait_leave_the_cores_to_others_unless_told(given, spins):
     bare = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}

@@ -369,8 +369,9 @@ SMALL_SD1 = (
     "system.network.widths=32,64", "system.network.num_blocks=1", "system.network.depths=1,0",
     "system.network.text_width=64", "system.autoencoder.widths=32,64", "system.autoencoder.blocks=1",
     'system.text_encoder.towers=[{"width":64,"depth":2,"num_heads":1,"hidden":128}]', "system.defaults.width=32",
-    "system.defaults.height=32", "data.source=shapes", "data.size=32", "data.limit=16", "steps=60", "batch_size=4",
-    "lr=2e-3", "lr_schedule=cosine", "warmup=5", "precision=fp32", "log_every=20", 'sample_prompts=["red circle"]',
+    "system.defaults.height=32", "system.defaults.steps=4", "data.source=shapes", "data.size=32", "data.limit=16",
+    "steps=60", "batch_size=4", "lr=2e-3", "lr_schedule=cosine", "warmup=5", "precision=fp32", "log_every=20",
+    'sample_prompts=["red circle"]',
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from limner.errors import CheckpointMismatch, FileProblem, ImageProblem, Unknown
 from limner.models.controlnet import ControlNet
 from limner.models.unet import UNET_TINY, UNetConfig
 from limner.types import Conditioning
+from sweeps import sweep
 
 from . import stable_diffusion
 
@@ -118,8 +119,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "way"), sweep(KINDS, WAYS, fast=lambda kind, way: kind == "sd1" or way == "plain"))
 def test_it_draws_what_diffusers_draws(systems, nets, kind, way, monkeypatch):
     folder, pipe = systems[kind]
     told = dict(WAYS[way])

@@ -14,6 +14,7 @@ from limner import metadata, pipeline
 from limner.errors import CheckpointMismatch, Ignored, UsageError
 from limner.models import unet
 from limner.models.unet import UNET_TINY, UNet
+from sweeps import sweep
 
 from . import stable_diffusion
 
@@ -71,8 +72,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize(
+    ("kind", "way"), sweep(["sd1", "sdxl"], WAYS, fast=lambda kind, way: kind == "sd1" or way == "with the other")
+)
 def test_perturbed_attention_guidance_draws_what_diffusers_draws(folders, kind, way):
     cls = diffusers.StableDiffusionXLPAGPipeline if kind == "sdxl" else diffusers.StableDiffusionPAGPipeline
     told = WAYS[way]

@@ -120,7 +120,10 @@ def assert_same(system: Any, wanted: tuple[torch.Tensor, torch.Tensor], **told: 
         ("ddim", {"guidance": 7.5, "image_guidance": 1.0}), ("dpmpp_2m", {"guidance": 5.0, "image_guidance": 1.2}),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize(
+    "name",
+    ["instruct_pix2pix", *(pytest.param(name, marks=pytest.mark.slow) for name in EDITS if name != "instruct_pix2pix")],
+)
 def test_a_folder_and_a_single_file_edit_as_diffusers_does(models, name, sampler, told):
     model, size = models(name), {} if name == "instruct_pix2pix" else {"width": 32, "height": 32}
     if name == "cosxl_edit" and sampler != "euler":

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from limner import catalog, pictures, pipeline
 from limner.checkpoints import folders, single_files
 from limner.errors import UnknownName
+from sweeps import sweep
 
 from . import stable_diffusion
 
@@ -108,14 +109,20 @@ def assert_same(ours: tuple[torch.Tensor, Image.Image], expected: tuple[torch.Te
     assert (apart <= 1).mean() >= 0.999
 
 
-@pytest.mark.parametrize("sampler", SCHEDULERS)
-@pytest.mark.parametrize("name", MODELS)
+MOST = {"euler", "euler_a", "dpm2_a", "ddim", "plms", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm"}
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"), sweep(MODELS, SCHEDULERS, fast=lambda name, sampler: name == "sd1" or sampler in MOST)
+)
 def test_a_folder_and_a_single_file_draw_what_diffusers_draws(models, name, sampler, monkeypatch):
     if (name, sampler) == ("sd2_v", "plms"):
         pytest.skip("diffusers extrapolates v, and turns it into eps with another x; Stability's own code does as ours")
     model = models(name)
     wanted = expected(model.theirs, sampler)
     assert_same(drawn(model.ours, sampler, monkeypatch), wanted)
+    if sampler not in ("euler", "plms", "dpmpp_2m"):  # what a file is, does not hang on them
+        return
     told = {"schedule": model.ours.defaults.schedule, "width": 32, "height": 32}  # which a file does not say
     assert_same(drawn(model.ours_of_file, sampler, monkeypatch, **told), wanted)
 
