@@ -1,5 +1,6 @@
 """The whole loop of a drawing with Stable Diffusion, beside diffusers' pipeline, which must be installed: both with
-random weights, the same words (as embeddings), size, steps and guidance.
+random weights, the same size, steps, guidance and number of words, which ours reads within the loop and theirs is given
+read.
 
     python benchmarks/drawing.py --model sd1 --dtype fp16 --json
     python benchmarks/drawing.py --model sdxl --dtype fp16 --json

@@ -478,7 +478,7 @@ def load(
     else:
         system.to(device)
     if device.type == "cuda" and isinstance(network := getattr(system, "network", None), UNet):
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the layout that its convolutions are quickest in there
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # docs/speed.md
     if codec is not None:
         if found is None or not any(place.name.startswith(f"{codec}/") for place in found.layout.values()):
             put_autoencoder(system, codec)

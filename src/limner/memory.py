@@ -54,11 +54,12 @@ class Plan:
     def peak(self, offload: bool, recorded: bool = False) -> tuple[int, Stage]:
         """Bytes at the height of the drawing, and its stage then; with `offload` only parts at work are there, and a
         step that is `recorded` (see `limner.nn.graphs`) keeps what it made."""
-        step = max((stage.made for stage in self.stages if "network" in stage.parts and recorded), default=0)
+        kept = {s.name: s.made for s in self.stages if recorded and s.parts[0] in ("network", "refiner")}
         rows = []
         for stage in self.stages:
             weights = sum(self.weights[part] for part in (stage.parts if offload else self.weights))
-            rows.append((weights + stage.made + (0 if "network" in stage.parts else step), stage))
+            others = sum(made for name, made in kept.items() if name != stage.name)
+            rows.append((weights + stage.made + others, stage))
         return max(rows, key=lambda row: row[0])
 
 
@@ -128,7 +129,8 @@ def room(system: Any, request: Request, count: int) -> Room:
     if device.type != "cuda":
         return Room(free_of(device), ample=False)
     free = free_of(device) + (0 if system.works_on else weights)
-    return Room(free, not system.works_on and weights + ROUGH * request.width * request.height * count < free)
+    records = isinstance(system, DiffusionSystem) and not system.works_on
+    return Room(free, records and weights + ROUGH * request.width * request.height * count < free)
 
 
 def settle(system: System, request: Request, count: int) -> str:

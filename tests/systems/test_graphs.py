@@ -3,6 +3,8 @@ the network again, CUDA's graphs on a GPU."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from limner import catalog, memory
 from limner.nn.graphs import MOST, Graphs
 from limner.types import Conditioning
 
@@ -35,7 +38,7 @@ class Told(Graphs):
     devices = ("cpu",)
     on = True
 
-    def graph_of(self, call: Callable[[], Any]) -> tuple[Again, Any]:
+    def graph_of(self, call: Callable[[], Any], device: torch.device) -> tuple[Again, Any]:
         graph = Again(call)
         return graph, graph.output
 
@@ -121,16 +124,64 @@ def test_without_room_nothing_is_recorded():
     assert not Graphs.on  # until a drawing knows how much memory there is
 
 
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ("a red fox", {"batch": 2, "guidance": 1.0}),
+        ("a fox AND a whale AND a cat", {"batch": 2, "guidance": 5.0}),
+        ("a red fox", {"guidance": 5.0, "pag_scale": 3.0}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_second_drawing_needs_no_second_recording(made, recorded, prompt, told):  # noqa: F811
+    for seed in (1, 2, 3):
+        made["sd1"].generate(prompt, seed=seed, steps=4, sampler="euler", **told)
+        assert len(recorded()) == 1
+
+
+def test_nothing_keeps_networks_and_words_alive():
+    graphs, network, cond = Told(), Sum(), Conditioning(kept={})
+    gone = [weakref.ref(network), weakref.ref(cond)]
+    with torch.no_grad():
+        for _ in range(3):
+            graphs(network, torch.zeros(2), torch.zeros(1), cond)
+    (recording,) = graphs.made
+    recording.graph.call = None  # which only this stand-in for a graph has
+    del network, cond
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+
+
+def test_without_memory_for_a_recording_it_goes_on_without(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    graphs, network = Told(), Sum()
+    monkeypatch.setattr(graphs, "graph_of", full)
+    with torch.no_grad():
+        sums = [graphs(network, torch.zeros(2), torch.zeros(1), Conditioning(kept={})).tolist() for _ in range(3)]
+    assert sums == [[1.0, 1.0]] * 3
+    assert (graphs.on, graphs.made) == (False, [])
+
+
+def test_what_is_compiled_is_not_recorded():
+    system = catalog.build(catalog.entry("icons-tiny").config)
+    system.compile(backend="eager")
+    assert not system.graphs.devices
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
-def test_graphs_of_a_gpu_change_no_bit(tmp_path_factory, sd1_folder):
+def test_graphs_of_a_gpu_change_no_bit(tmp_path_factory, sd1_folder, monkeypatch):
     pipes = pipelines(tmp_path_factory, sd1_folder, "cuda")
     for way in WAYS:
         again = [drawn(pipes, way), drawn(pipes, way)]
-        graphs = pipes[WAYS[way][0]].system.graphs
-        assert graphs.on, way
-        assert graphs.made, way
-        graphs.on = False
-        pipes[WAYS[way][0]].system.stays = True  # so that nothing decides anew
-        assert again == [drawn(pipes, way)] * 2, way
-        pipes[WAYS[way][0]].system.stays = False
+        system = pipes[WAYS[way][0]].system
+        assert system.graphs.made, way
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "settle", lambda *_: "")  # which would turn them on again
+            for one in (system, system.refiner):
+                if one is not None:
+                    one.graphs.on = False
+                    patch.setattr(one.graphs, "evaluate", None)
+            assert again == [drawn(pipes, way)] * 2, way

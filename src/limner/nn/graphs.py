@@ -8,9 +8,10 @@ same.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import torch
@@ -21,19 +22,22 @@ from limner.types import Conditioning
 
 MOST = 4
 """Recordings that are kept."""
+RECORDING = RLock()
+"""A process records one graph at a time."""
 
 
 @dataclass
 class Recording:
-    """What a graph was recorded of, and the tensors that it reads and writes. `cond` is whose words it holds."""
+    """What a graph was recorded of, and the tensors that it reads and writes. `cond` is whose words it holds. Neither
+    that nor the network is kept alive by it."""
 
-    network: nn.Module
+    network: weakref.ref[nn.Module]
     weights: tuple[int, ...]
     inputs: Leaves
     words: Leaves
     output: Any
     graph: Any
-    cond: Conditioning
+    cond: weakref.ref[Conditioning]
 
     def replay(self, inputs: Leaves) -> Any:
         self.inputs.put(inputs)
@@ -53,8 +57,10 @@ class Leaves:
         return tree_unflatten(self.values, self.spec)
 
     def own(self) -> Leaves:
-        """The same in tensors of their own."""
-        return Leaves(tree_map_only(Tensor, lambda x: torch.empty_like(x).copy_(x), self.tree()))
+        """The same in tensors of their own, for whatever is of this kind."""
+        mine = Leaves(tree_map_only(Tensor, lambda x: torch.empty_like(x).copy_(x), self.tree()))
+        mine.kind = self.kind
+        return mine
 
     def put(self, new: Leaves) -> None:
         for mine, value in zip(self.values, new.values, strict=True):
@@ -67,46 +73,53 @@ class Graphs:
     gradients and while `on`, is recorded when it is asked the second time and replayed from then on."""
 
     on = False
-    devices = ("cuda",)
+    devices: tuple[str, ...] = ("cuda",)
 
     def __init__(self) -> None:
         self.made: list[Recording] = []
         self.once: list[Any] = []
         """What was asked once, the newest last."""
         self.pool: Any = None
-        self.lock = Lock()
+        self.lock = RLock()
 
     def clear(self) -> None:
         """Give back the memory of all recordings."""
-        self.made, self.once, self.pool = [], [], None
+        with self.lock:
+            self.made, self.once, self.pool = [], [], None
 
     def __call__(self, network: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, *more: Any) -> Any:
         if not self.on or x.device.type not in self.devices or cond.kept is None or torch.is_grad_enabled():
             return network(x, t, cond, *more)
         with self.lock:
-            return self.evaluate(network, x, t, cond, *more)
+            try:
+                return self.evaluate(network, x, t, cond, *more)
+            except torch.OutOfMemoryError:  # for a recording, perhaps, and not without
+                self.clear()
+                self.on = False
+                return network(x, t, cond, *more)
 
     def evaluate(self, network: nn.Module, x: Tensor, t: Tensor, cond: Conditioning, *more: Any) -> Any:
         inputs = Leaves((x, t, more))
-        mine = [made for made in self.made if made.network is network and made.inputs.kind == inputs.kind]
+        mine = [made for made in self.made if made.network() is network and made.inputs.kind == inputs.kind]
         for made in mine:
-            if made.cond is cond:
+            if made.cond() is cond:
                 return made.replay(inputs)
         words = Leaves((cond.tensors(), told(network, cond)))
         weights = tuple(w.data_ptr() for w in (*network.parameters(), *network.buffers()))
         for made in mine:
             if made.weights == weights and made.words.kind == words.kind:
                 made.words.put(words)
-                made.cond = cond
+                made.cond = weakref.ref(cond)
                 return made.replay(inputs)
-        asked = (id(network), weights, inputs.kind, words.kind)
+        asked = (weakref.ref(network), weights, inputs.kind, words.kind)
         if asked not in self.once:  # kernels are chosen and loaded, which cannot be recorded
             self.once = [*self.once[1 - MOST :], asked]
             return network(x, t, cond, *more)
-        kept = [made for made in self.made if made.network is not network or made.weights == weights]
-        made = self.record(network, weights, inputs, words, cond)
-        self.made = [*kept[1 - MOST :], made]
-        return made.replay(inputs)
+        others = [made for made in self.made if made.network() is not network and made.network() is not None]
+        mine = [made for made in self.made if made.network() is network and made.weights == weights]
+        self.made = [*others, *mine][1 - MOST :]
+        self.made.append(self.record(network, weights, inputs, words, cond))
+        return self.made[-1].replay(inputs)
 
     def record(
         self, network: nn.Module, weights: tuple[int, ...], inputs: Leaves, words: Leaves, cond: Conditioning
@@ -114,25 +127,28 @@ class Graphs:
         with torch.inference_mode(False), torch.no_grad():
             inputs, words = inputs.own(), words.own()
             (x, t, more), (tensors, kept) = inputs.tree(), words.tree()
-            said = Conditioning(**tensors, kept=kept)
-            graph, output = self.graph_of(lambda: network(x, t, said, *more))
-        return Recording(network, weights, inputs, words, output, graph, cond)
+            modules = list(network.modules())
+            said = Conditioning(**tensors, kept={modules[place]: value for place, value in kept.items()})
+            graph, output = self.graph_of(lambda: network(x, t, said, *more), x.device)
+        return Recording(weakref.ref(network), weights, inputs, words, output, graph, weakref.ref(cond))
 
-    def graph_of(self, call: Callable[[], Any]) -> tuple[Any, Any]:
+    def graph_of(self, call: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:
         """A graph of what a call does, and what each replay of it overwrites with what the call would give."""
-        graph = torch.cuda.CUDAGraph()
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            output = call()
+        with RECORDING, torch.cuda.device(device):
+            graph, self.pool = torch.cuda.CUDAGraph(), self.pool or torch.cuda.graph_pool_handle()
+            # of this device: torch's own stream for graphs stays on the one that it was first asked on
+            stream = torch.cuda.Stream(device)
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+                output = call()
         return graph, output
 
 
-def told(network: Any, cond: Conditioning) -> dict[Any, Any]:
-    """What a network keeps of `cond`."""
+def told(network: Any, cond: Conditioning) -> dict[int, Any]:
+    """What a network keeps of `cond`, by the place of the module."""
     if hasattr(network, "tell"):
         network.tell(cond)
     assert cond.kept is not None
-    return {module: cond.kept[module] for module in network.modules() if module in cond.kept}
+    return {place: cond.kept[module] for place, module in enumerate(network.modules()) if module in cond.kept}
 
 
 def is_tensor(x: Any) -> bool:

@@ -41,7 +41,9 @@ def controlled(
         return Residuals()
     if rows < len(x):
         cond = cond.keep(rows, lambda: replace(cond.map(lambda v: v[:rows]), kept={}))
-    added = evaluate(control.network, x[:rows], t[:rows], cond, seen)
+    asked = (x[:rows], t[:rows], cond, seen)
+    computes = hasattr(control.network, "tell")  # not so a T2I-Adapter, which gives back what it saw
+    added = evaluate(control.network, *asked) if computes else control.network(*asked)
     if added.levels:
         return Residuals(levels=tuple(control.weight * level for level in added.levels))
     count = len(added.down) + 1
@@ -173,6 +175,7 @@ class DiffusionSystem(nn.Module):
         return list(self.network.parameters())
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
+        self.graphs.devices = ()  # which cannot be recorded while it compiles
         for block in getattr(self.network, "blocks", [self.network]):
             block.compile(*args, **kwargs)
 
@@ -442,7 +445,10 @@ class DiffusionSystem(nn.Module):
             rows = len(x) if wanted is None else wanted
             more = [controlled(control, hint, scaled, t, cond, rows, self.graphs) for control, hint in controls()]
             told = [Residuals.sum(more)] if more else []
-            output = self.graphs(network, seen, t, cond, *told).to(x.dtype)
+            asked: tuple[Any, ...] = (seen, t, cond, *told)
+            # a copy of the network would be recorded anew in each drawing
+            output = self.graphs(network, *asked) if network is self.network else network(*asked)
+            output = output.to(x.dtype)
             return self.prediction.to_x0(output, x, self.interpolant.alpha(sigma), sigma)
 
         def pair(x: Tensor, sigma: float) -> tuple[Tensor, ...]:
