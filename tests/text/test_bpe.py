@@ -167,6 +167,22 @@ def write_small(folder, whole: bool) -> None:
         (folder / "added_tokens.json").write_text(json.dumps(added))
 
 
+def test_a_tokenizer_is_made_once_of_the_same_files_and_anew_of_others(tmp_path):
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+        write_small(folder, whole=False)
+    one, two = map(CLIPTokenizer.from_folder, folders)
+    assert one is two
+    config = folders[1] / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"!"', '"</s>"'))
+    other = CLIPTokenizer.from_folder(folders[1])
+    assert (other is not one, other.pad == one.pad) == (True, False)
+    (folders[1] / "merges.txt").unlink()
+    with pytest.raises(FileProblem, match="merges"):
+        CLIPTokenizer.from_folder(folders[1])
+
+
 def test_the_shipped_vocabulary_read_from_a_folder_is_the_same(files, tmp_path):
     tokenizer = CLIPTokenizer.from_folder(files)
     bpe.shipped().tokenizer.save(str(tmp_path / "tokenizer.json"))

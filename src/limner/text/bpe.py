@@ -12,7 +12,9 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,12 @@ MERGES = Path(__file__).parent.parent / "weights" / "clip" / "merges.txt.gz"
 BOT, EOT, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 LARGEST_FILE = 64_000_000
+FILES = (
+    *("tokenizer.json", "vocab.json", "merges.txt"),
+    *("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"),
+)
+MOST_READ = 4
+_READ: dict[Any, CLIPTokenizer] = {}
 
 
 class CLIPTokenizer:
@@ -105,8 +113,18 @@ class CLIPTokenizer:
         """The tokenizer of a model folder: `tokenizer.json`, else `vocab.json` and `merges.txt`, with the words of
         `added_tokens.json`; which words are the marks, `tokenizer_config.json` or `special_tokens_map.json` may say.
 
-        Raises FileProblem.
+        One that was read before is not made again. Raises FileProblem.
         """
+        key = _contents(folder)
+        if key not in _READ:
+            made = cls._read(folder)
+            if len(_READ) >= MOST_READ:
+                _READ.clear()
+            _READ[key] = made
+        return _READ[key]
+
+    @classmethod
+    def _read(cls, folder: Path) -> CLIPTokenizer:
         whole, path = folder / "tokenizer.json", folder / "vocab.json"
         added: list[dict[str, Any]] = []
         if whole.is_file():
@@ -165,9 +183,25 @@ def vocabulary_of(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 _FLAGS = {"normalized": True, "single_word": False, "lstrip": False, "rstrip": False}
 
 
+def _fits(path: Path) -> bool:
+    return path.stat().st_size <= LARGEST_FILE
+
+
+def _contents(folder: Path) -> tuple[Any, ...]:
+    """What a folder's tokenizer follows from; None stands for a file that cannot be read, which is told by who needs
+    it."""
+    found: list[Any] = []
+    for path in (folder / name for name in FILES):
+        digest = None
+        with suppress(OSError):
+            digest = sha256(path.read_bytes()).digest() if _fits(path) else None
+        found.append(digest)
+    return tuple(found)
+
+
 def _text(path: Path) -> str:
     try:
-        if path.stat().st_size > LARGEST_FILE:
+        if not _fits(path):
             raise FileProblem(f"{path} is larger than any tokenizer ({path.stat().st_size / 1e6:.0f} MB)")
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
