@@ -27,7 +27,7 @@ image: .venv/installed
 	@$(BIN)/limner -- "$$LIMNER_PROMPT"
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check

@@ -98,7 +98,8 @@ def blended(
         return function(0, x)
     rows, columns = weights(height, side, overlap, after, x), weights(width, side, overlap, after, x)
     result: Tensor | None = None
-    for k, (top, bottom, left, right) in enumerate(tiles(height, width, side, overlap)):
+    places = tiles(height, width, side, overlap)
+    for k, (top, bottom, left, right) in enumerate(places[:2] if x.is_meta else places):  # without data all are alike
         tile = function(k, x[:, :, top * before : bottom * before, left * before : right * before])
         down, along = rows[top], columns[left]
         if result is None:  # summed in float32 at least, or the weights would not sum to one
