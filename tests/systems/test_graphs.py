@@ -171,9 +171,12 @@ def test_what_is_compiled_is_not_recorded():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.filterwarnings("ignore")
-def test_graphs_of_a_gpu_change_no_bit(tmp_path_factory, sd1_folder, monkeypatch):
-    pipes = pipelines(tmp_path_factory, sd1_folder, "cuda")
+def test_graphs_of_a_gpu_change_no_bit(tmp_path_factory, sd1_folder, monkeypatch, number):
+    if torch.cuda.device_count() <= number:
+        pytest.skip("there is one GPU")
+    pipes = pipelines(tmp_path_factory, sd1_folder, f"cuda:{number}")
     for way in WAYS:
         again = [drawn(pipes, way), drawn(pipes, way)]
         system = pipes[WAYS[way][0]].system
