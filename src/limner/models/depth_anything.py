@@ -121,7 +121,8 @@ class Neck(nn.Module):
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Of each layer (b, width, h, w), the finest first -> all of them together, (b, fusion, 8 h, 8 w)."""
         reassemble, fusion = self.reassemble_stage["layers"], self.fusion_stage["layers"]
-        assert isinstance(reassemble, nn.ModuleList) and isinstance(fusion, nn.ModuleList)
+        assert isinstance(reassemble, nn.ModuleList)
+        assert isinstance(fusion, nn.ModuleList)
         levels = [conv(layer(x)) for conv, layer, x in zip(self.convs, reassemble, maps, strict=True)][::-1]
         joined = None
         for k, fuse in enumerate(fusion):

@@ -56,7 +56,7 @@ class DINOv2(nn.Module):
         """Pictures (b, 3, h, w) of whole patches -> the states (b, 1 + patches, width) after each of `layers`, counted
         from 1, in rising order; the first token stands for the whole picture."""
         x, found = self.embeddings(images), []
-        for number, layer in enumerate(self.encoder["layer"], 1):  # type: ignore[arg-type]
+        for number, layer in enumerate(self.encoder["layer"].children(), 1):
             x = layer(x)
             if number in layers:
                 found.append(self.layernorm(x))

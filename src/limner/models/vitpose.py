@@ -101,7 +101,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.embeddings(images)
-        for layer in self.encoder["layer"]:  # type: ignore[attr-defined]
+        for layer in self.encoder["layer"].children():
             x = layer(x)
         return rearrange(self.layernorm(x), "b (h w) d -> b d h w", h=self.grid[0])
 
