@@ -105,7 +105,7 @@ def test_a_body_is_openposes_with_its_neck_amid_the_shoulders():
 
 
 def test_a_person_is_drawn_where_the_peaks_are(monkeypatch):
-    """Seventeen in a row at the middle of a picture, in both heat maps and picture twice as wide as high."""
+    """A nose in the middle, of a picture of another shape than the heat maps."""
     network = ViTPose(VITPOSE_TINY)
     heat = torch.zeros(1, 17, 16, 12)
     heat[0, 0, 7:9, 5:7] = 1

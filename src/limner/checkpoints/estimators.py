@@ -71,7 +71,7 @@ def read_pose(path: Path) -> ViTPose:
     """As `read_depth` of ViTPose."""
     settings = _settings(path, "pose", "vitpose")
     eye = _eye(settings, "vitpose_backbone", {})
-    if (experts := eye.values.get("num_experts", 1)) != 1:
+    if (experts := eye.values.get("num_experts") or 1) != 1:
         raise CheckpointMismatch(
             f"{eye.path}: num_experts is {experts!r:.40}: ViTPose+ with its mixture of experts is not read, take a "
             "plain one such as usyd-community/vitpose-base-simple"
