@@ -112,3 +112,26 @@ def test_what_takes_a_model_or_is_unknown_is_said():
         hints.make("depth", Image.new("RGB", (8, 8)))
     with pytest.raises(UnknownName, match="cany"):
         hints.make("cany", Image.new("RGB", (8, 8)))
+
+
+def test_a_skeleton_has_its_colours_where_its_joints_and_limbs_are():
+    """Four pixels thick at 512, limbs darker than joints, and only between joints that are there."""
+    joints: list[tuple[float, float] | None] = [None] * 18
+    joints[0], joints[1], joints[2] = (256, 100), (256, 200), (156, 200)
+    found = np.asarray(hints.skeleton(joints, 512, 768))
+    assert found.shape == (768, 512, 3)
+    for (x, y), colour in (
+        (joints[0], (255, 0, 0)), (joints[1], (255, 85, 0)), (joints[2], (255, 170, 0)),  # nose, neck, right shoulder
+        ((256, 150), (0, 0, 153)), ((206, 200), (153, 0, 0)), ((306, 200), (0, 0, 0)),
+    ):  # fmt: skip
+        assert tuple(found[y, x]) == colour
+    across, down = found[150].any(-1).nonzero()[0], found[:, 206].any(-1).nonzero()[0]
+    for limb, middle in ((across, 256), (down, 200)):
+        assert abs(limb.mean() - middle) <= 1
+        assert 7 <= len(limb) <= 9
+    assert 7 <= len(found[:, 157:170].any(-1).any(0).nonzero()[0]) <= 13
+    thick = np.asarray(hints.skeleton([None if p is None else (2 * p[0], 2 * p[1]) for p in joints], 1024, 1536))
+    assert 15 <= len(thick[300].any(-1).nonzero()[0]) <= 18
+    assert not np.asarray(hints.skeleton([None] * 18, 64, 64)).any()
+    alone = np.asarray(hints.skeleton([None] * 17 + [(30, 30)], 64, 64))
+    assert {tuple(c) for c in alone[alone.any(-1)]} == {(255, 0, 85)}

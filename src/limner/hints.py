@@ -1,12 +1,14 @@
-"""Pictures that ControlNets are told, made of pictures: edges, scribbles, blurs. No model is needed for these."""
+"""Pictures that ControlNets are told, made of pictures: edges, scribbles, blurs. No model is needed for these; what
+depth and poses look like is here too, and what finds them is given."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,13 +17,20 @@ from limner.errors import UnknownName, UsageError
 LOW, HIGH = 100.0, 200.0
 """Canny's thresholds, of the sum of both slopes' magnitudes of 8-bit grey; ControlNet's own."""
 SIDES = torch.tensor([[1.0, 2.0, 1.0], [0.0, 0.0, 0.0], [-1.0, -2.0, -1.0]])  # Sobel
-NEED_MODELS = ("depth", "pose", "openpose", "normal", "segmentation", "lineart", "softedge", "hed", "mlsd")
+WITH_MODELS = {
+    "depth": "depth-anything/Depth-Anything-V2-Small-hf", "pose": "usyd-community/vitpose-base-simple",
+}  # fmt: skip
+"""What is found by a model that a person brings, and a name of one on the Hub."""
+NEED_MODELS = ("openpose", "normal", "segmentation", "lineart", "softedge", "hed", "mlsd")
+"""What takes a model that is not read here."""
+Finder = Callable[[Image.Image], Image.Image]
 
 
-def make(maker: str, image: Image.Image) -> Image.Image:
-    """What `maker` of MAKERS makes of a picture, in its size, RGB. Raises UnknownName, UsageError."""
-    known(maker)
-    return MAKERS[maker](on_white(image))
+def make(maker: str, image: Image.Image, finder: Finder | None = None) -> Image.Image:
+    """What `maker` of MAKERS makes of a picture, in its size, RGB, or `finder` for one of WITH_MODELS. Raises
+    UnknownName, UsageError."""
+    known(maker, finder is not None)
+    return (MAKERS[maker] if finder is None else finder)(on_white(image))
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -29,15 +38,25 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def known(maker: str) -> None:
-    """Raises UnknownName for no maker, and UsageError for what takes a model that is not here."""
-    if maker in NEED_MODELS:
+def known(maker: str, model: bool = False) -> None:
+    """Raises UnknownName for no maker, and UsageError for what takes a model without one, with one it does not take, or
+    one that is not read here."""
+    if maker in WITH_MODELS:
+        if not model:
+            raise UsageError(
+                f"{maker} is found in a picture by a model of its own: say which, {maker}=hf:{WITH_MODELS[maker]} or "
+                f"{maker}=FOLDER (in Python maker_model=) with its config.json and model.safetensors, or give a "
+                f"picture of {maker} itself"
+            )
+    elif maker in NEED_MODELS:
         raise UsageError(
             f"{maker} is found in a picture by a model of its own, which Limner has not: give a picture of it "
-            f"instead (makers here: {', '.join(MAKERS)})"
+            f"instead (makers here: {', '.join([*MAKERS, *(f'{name}=MODEL' for name in WITH_MODELS)])})"
         )
-    if maker not in MAKERS:
-        raise UnknownName("maker", maker, tuple(MAKERS))
+    elif maker not in MAKERS:
+        raise UnknownName("maker", maker, (*MAKERS, *WITH_MODELS))
+    elif model:
+        raise UsageError(f"{maker} takes no model: leave it out, or ask for {' or '.join(WITH_MODELS)}")
 
 
 def canny(image: Image.Image, low: float = LOW, high: float = HIGH) -> Image.Image:
@@ -110,6 +129,58 @@ def invert(image: Image.Image) -> Image.Image:
 MAKERS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "canny": canny, "sobel": sobel, "scribble": scribble, "blur": blur, "tile": tile, "invert": invert,
 }  # fmt: skip
+
+
+# -------------------------------------------------------------------- what models find
+
+LIMBS = (
+    (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13), (1, 0),
+    (0, 14), (14, 16), (0, 15), (15, 17),
+)  # fmt: skip
+"""Pairs of OpenPose's joints: nose, neck, the right shoulder, elbow and wrist, the left ones, the right hip, knee and
+ankle, the left ones, the right eye, the left one, the ears likewise."""
+COLOURS = (
+    (255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0), (0, 255, 0), (0, 255, 85),
+    (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255), (0, 0, 255), (85, 0, 255), (170, 0, 255), (255, 0, 255),
+    (255, 0, 170), (255, 0, 85),
+)  # fmt: skip
+"""Of joints, and at `LIMB_LIGHT` of limbs, in their order."""
+LIMB_LIGHT, THICK, DRAWN_AT = 0.6, 4, 512
+"""Half the thickness of a limb, and the radius of a joint, are THICK pixels of a picture of 512 a side: there the
+pictures that ControlNets learnt from were drawn."""
+
+
+def shaded(near: Tensor) -> Image.Image:
+    """Grey of (h, w) numbers, the least black, the greatest white; all black where they are one."""
+    near = near - near.min()
+    return _grey(near / near.max().clamp(min=1e-12) * 255)
+
+
+def skeleton(joints: Sequence[tuple[float, float] | None], width: int, height: int) -> Image.Image:
+    """OpenPose's drawing of a body, on black: ellipses between those of its 18 joints, (x, y) in pixels, that are
+    there, and circles on them."""
+    image = Image.new("RGB", (width, height))
+    draw = ImageDraw.Draw(image)
+    thick = max(1.0, THICK * min(width, height) / DRAWN_AT)
+    for (a, b), colour in zip(LIMBS, COLOURS, strict=False):
+        start, end = joints[a], joints[b]
+        if start is not None and end is not None:
+            draw.polygon(_ellipse(start, end, thick), tuple(int(LIMB_LIGHT * n) for n in colour))
+    for joint, colour in zip(joints, COLOURS, strict=True):
+        if joint is not None:
+            draw.circle(joint, thick, colour)
+    return image
+
+
+def _ellipse(start: tuple[float, float], end: tuple[float, float], thick: float) -> list[tuple[float, float]]:
+    """Corners all round one whose long axis goes from `start` to `end`, and whose short one is 2 * `thick`."""
+    x, y = (end[0] + start[0]) / 2, (end[1] + start[1]) / 2
+    along_x, along_y = (end[0] - start[0]) / 2, (end[1] - start[1]) / 2
+    length = math.hypot(along_x, along_y) or 1.0
+    across_x, across_y = -along_y / length * thick, along_x / length * thick
+    turns = [math.radians(k) for k in range(0, 360, 5)]
+    return [(x + math.cos(t) * along_x + math.sin(t) * across_x, y + math.cos(t) * along_y + math.sin(t) * across_y)
+            for t in turns]  # fmt: skip
 
 
 def _slopes(image: Image.Image) -> tuple[Tensor, Tensor]:

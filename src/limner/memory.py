@@ -91,7 +91,8 @@ def plan(system: System, request: Request, count: int) -> Plan:
     others = {name: other for name in ("refiner", "guide") if (other := getattr(system, name)) is not None}
     ghost.__dict__ |= {name: without_data(other) for name, other in others.items()}
     controls = [f"control {k}" for k, _ in enumerate(request.control, 1)]
-    told = tuple(replace(one, network=ghost_of(one.network), start=0.0, end=1.0) for one in request.control)
+    plain: dict[str, Any] = {"start": 0.0, "end": 1.0, "maker": "", "finder": None}
+    told = tuple(replace(one, network=ghost_of(one.network), **plain) for one in request.control)
     request = replace(request, control=told, ip_adapter=(), compat="", hires=1.0, on_step=_enough)
     prompts = [*request.prompts, *[request.prompt] * count][:count]
     negatives = [*request.negatives, *[request.negative] * count][:count]

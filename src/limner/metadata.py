@@ -91,6 +91,8 @@ CONTROL: dict[str, tuple[type, float, float]] = {
     "end": (float, 0, 1),
     "guess": (bool, 0, 1),
     "maker": (str, 1, 50),  # of what it saw
+    "maker_name": (str, 1, 200),  # of the model that a maker looked through; never a path
+    "maker_hash": (str, 1, 64),
     "kind": (str, 1, 50),
     "image_hash": (str, 1, 64),  # of the picture given
 }
@@ -468,6 +470,8 @@ def check_settings(settings: dict[str, Any]) -> None:
             if not isinstance(one, dict) or not {"name", "hash", "weight"} <= one.keys():
                 raise ValueError(f"{one!r:.40} is no {what}")
             _check(one, known)
+            if problem := misnamed(one.get("maker_name", "-")):
+                raise ValueError(f"the name of a model is {one['maker_name']!r:.40}: {problem}")
             for block, factor in one.get("blocks", {}).items():
                 _check({"name": block, "weight": factor}, ADAPTER)
     for one in settings.get("adapters", []):

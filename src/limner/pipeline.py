@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from limner import __version__, catalog, memory, names, pictures
-from limner.adapters import asking, attaching, references
+from limner.adapters import asking, attaching, makers, references
 from limner.adapters import control as controls
 from limner.errors import Assumed, FileProblem, Ignored, UnknownName, UsageError
 from limner.models import tiling
@@ -770,6 +770,15 @@ def ignored(system: System, request: Request) -> list[str]:
         told.append("the negative prompt has no effect at guidance 1: ask for more guidance")
     for one in request.control:
         told += [f"{one.name} has weight 0, and tells nothing"] if not one.weight else []
+        if (
+            isinstance(system, DiffusionSystem)
+            and one.finder is not None
+            and one.weight
+            and not system.hint(one, request).any()
+        ):
+            told.append(
+                f"{makers.NOTHING[one.maker]} in {one.name}'s picture by {one.maker_name}: it is told of nothing"
+            )
         if getattr(system, "refiner", None) is not None:
             told.append(f"{one.name} tells nothing in the steps of the refiner")
     told += [f"{one.name} has weight 0, and shows nothing" for one in request.ip_adapter if not one.weight]

@@ -112,7 +112,8 @@ class Control:
     """A network that tells a U-Net of `image` (ControlNet, T2I-Adapter), by `weight`, at the steps from `start` to
     `end` of all, 0 to 1. `guess` leaves the negative prompt out and tells more the deeper it goes. `name` and `hash`
     are its file's; `maker`, of `limner.hints.MAKERS`, makes what it sees of `image`, and `kind` says what that is where
-    the network knows several (`limner.models.controlnet.KINDS`). `image_hash` is that of the picture given."""
+    the network knows several (`limner.models.controlnet.KINDS`). `image_hash` is that of the picture given. A maker of
+    `limner.hints.WITH_MODELS` looks through `finder`, whose file has `maker_name` and `maker_hash`."""
 
     network: Any = field(compare=False)
     image: Image.Image
@@ -125,6 +126,9 @@ class Control:
     maker: str = ""
     kind: str = ""
     image_hash: str = ""
+    finder: Callable[[Image.Image], Image.Image] | None = field(default=None, compare=False)
+    maker_name: str = ""
+    maker_hash: str = ""
 
     def at(self, step: int, steps: int) -> bool:
         """Whether it is told in a step, counted from 0, of so many (as diffusers has it)."""
@@ -133,6 +137,7 @@ class Control:
     def settings(self) -> dict[str, Any]:
         """What a picture remembers of it."""
         usual = {"start": 0.0, "end": 1.0, "guess": False, "maker": "", "kind": "", "image_hash": ""}
+        usual |= {"maker_name": "", "maker_hash": ""}
         told = {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
         return {"name": self.name, "hash": self.hash, "weight": self.weight, **told}
 

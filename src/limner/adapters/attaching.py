@@ -107,6 +107,8 @@ class Stack:
         """Networks of ControlNets and hashes of their files, by these and the times of their last change."""
         self.encoders: dict[str, Any] = {}
         """Towers of pictures, by their place."""
+        self.finders: dict[str, tuple[Any, Any]] = {}
+        """What makers of control pictures look through, by maker: its files, and it."""
 
     def attach(self, path: str | Path, weight: float = 1.0, blocks: Mapping[str, float] | None = None) -> Report:
         """Add the adapter in a file, `weight` (-100 to 100) times what it does; `blocks` are factors of blocks, such as

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from limner import hints, metadata, pictures
-from limner.adapters import asking
+from limner.adapters import asking, makers
 from limner.adapters.attaching import check_weights, stack
 from limner.adapters.files import BASES, bare, name_of
 from limner.checkpoints import controlnet, files, folders, parts, t2i_adapter
@@ -28,7 +28,7 @@ from limner.types import Control, Reference
 MOST_KEPT = 4
 """Networks that a system keeps for the next picture."""
 MAKES = {maker: maker for maker in hints.MAKERS if maker in KINDS} | {
-    "sobel": "softedge", "blur": "tile", "invert": "lineart",
+    "sobel": "softedge", "blur": "tile", "invert": "lineart", "depth": "depth", "pose": "pose",
 }  # fmt: skip
 """The kind of picture that a maker makes."""
 KIND = {"--control": "ControlNet", "--ip-adapter": "IP-Adapter"}
@@ -45,11 +45,13 @@ def open_control(
     end: float = 1.0,
     guess: bool = False,
     maker: str = "",
+    maker_model: str | Path | None = None,
     kind: str = "",
 ) -> Control:
     """The ControlNet or T2I-Adapter in a file or a folder of diffusers and the picture it is told, which `maker`, one
-    of `limner.hints.MAKERS`, makes of `image`; without, `image` is that picture. A union is told its `kind`, one of
-    `limner.models.controlnet.KINDS`, which follows from `maker` if there is one.
+    of `limner.hints.MAKERS`, makes of `image`; without, `image` is that picture. `depth` and `pose` are found through
+    `maker_model`: a folder of transformers, a file beside its config.json, or hf:owner/name. A union is told its
+    `kind`, one of `limner.models.controlnet.KINDS`, which follows from `maker` if there is one.
 
     Raises FileProblem, CheckpointMismatch for one of another model, ImageProblem, UsageError, UnknownName.
     """
@@ -58,7 +60,11 @@ def open_control(
     if not all(isinstance(n, int | float) and math.isfinite(n) for n in (start, end)) or not 0 <= start < end <= 1:
         raise UsageError(f"{path.name} is told from {start!r:.40} to {end!r:.40}: give rising numbers from 0 to 1")
     if maker:
-        hints.known(maker)
+        hints.known(maker, maker_model is not None)
+    elif maker_model is not None:
+        raise UsageError(
+            f"{str(maker_model)!r:.80} is a model of which maker? Say maker= {' or '.join(hints.WITH_MODELS)}"
+        )
     if problem := metadata.misnamed(name_of(path)):
         raise UsageError(f"{name_of(path)!r:.60} cannot be remembered by a picture ({problem}): rename it")
     network, found = _network(system, path)
@@ -69,6 +75,7 @@ def open_control(
     if guess and isinstance(network, T2IAdapter):
         raise UsageError(f"{path.name} is a T2I-Adapter, and only ControlNets guess")
     picture = pictures.open_image(image)
+    finder = None if maker_model is None else makers.open_finder(stack(system).finders, maker, maker_model)
     guess = guess or (isinstance(network, ControlNet) and network.pooled)
     return Control(
         network,
@@ -82,6 +89,9 @@ def open_control(
         maker,
         kind,
         pictures.digest(picture),
+        finder,
+        finder.name if finder else "",
+        finder.hash if finder else "",
     )
 
 
@@ -92,8 +102,8 @@ def opened(system: Any, asked: str | Sequence[Any]) -> tuple[Control, ...]:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """FILE=IMAGE[:WEIGHT][,canny][,start=0.2][,end=0.8][,kind=depth][,guess] as keywords of `open_control`. Raises
-    UsageError."""
+    """FILE=IMAGE[:WEIGHT][,canny][,depth=MODEL][,start=0.2][,end=0.8][,kind=depth][,guess] as keywords of
+    `open_control`. Raises UsageError."""
     file, rest = asking.with_picture(text, "canny.safetensors=edges.png:0.8")
     told: dict[str, Any] = {"file": file}
     image, comma, options = rest, "", ""
@@ -111,10 +121,13 @@ def parse(text: str) -> dict[str, Any]:
             told[name] = value
         elif name == "guess" and not equals:
             told["guess"] = True
-        elif not equals and name in (*hints.MAKERS, *hints.NEED_MODELS):
+        elif equals and name in hints.WITH_MODELS:
+            told |= {"maker": name, "maker_model": value}
+        elif not equals and name in (*hints.MAKERS, *hints.WITH_MODELS, *hints.NEED_MODELS):
             told["maker"] = name
         else:
-            known = ("start=0.2", "end=0.8", "kind=depth", "guess", *hints.MAKERS)
+            found = (f"{name}=MODEL" for name in hints.WITH_MODELS)
+            known = ("start=0.2", "end=0.8", "kind=depth", "guess", *hints.MAKERS, *found)
             raise UnknownName("option of --control", option, known)
     return told
 
@@ -129,6 +142,13 @@ def resolve(
         old = next((row for row in rest if row["name"] == name_of(Path(one["file"]))), None)
         if old is not None:
             rest.remove(old)
+            maker = old.get("maker")
+            if maker in hints.WITH_MODELS and "maker_model" not in one and one.get("maker", maker) == maker:
+                raise UsageError(
+                    f"painted after the {maker} that the model {old.get('maker_name', '?')!r} (hash "
+                    f"{old.get('maker_hash', '?')}) finds, which the picture does not hold: add ,{maker}=MODEL to "
+                    f"{flag} {old['name']}=IMAGE"
+                )
         kept = ["weight", "start", "end", "guess", "maker", "blocks"]
         kept += [] if "maker" in one else ["kind"]  # which follows from another maker
         found.append({name: old[name] for name in kept if old and name in old} | one)
@@ -148,7 +168,9 @@ def differing(controls: Sequence[Control | Reference], remembered: Sequence[Mapp
         if old is None:
             continue
         rest.remove(old)
-        rows = (("file", "hash", one.hash), ("picture", "image_hash", one.image_hash))
+        rows = [("file", "hash", one.hash), ("picture", "image_hash", one.image_hash)]
+        if isinstance(one, Control) and one.finder is not None and one.maker == old.get("maker"):
+            rows.append((f"model of {one.maker}", "maker_hash", one.maker_hash))
         for what, key, mine in rows:
             its = old.get(key, "?")
             if its != "?" and not mine.startswith(its) and not its.startswith(mine):
@@ -162,6 +184,7 @@ def report(control: Control) -> str:
     """In one line, what a control does."""
     what = {ControlNetUnion: "ControlNet (union)", T2IAdapter: "T2I-Adapter"}.get(type(control.network), "ControlNet")
     sees = f"{control.maker} of a picture" if control.maker else "a picture"
+    sees += f" as {control.maker_name} finds it" if control.maker_name else ""
     sees += f" of {control.kind}" if control.kind not in ("", control.maker) else ""
     when = "" if (control.start, control.end) == (0, 1) else f", from {control.start:g} to {control.end:g} of the steps"
     return f"{control.name}: {what} by {control.weight:g}, told {sees}{when}{', guessing' * control.guess}"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from limner.checkpoints import folders
@@ -19,8 +20,9 @@ BESIDE = (".json", ".txt", ".model")
 UNREAD = {"safety_checker", "feature_extractor", "image_encoder", "depth_estimator"}
 
 
-def fetch(source: str) -> Path:
-    """The folder or file of this name, on this machine. Raises FileProblem."""
+def fetch(source: str, beside: Sequence[str] = ()) -> Path:
+    """The folder or file of this name, on this machine, with those files `beside` it that there are: asked for, a model
+    is of one part, in the folder of transformers. Raises FileProblem."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -36,9 +38,12 @@ def fetch(source: str) -> Path:
     name, revision, file = said["name"], said["revision"], said["file"]
     try:
         if file:
+            for other in beside:
+                with suppress(EntryNotFoundError):
+                    hf_hub_download(name, str(PurePosixPath(file).with_name(other)), revision=revision)
             return Path(hf_hub_download(name, file, revision=revision))
         found = HfApi().model_info(name, revision=revision)
-        wanted = choose([entry.rfilename for entry in found.siblings or ()], source)
+        wanted = choose([entry.rfilename for entry in found.siblings or ()], source, beside)
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
         return folder / wanted[0] if len(wanted) == 1 else folder
     except GatedRepoError as error:
@@ -48,7 +53,7 @@ def fetch(source: str) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise FileProblem(f"the Hub has no {source}, or does not show it to you: is it spelt so?") from error
     except LocalEntryNotFoundError as error:
-        return _kept(name, revision, file, source, error)
+        return _kept(name, revision, file, source, error, beside)
     except EntryNotFoundError as error:
         raise FileProblem(f"the Hub has {name}, but no {file or 'such file'} in it") from error
     except FileProblem:
@@ -56,12 +61,18 @@ def fetch(source: str) -> Path:
     except Exception as error:  # of the network: many kinds
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise FileProblem(f"{source} cannot be kept on this machine: {error.strerror}") from error
-        return _kept(name, revision, file, source, error)
+        return _kept(name, revision, file, source, error, beside)
 
 
-def choose(names: Collection[str], source: str) -> list[str]:
+def choose(names: Collection[str], source: str, beside: Sequence[str] = ()) -> list[str]:
     """Of the files of a repository, those that make a model: of a folder of diffusers each part once, in half precision
-    where that is there, else the only single file. Raises FileProblem."""
+    where that is there, else the only single file; where there are files `beside` it, these and the weights that
+    transformers names so. Raises FileProblem."""
+    if here := [name for name in beside if name in names]:
+        of_all = _weights([name for name in names if name.startswith(("model", "pytorch_model")) and "/" not in name])
+        if not of_all:
+            raise FileProblem(f"{source} holds {here[0]}, but no weights: a file such as model.safetensors is missing")
+        return [*here, *sorted(of_all)]
     if folders.INDEX in names:
         wanted = [folders.INDEX]
         for part in (*folders.KNOWN_PARTS, *folders.BESIDE - UNREAD):
@@ -91,7 +102,9 @@ def _weights(names: Collection[str]) -> set[str]:
     return set()
 
 
-def _kept(name: str, revision: str | None, file: str | None, source: str, error: Exception) -> Path:
+def _kept(
+    name: str, revision: str | None, file: str | None, source: str, error: Exception, beside: Sequence[str]
+) -> Path:
     """What was fetched before, where the Hub cannot be reached; a file that was asked for by name, or nothing."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -100,7 +113,7 @@ def _kept(name: str, revision: str | None, file: str | None, source: str, error:
             return Path(hf_hub_download(name, file, revision=revision, local_files_only=True))
         folder = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
         kept = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-        wanted = choose(kept, source)
+        wanted = choose(kept, source, beside)
     except Exception:
         reason = (str(error).splitlines() or [""])[0][:120]
         raise FileProblem(f"{source} is not on this machine, and the Hub does not answer ({reason})") from error

@@ -629,7 +629,7 @@ class DiffusionSystem(nn.Module):
     def hint(self, control: Control, request: Request) -> Tensor:
         """The picture of a control, on white, (1, 3, h, w) in [0, 1] and of the size of the request."""
         image = pictures.fit(hints.on_white(control.image), request.width, request.height)
-        image = hints.make(control.maker, image) if control.maker else image
+        image = hints.make(control.maker, image, control.finder) if control.maker else image
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
     def see(self, control: Control, hint: Tensor, place: tuple[int, int, int, int]) -> Any:
