@@ -45,9 +45,9 @@ def picture(autoencoder: Any, side: int) -> Tensor:
     return pixels[:, : autoencoder.config.image_channels]
 
 
-def errors(name: str, side: int, tiles: list[int]) -> dict[str, Any]:
-    autoencoder = model(name)
-    images = picture(autoencoder, side)
+def errors(name: str, side: int, tiles: list[int], device: str) -> dict[str, Any]:
+    autoencoder = model(name).to(device)
+    images = picture(autoencoder, side).to(device)
     latents = autoencoder.encode(images)
     whole = autoencoder.decode(latents)
     scale = (whole.max() - whole.min()).item()  # of a trained one 2
@@ -71,21 +71,31 @@ def errors(name: str, side: int, tiles: list[int]) -> dict[str, Any]:
     return {"model": name, "side": side, "rows": rows}
 
 
-def decode(name: str, side: int, tile: int) -> None:
+def decode(name: str, side: int, tile: int, device: str) -> None:
     """In a process of its own: prints what it takes at most, in MB, beside the weights and torch."""
-    autoencoder = model(name)
-    latents = torch.randn(1, autoencoder.channels, side // autoencoder.factor, side // autoencoder.factor)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    autoencoder = model(name).to(device)
+    latents = torch.randn(
+        1, autoencoder.channels, side // autoencoder.factor, side // autoencoder.factor, device=device
+    )
+    before = taken(device)
     (Tiled(autoencoder, tile) if tile else autoencoder).decode(latents)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+    print((taken(device) - before) // 2**20)
 
 
-def memory(name: str, sides: list[int]) -> dict[str, Any]:
+def taken(device: str) -> int:
+    """Bytes at most, so far."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def memory(name: str, sides: list[int], device: str) -> dict[str, Any]:
     rows = []
     for side in sides:
         for tile in (0, 512, 1024):
             if tile < side:
                 argv = [sys.executable, __file__, "decode", "--models", name, "--sides", str(side), "--tile", str(tile)]
+                argv += ["--device", device]
                 done = subprocess.run(argv, capture_output=True, text=True)
                 rows.append({"side": side, "tile": tile, "mb": int(done.stdout) if done.returncode == 0 else None})
     return {"model": name, "chosen": {side: tile_of(model(name).factor, side, side) for side in sides}, "rows": rows}
@@ -106,15 +116,18 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", type=int, help="of the pictures, in pixels")
     parser.add_argument("--tiles", nargs="+", type=int, default=list(TILES), help="in pixels")
     parser.add_argument("--tile", type=int, default=0, help="of decode")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default cpu)")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     if asked.what == "decode":
-        return decode(asked.models[0], asked.sides[0], asked.tile)
+        return decode(asked.models[0], asked.sides[0], asked.tile, asked.device)
     if asked.what == "memory":
-        tables = [memory(name, asked.sides or [512, 1024]) for name in asked.models or ["sd1"]]
+        tables = [memory(name, asked.sides or [512, 1024], asked.device) for name in asked.models or ["sd1"]]
     else:
         tables = [
-            errors(name, side, asked.tiles) for name in asked.models or SIDES for side in asked.sides or [SIDES[name]]
+            errors(name, side, asked.tiles, asked.device)
+            for name in asked.models or SIDES
+            for side in asked.sides or [SIDES[name]]
         ]
     return print(json.dumps(tables, indent=2) if asked.json else "\n".join(map(shown, tables)))
 
