@@ -675,7 +675,7 @@ def find(source: str | Path) -> Path:
             train = f"train them with `limner train {row.name} --out RUN` and give {use}; or " if row.recipe else ""
             raise FileProblem(
                 f"the model {row.name!r} has no weights here: {train}give the path of a .safetensors file"
-                f"{'' if row.recipe else ' or of a diffusers folder'}"
+                f"{'' if row.family.endswith(('transformer', 'autoencoder')) else ' or of a diffusers folder'} with -m"
             )
         assert row.file is not None
         return row.file

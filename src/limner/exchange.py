@@ -18,7 +18,7 @@ from limner import catalog
 from limner.adapters import control, words
 from limner.adapters import files as adapters
 from limner.adapters.names import block
-from limner.checkpoints import components, files, folders, single_files
+from limner.checkpoints import components, estimators, files, folders, single_files
 from limner.checkpoints.foreign import Foreign
 from limner.errors import CheckpointMismatch, FileProblem, UsageError
 from limner.sampling.interpolants import EDMConfig, VPConfig
@@ -59,6 +59,9 @@ def inspect(source: str | Path) -> dict[str, Any]:
         part = components.recognise({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         if adapter := _adapter(path):
             return told | {"kind": part.what if part else "adapter", "needs": components.MODEL} | adapter
+        if part is None and (maker := estimators.maker_of(path)):
+            needs = f"a ControlNet: --control CONTROLNET=IMAGE,{maker}={path.parent}"
+            return told | {"kind": f"model that finds {maker} in pictures", "needs": needs}
         if part is None:
             return told | {"kind": "unknown", "first": sorted(tensors)[:3], "problem": str(error)}
         return told | {"kind": part.what, "needs": part.needs or "a program that draws with it", "problem": str(error)}

@@ -64,14 +64,18 @@ def to_tensor(image: Image.Image, width: int, height: int) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
+FAINT = 16
+"""Of 255: less alpha than nobody sees, which drawings have in places and trimming would stop at."""
+
+
 def to_pil(image: Tensor) -> Image.Image:
-    """(3, h, w) in [-1, 1] -> RGB; (4, h, w) premultiplied -> straight RGBA, where alpha under 3/255 becomes 0."""
+    """(3, h, w) in [-1, 1] -> RGB; (4, h, w) premultiplied -> straight RGBA, where alpha under `FAINT` becomes 0."""
     pixels = ((image + 1) * 127.5).permute(1, 2, 0).numpy()
     if len(image) == 3:
         return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
     alpha = pixels[..., 3:]
     colour = np.where(alpha > 0, pixels[..., :3] * 255 / np.maximum(alpha, 1), 0)
-    alpha = np.where(alpha < 2.5, 0, alpha)
+    alpha = np.where(alpha < FAINT - 0.5, 0, alpha)
     colour = np.where(alpha == 0, 0, colour)
     rgba = np.concatenate([colour, alpha], -1).round().clip(0, 255).astype(np.uint8)
     return Image.fromarray(rgba)

@@ -892,7 +892,10 @@ def _size(name: str, value: Any, defaults: Defaults, grid: int) -> int:
         below = value // grid * grid
         near = " or ".join(str(n) for n in (below, below + grid) if low <= n <= high)
         raise UsageError(f"{name} is {value}, not a multiple of {grid} pixels: take {near}")
-    return _whole(name, value, low, high)
+    try:
+        return _whole(name, value, low, high)
+    except UsageError as error:
+        raise UsageError(f"{error}, in steps of {grid}") from None
 
 
 def _tile(name: str, value: Any, defaults: Defaults, grid: int) -> int:

@@ -161,7 +161,7 @@ def test_settings_name_the_weights_and_other_weights_are_told(limner, here, tiny
     result = limner("-C", path, "-m", other_model, "-o", "other.png")
     told, seed = result.err.splitlines()
     assert (result.code, result.out, seed) == (0, "other.png\n", SEED_1)
-    assert told.startswith("limner: 'fox-1.png' was painted with other weights (model hash")
+    assert told.startswith("limner: 'fox-1.png' was painted with another file of weights (model hash")
     here_now = metadata.read_settings(here / "other.png")["model_hash"]
     assert settings["model_hash"] in told
     assert here_now in told
@@ -198,7 +198,7 @@ def test_a_model_that_another_program_names_is_not_taken_for_icons(limner, here,
     assert "was painted by 'deliberate_v6', which is not in `limner models`: add -m FILE, or -m icons" in refused.err
     result = limner("-C", "theirs.png", "-m", tiny_model)
     assert (result.code, result.out) == (0, "fox-1.png\n")
-    assert "painted with other weights (model hash '0123456789', here" in result.err
+    assert "painted with another file of weights (model hash '0123456789', here" in result.err
 
 
 def test_json_says_what_was_painted(limner, here, tiny_model):
@@ -260,6 +260,12 @@ def test_the_help_names_what_there_is_and_the_defaults(limner):
     for option in ("width", "height", "steps", "guidance", "sampler", "schedule", "strength"):
         told = re.search(rf"--{option}\W.*?\[default: (.*?)\]", text)[1]
         assert told == f"{getattr(icons.defaults, option)}".removesuffix(".0"), option
+
+
+def test_help_speaks_of_i_only_where_it_is_an_option(limner):
+    said = {command: " ".join(limner(command, "--help").out.split()) for command in ("generate", "edit", "upscale")}
+    assert ["With -i" in text for text in said.values()] == [True, False, False]
+    assert "White where to paint" in said["edit"]
 
 
 def test_the_help_shows_every_style_in_a_prompt(limner):

@@ -199,6 +199,15 @@ def test_pixels_survive_the_way_to_a_tensor_and_back():
     assert (abs(back.astype(int) - rgba) <= 1).all()
 
 
+def test_what_nobody_sees_is_transparent():
+    import numpy as np
+
+    alpha = torch.tensor([0.0, 11.0, 15.0, 16.0, 17.0, 255.0]).expand(4, 1, 6) / 127.5 - 1  # white, premultiplied
+    image = pictures.to_pil(alpha)
+    assert np.asarray(image)[0, :, 3].tolist() == [0, 0, 0, 16, 17, 255]
+    assert image.getchannel("A").getbbox() == (3, 0, 6, 1)
+
+
 def drawing_of(name: str, **told):
     """(system, what it is asked for): a picture of its own size over another."""
     import numpy as np

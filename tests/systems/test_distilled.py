@@ -210,7 +210,7 @@ def test_what_other_weights_predict_is_not_asked_of_a_picture(sdxl_file, sd1_fol
         done = limner(
             "-C", "v.png", "-m", other, "-o", f"{other.name}.png", "--sampler", "euler", "--schedule", "uniform"
         )
-        assert (done.code, "was painted with other weights" in done.err) == (0, True), done.err
+        assert (done.code, "was painted with another file of weights" in done.err) == (0, True), done.err
         assert "prediction" not in read_settings(here / f"{other.name}.png")
 
 

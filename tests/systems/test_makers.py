@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import estimators as models
-from limner import hints, metadata, pictures, pipeline
+from limner import exchange, hints, metadata, pictures, pipeline
 from limner.adapters import control, makers
 from limner.checkpoints import estimators, hub
 from limner.errors import CheckpointMismatch, FileProblem, Ignored, UnknownName, UsageError
@@ -260,3 +260,19 @@ def test_a_model_is_called_by_its_folder_or_file(here):
     settings = {"control": [{"name": "net", "hash": "?", "weight": 1.0, "maker": "pose", "maker_name": "a/b"}]}
     with pytest.raises(ValueError, match="a path"):
         metadata.check_settings(settings)
+
+
+@pytest.mark.parametrize("makers", ["canny,sobel", "pose=a,depth=b", "canny,depth=b", "depth=b,canny"])
+def test_one_picture_is_made_one_way(makers):
+    with pytest.raises(UsageError, match=r"asks for \w+ and \w+ of one picture"):
+        control.parse(f"net.safetensors=photo.png:0.8,{makers}")
+
+
+@pytest.mark.parametrize("maker", MAKE)
+def test_inspect_says_what_a_model_finds(folders, maker, tmp_path):
+    told = exchange.inspect(folders[maker])
+    assert told["kind"] == f"model that finds {maker} in pictures"
+    assert f",{maker}={folders[maker]}" in told["needs"]
+    shutil.copytree(folders[maker], tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text('{"model_type": ["vitpose"]}')
+    assert exchange.inspect(tmp_path / "other")["kind"] == "unknown"

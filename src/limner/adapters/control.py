@@ -121,10 +121,14 @@ def parse(text: str) -> dict[str, Any]:
             told[name] = value
         elif name == "guess" and not equals:
             told["guess"] = True
-        elif equals and name in hints.WITH_MODELS:
-            told |= {"maker": name, "maker_model": value}
-        elif not equals and name in (*hints.MAKERS, *hints.WITH_MODELS, *hints.NEED_MODELS):
-            told["maker"] = name
+        elif (equals and name in hints.WITH_MODELS) or (
+            not equals and name in (*hints.MAKERS, *hints.WITH_MODELS, *hints.NEED_MODELS)
+        ):
+            if "maker" in told:
+                raise UsageError(
+                    f"{text!r:.120} asks for {told['maker']} and {name} of one picture: give one, or --control twice"
+                )
+            told |= {"maker": name} | ({"maker_model": value} if equals else {})
         else:
             found = (f"{name}=MODEL" for name in hints.WITH_MODELS)
             known = ("start=0.2", "end=0.8", "kind=depth", "guess", *hints.MAKERS, *found)

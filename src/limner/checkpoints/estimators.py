@@ -3,6 +3,7 @@ preprocessor_config.json how a picture is shown to them."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,16 @@ def read_pose(path: Path) -> ViTPose:
 
 
 READERS: dict[str, Callable[[Path], Any]] = {"depth": read_depth, "pose": read_pose}
+FINDS = {"depth_anything": "depth", "vitpose": "pose"}
+"""What models find, by the type that their settings name."""
+
+
+def maker_of(path: Path) -> str:
+    """What the model in a file finds, by the settings beside it; "" if these do not say."""
+    try:
+        return FINDS.get(json.loads((path.parent / CONFIG).read_text())["model_type"], "")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ""
 
 
 # -------------------------------------------------------------------- settings

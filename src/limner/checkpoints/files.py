@@ -90,9 +90,13 @@ def unpickled(path: Path) -> Any:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # the reader raises many kinds
-        reason = "more than tensors in it" if "weights_only" in str(error).lower() else "not whole"
+        if "weights_only" not in str(error).lower():
+            raise FileProblem(
+                f"{path} is not opened: it is not whole, or not a file of torch.save; get it again"
+            ) from error
         raise FileProblem(
-            f"{path} is not opened ({reason}): it may run code; have a program you trust make a .safetensors of it"
+            f"{path} is not opened (more than tensors in it): it may run code; have a program you trust make a "
+            ".safetensors of it"
         ) from error
     _dense(stored, path)
     return stored

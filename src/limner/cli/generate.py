@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import json
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -405,8 +406,8 @@ def paint(
         metadata.check_writable(path, size=4 * width * height * request.batch)
     if painted_with and not _same_hash(painted_with, pipe.system.model_hash):
         tell(
-            f"{str(settings)!r} was painted with other weights (model hash {painted_with[:10]!r}, "
-            f"here {pipe.system.model_hash!r}): expect another picture"
+            f"{str(settings)!r} was painted with another file of weights (model hash {painted_with[:10]!r}, "
+            f"here {pipe.system.model_hash!r}): unless they hold the same, expect another picture"
         )
     for sentence in pipeline.ignored(pipe.system, request):
         tell(sentence)
@@ -446,10 +447,19 @@ def paint(
         print(*saved, sep="\n")
 
 
+def _of_a_picture(kind: Any) -> Any:
+    """An option of `paint` where there is always a picture, given without -i."""
+    held, option = get_args(kind)
+    option = copy.copy(option)
+    option.help = re.sub("^With -i[:,] (.)", lambda found: found[1].upper(), option.help or "")
+    return Annotated[held, option]
+
+
 def as_paint(command: Any, own: dict[str, tuple[Any, Any]], shared: Sequence[str]) -> None:
     """The options of a command are its `own`, name -> (annotation, default), and `shared` ones of `paint`."""
     hints, theirs = get_type_hints(paint, include_extras=True), inspect.signature(paint).parameters
-    rows = own | {name: (hints[name], theirs[name].default) for name in shared}
+    told = (lambda kind: kind) if "image" in shared else _of_a_picture
+    rows = own | {name: (told(hints[name]), theirs[name].default) for name in shared}
     command.__annotations__ = {name: kind for name, (kind, _) in rows.items()} | {"return": None}
     command.__signature__ = inspect.Signature(
         [

@@ -364,21 +364,21 @@ class DiffusionSystem(nn.Module):
     def alike(self, other: DiffusionSystem, does: str, that: str) -> None:
         """Raises CheckpointMismatch unless the two can take turns with the same latents."""
         mine, its = (
-            (
-                s.autoencoder.channels,
-                s.grid,
-                getattr(s.autoencoder, "scale", 1.0),
-                s.interpolant.name,
-                s.interpolant.sigma_max,
-                s.prediction.name,
-                s.beside,
-            )
+            {
+                "channels of latents": s.autoencoder.channels,
+                "pixels a latent": s.grid,
+                "scale of latents": getattr(s.autoencoder, "scale", 1.0),
+                "kind of noise": s.interpolant.name,
+                "most noise": s.interpolant.sigma_max,
+                "prediction": s.prediction.name,
+                "channels seen beside": s.beside,
+            }
             for s in (self, other)
         )
         if mine != its:
+            apart = (f"{name} {its[name]} and {mine[name]}" for name in mine if mine[name] != its[name])
             raise CheckpointMismatch(
-                f"{other.name} cannot {does} {self.name} {that}: their latents, their noise or what they predict "
-                f"differ ({its} and {mine})"
+                f"{other.name} cannot {does} {self.name} {that}, they are of different kinds: {', '.join(apart)}"
             )
 
     def sized(self, cond: Conditioning, width: int, height: int, score: float = 6.0) -> Conditioning:
