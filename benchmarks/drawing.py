@@ -16,12 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+import unet as unet_benchmark  # type: ignore[import-not-found]  # the one beside this
 
 from limner import catalog, memory, pipeline
 from limner.models import unet
@@ -43,16 +43,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     device = pipeline.find_device(asked.device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    @torch.inference_mode()
-    def timed(call: Callable[[], Any]) -> float:
-        wait()
-        begin = time.perf_counter()
-        call()
-        wait()
-        return time.perf_counter() - begin
-
+    timed = torch.inference_mode()(lambda call: unet_benchmark.timed(call, device))
     system: Any = made(MODELS[asked.model], device, pipeline.DTYPES[asked.dtype])
     if asked.offload:
         system.offload()
@@ -105,10 +96,8 @@ def main() -> None:
 def made(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The system of a row of the catalogue, every weight random."""
     config = replace(catalog.entry(name).config, autoencoder_from="", text_encoder_from="")
-    with device:
-        system: Any = catalog.build(config)
-        for p in system.parameters():
-            p.requires_grad_(False).normal_(0, 0.02)
+    with device, torch.no_grad():
+        system: Any = unet_benchmark.noisy(catalog.build(config))
     system.network.to(dtype, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
     system.text_encoder.to(dtype)
     return system.to(device).eval()
@@ -117,14 +106,13 @@ def made(name: str, device: torch.device, dtype: torch.dtype) -> Any:
 def theirs(system: Any, request: Any, batch: int) -> Callable[[], Any]:
     import diffusers
     from diffusers.utils import logging
-    from unet import theirs as network_of  # type: ignore[import-not-found]  # the benchmark beside this one
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device, dtype = system.device, next(system.network.parameters()).dtype
     config: unet.UNetConfig = system.network.config
     with device, torch.no_grad():
-        network = network_of(config, request.height // system.grid)[0].to(dtype)
+        network = unet_benchmark.theirs(config, request.height // system.grid)[0].to(dtype)
         channels = (128, 256, 512, 512)
         vae = diffusers.AutoencoderKL(
             block_out_channels=channels, down_block_types=["DownEncoderBlock2D"] * 4,

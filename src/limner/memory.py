@@ -88,7 +88,7 @@ def plan(system: System, request: Request, count: int) -> Plan:
     decoding = stage("the decoding", ("autoencoder",), lambda: ghost.decode(noise(size), request.vae_tile))
     if not isinstance(system, DiffusionSystem):
         return Plan(weights_of(system, request), (decoding,))
-    others = {name: other for name in ("refiner", "guide") if (other := getattr(system, name)) is not None}
+    others = joined(system)
     ghost.__dict__ |= {name: without_data(other) for name, other in others.items()}
     controls = [f"control {k}" for k, _ in enumerate(request.control, 1)]
     plain: dict[str, Any] = {"start": 0.0, "end": 1.0, "maker": "", "finder": None}
@@ -114,12 +114,16 @@ def plan(system: System, request: Request, count: int) -> Plan:
     return Plan(weights_of(system, request), (*stages, decoding))
 
 
+def joined(system: DiffusionSystem) -> dict[str, DiffusionSystem]:
+    """The systems that draw with this one, by what they are to it."""
+    return {name: other for name in ("refiner", "guide") if (other := getattr(system, name)) is not None}
+
+
 def weights_of(system: Any, request: Request) -> dict[str, int]:
     """Bytes of the weights of every part of a drawing."""
     if not isinstance(system, DiffusionSystem):
         return {"autoencoder": bytes_of(system.autoencoder)}
-    parts = {part: getattr(system, part) for part in PARTS}
-    parts |= {name: other for name in ("refiner", "guide") if (other := getattr(system, name)) is not None}
+    parts = {part: getattr(system, part) for part in PARTS} | joined(system)
     parts |= {f"control {k}": one.network for k, one in enumerate(request.control, 1)}
     return {name: bytes_of(part) for name, part in parts.items()}
 
@@ -140,11 +144,10 @@ def settle(system: System, request: Request, count: int) -> str:
     if not isinstance(system, DiffusionSystem) or system.device.type != "cuda":
         return ""
     there = room(system, request, count)
-    for one in (system, system.refiner, system.guide):
-        if one is not None:
-            one.graphs.on = there.ample
-            if not there.ample:
-                one.graphs.clear()
+    for one in (system, *joined(system).values()):
+        one.graphs.on = there.ample
+        if not there.ample:
+            one.graphs.clear()
     if there.ample or system.stays or system.works_on:
         return ""
     found = plan(system, request, count)
