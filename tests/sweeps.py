@@ -12,6 +12,10 @@ import pytest
 def sweep(*axes: Iterable[str], fast: Callable[..., bool]) -> list[Any]:
     """All combinations, for `pytest.mark.parametrize`; those that are not `fast` run with -m slow."""
     return [
-        pytest.param(*row, id="-".join(row), marks=() if fast(*row) else pytest.mark.slow)
+        pytest.param(*row, id="-".join(map(_name, row)), marks=() if fast(*row) else pytest.mark.slow)
         for row in itertools.product(*axes)
     ]
+
+
+def _name(one: Any) -> str:
+    return getattr(one, "__name__", str(one))

@@ -95,7 +95,7 @@ PARTS = {
     "IP-Adapter": {"ip_adapter.1.to_k_ip.weight": (320, 768), "image_proj.proj.weight": (3072, 1024)},
     "image encoder": {"vision_model.embeddings.class_embedding": (1280,)},
     "textual inversion": {"emb_params": (2, 768)},
-    "FLUX": {"double_blocks.0.img_attn.qkv.weight": (9216, 3072)},
+    "network of FLUX.1": {"double_blocks.0.img_attn.qkv.weight": (9216, 3072)},
     "U-Net of Stable Diffusion XL": {
         "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
         "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (640, 2048),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -15,14 +15,17 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from limner.checkpoints import files, folders, hub, layouts, parts, single_files
+from limner.checkpoints import dit, files, flows, folders, hub, layouts, parts, single_files
 from limner.checkpoints.foreign import Foreign
-from limner.checkpoints.quantization import quantize
+from limner.checkpoints.quantization import gathered, quantize
 from limner.devices import bytes_of, free_of
 from limner.errors import Assumed, CheckpointMismatch, FileProblem, UnknownName, UsageError, complaint
-from limner.models.autoencoder import KL_SD1, KL_SDXL, KL_UPSCALER, KLAutoencoder, KLConfig
+from limner.models.autoencoder import KL_FLUX, KL_SD1, KL_SD3, KL_SDXL, KL_UPSCALER, KLAutoencoder, KLConfig
 from limner.models.dcae import DCAE, DCAE_ICONS, DCAE_TINY, DCAEConfig
+from limner.models.dit import DIT_XL_2, DIT_XL_2_512, SIT_XL_2, DiT, DiTConfig
+from limner.models.flux import FLUX_CONTROL, FLUX_DEV, FLUX_FILL, FLUX_SCHNELL, Flux, FluxConfig
 from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, JointDiTConfig
+from limner.models.mmdit import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiT, MMDiTConfig
 from limner.models.unet import (
     SD1,
     SD1_EDIT,
@@ -36,17 +39,30 @@ from limner.models.unet import (
     UNet,
     UNetConfig,
 )
+from limner.nn.linear import Linear
+from limner.nn.quantized import Quantized, of_bytes
 from limner.sampling import interpolants, predictions
-from limner.sampling.interpolants import SMALL_NOISE, EDMConfig, VPConfig, discrete
+from limner.sampling.interpolants import SMALL_NOISE, EDMConfig, FlowConfig, VPConfig, discrete
 from limner.systems import previews
 from limner.systems.autoencoding import AutoencodingSystem
 from limner.systems.diffusion import DiffusionSystem
 from limner.text import bpe
 from limner.text.bpe import CLIPTokenizer
 from limner.text.clip import SD1_TEXT, SD2_TEXT, SDXL_REFINER_TEXT, SDXL_TEXT, CLIPTowers, CLIPTowersConfig
+from limner.text.joined import (
+    FLUX_DEV_TEXT,
+    FLUX_SCHNELL_TEXT,
+    SD3_TEXT,
+    FluxText,
+    FluxTextConfig,
+    SD3Text,
+    SD3TextConfig,
+)
+from limner.text.labels import Labels, LabelsConfig
 from limner.text.minilm import POSITIONS as minilm_positions
 from limner.text.minilm import WIDTH as minilm_width
 from limner.text.minilm import MiniLM
+from limner.text.unigram import T5Tokenizer
 from limner.types import Defaults
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -87,13 +103,17 @@ class DiffusionConfig:
     kind: Literal["diffusion"] = "diffusion"
     name: SystemName = "icons"
     family: str = "latent flow transformer"
-    network: Annotated[JointDiTConfig | UNetConfig, Field(discriminator="type")] = JOINT_DIT_ICONS
+    network: Annotated[
+        JointDiTConfig | UNetConfig | DiTConfig | MMDiTConfig | FluxConfig, Field(discriminator="type")
+    ] = JOINT_DIT_ICONS
     autoencoder: Annotated[DCAEConfig | KLConfig, Field(discriminator="type")] = DCAE_ICONS
     autoencoder_from: str = ""
-    text_encoder: Literal["minilm"] | CLIPTowersConfig = "minilm"
+    text_encoder: Literal["minilm"] | CLIPTowersConfig | LabelsConfig | SD3TextConfig | FluxTextConfig = "minilm"
     text_encoder_from: str = ""
     max_tokens: int = 24
-    interpolant: Literal["flow", "edm"] | VPConfig | EDMConfig = "flow"
+    interpolant: Literal["flow", "edm"] | VPConfig | EDMConfig | FlowConfig = "flow"
+    looks: bool = False
+    """Whether the network takes pictures to look at (FLUX.1 Kontext)."""
     small_noise: VPConfig | None = None
     """Of a picture that the network sees beside the latents and enlarges."""
     prediction: Literal["velocity", "x0", "eps", "v", "edm"] = "velocity"
@@ -159,7 +179,42 @@ _SDXL: dict[str, Any] = {
     "defaults": replace(_SD, width=1024, height=1024, guidance=5.0, schedule="leading"),
 }
 
+
+def _of_classes(name: str, summary: str, network: DiTConfig, **changes: Any) -> Entry:
+    """A row of DiT or SiT, by what differs from DiT."""
+    side = 8 * network.size
+    defaults = Defaults(
+        width=side, height=side, steps=30, guidance=4.0, sampler="dpmpp_2m", schedule="auto", min_size=32, max_size=1024
+    )
+    config = DiffusionConfig(
+        name=name, family="SiT" if network.to_data else "DiT", network=network, autoencoder=KL_SD1,
+        text_encoder=LabelsConfig(), interpolant=dit.NOISE, prediction="eps", defaults=defaults,
+    )  # fmt: skip
+    return Entry(config=replace(config, **changes), task=DiffusionSystem.task, summary=summary, recipe=False)
+
+
+def _flow(name: str, summary: str, **changes: Any) -> Entry:
+    """A row of FLUX.1, by what differs from FLUX.1 dev."""
+    config = DiffusionConfig(
+        name=name, family="FLUX.1", network=FLUX_DEV, autoencoder=KL_FLUX, text_encoder=FLUX_DEV_TEXT,
+        interpolant=flows.FLUX_NOISE, defaults=_FLUX,
+    )  # fmt: skip
+    return Entry(config=replace(config, **changes), task=DiffusionSystem.task, summary=summary, recipe=False)
+
+
+_FLUX = Defaults(
+    width=1024, height=1024, steps=28, guidance=3.5, schedule="shifted", min_size=32, max_size=2048,
+    max_prompt_chars=10_000,
+)  # fmt: skip
+_SD3: dict[str, Any] = {
+    "family": "Stable Diffusion 3",
+    "autoencoder": KL_SD3,
+    "text_encoder": SD3_TEXT,
+    "interpolant": flows.SD3_NOISE,
+}
+_SD3_DEFAULTS = replace(_FLUX, guidance=5.0, schedule="normal")
 _BESIDE: dict[str, dict[str, Any]] = {
+    "hint": {"strength": 1.0, "steps": 50, "guidance": 30.0}, "reference": {"strength": 1.0, "guidance": 2.5},
     "mask": {"strength": 1.0}, "picture": {"strength": 1.0, "image_guidance": 1.5}, "depth": {"strength": 0.8},
     "else": {"strength": 1.0},
 }  # fmt: skip
@@ -266,6 +321,60 @@ CATALOG = {
             prediction="v",
             defaults=replace(_SD, guidance=9.0, strength=1.0, max_size=4096),
         ),
+        _flow("flux-dev", "1024 px, FLUX.1 dev and Krea, which are told their guidance"),
+        _flow(
+            "flux-schnell",
+            "1024 px, FLUX.1 schnell, in four steps",
+            network=FLUX_SCHNELL,
+            text_encoder=FLUX_SCHNELL_TEXT,
+            interpolant=flows.SCHNELL_NOISE,
+            defaults=replace(_FLUX, steps=4, guidance=1.0),
+        ),
+        _flow(
+            "flux-fill",
+            "1024 px, FLUX.1 Fill, which paints under a mask (limner edit --mask)",
+            network=FLUX_FILL,
+            defaults=replace(_FLUX, steps=50, guidance=30.0, strength=1.0),
+        ),
+        _flow(
+            "flux-control",
+            "1024 px, FLUX.1 Canny and Depth, which follow the edges or the depth of a picture (-i)",
+            network=FLUX_CONTROL,
+            defaults=replace(_FLUX, **_BESIDE["hint"]),
+        ),
+        _flow(
+            "flux-kontext",
+            "1024 px, FLUX.1 Kontext, which edits a picture as it is told (limner edit)",
+            looks=True,
+            defaults=replace(_FLUX, **_BESIDE["reference"]),
+        ),
+        _flow("sd3-medium", "1024 px, Stable Diffusion 3", **_SD3, network=SD3_MEDIUM, defaults=_SD3_DEFAULTS),
+        _flow(
+            "sd3.5-medium",
+            "1024 px, Stable Diffusion 3.5 medium",
+            **_SD3,
+            network=SD35_MEDIUM,
+            defaults=replace(_SD3_DEFAULTS, steps=40, guidance=4.5),
+        ),
+        _flow(
+            "sd3.5-large",
+            "1024 px, Stable Diffusion 3.5 large and its turbo",
+            **_SD3,
+            network=SD35_LARGE,
+            defaults=replace(_SD3_DEFAULTS, guidance=4.5),
+        ),
+        _of_classes("dit", "256 px, the 1000 classes of ImageNet, by number or name", DIT_XL_2),
+        _of_classes("dit-512", "512 px, the same", DIT_XL_2_512),
+        _of_classes(
+            "sit",
+            "256 px, the same as a flow",
+            SIT_XL_2,
+            interpolant="flow",
+            prediction="velocity",
+            defaults=Defaults(
+                width=256, height=256, steps=30, guidance=4.0, sampler="heun", min_size=32, max_size=1024
+            ),
+        ),
     )
 }
 
@@ -287,8 +396,51 @@ def entry(name: str) -> Entry:
 # -------------------------------------------------------------------- building
 
 
+def check(config: DiffusionConfig) -> None:
+    """Raises UsageError unless the parts of a system belong together."""
+    network, text, latent = config.network, config.text_encoder, config.autoencoder.latent_channels
+    if not 3 <= config.max_tokens <= minilm_positions:
+        raise UsageError(
+            f"max_tokens={config.max_tokens}: a prompt has 3 tokens, with its two marks, to {minilm_positions}"
+        )
+    if isinstance(network, FluxConfig):
+        beside = network.latents_in - latent
+        if network.out_channels != 4 * latent or beside not in (0, latent, latent + config.autoencoder.factor**2):
+            raise UsageError(
+                f"network.in_channels={network.in_channels} and out_channels={network.out_channels} are of no FLUX.1 "
+                f"whose latents have {latent}, of which a token has four"
+            )
+    if config.looks and not isinstance(network, FluxConfig):
+        raise UsageError("looks=true is for networks of FLUX.1")
+    channels = {"unet": "in_channels", "flux": "latents_in"}.get(network.type, "channels")
+    rgb, small = isinstance(network, UNetConfig) and config.autoencoder.image_channels == 3, config.small_noise
+    if small is not None and isinstance(network, UNetConfig):
+        rgb = rgb and network.in_channels == latent + 3 and 0 < network.num_classes <= small.steps
+    if small is not None and not rgb:
+        raise UsageError("a network that enlarges sees a small picture, 3 channels, and has classes of its noise")
+    known = isinstance(network, UNetConfig) and rgb and network.sees(latent) != "else"
+    known = known or isinstance(network, FluxConfig)
+    if small is None and (found := getattr(network, channels)) != latent and not known:
+        raise UsageError(f"network.{channels}={found}, but the autoencoder's latents have {latent}")
+    if isinstance(network, DiTConfig) or isinstance(text, LabelsConfig):
+        if getattr(network, "num_classes", 0) != getattr(text, "num_classes", 0) or not isinstance(network, DiTConfig):
+            raise UsageError("a DiT is told a class of its network.num_classes, as text_encoder.type=labels alone does")
+    elif network.text_width != (text_width := minilm_width if text == "minilm" else text.width):
+        raise UsageError(f"network.text_width={network.text_width}, but the text encoder's tokens have {text_width}")
+    if isinstance(network, UNetConfig) and network.vector_width:
+        pooled = text.pooled_width if isinstance(text, CLIPTowersConfig) else minilm_width
+        if network.vector_width - pooled not in (5 * 256, 6 * 256):
+            raise UsageError(f"network.vector_width={network.vector_width} is not {pooled} and 5 or 6 numbers of 256")
+    if isinstance(network, MMDiTConfig | FluxConfig):
+        pooled = text.pooled_width if isinstance(text, SD3TextConfig | FluxTextConfig) else 0
+        if network.pooled_width != pooled:
+            raise UsageError(f"network.pooled_width={network.pooled_width}, but the text encoder's vector has {pooled}")
+    if (config.prediction, config.interpolant) == ("eps", "flow"):
+        raise UsageError("prediction=eps says nothing at the noisy end of interpolant=flow: take velocity, v or x0")
+
+
 def build(
-    config: AutoencodingConfig | DiffusionConfig, tokenizers: Sequence[CLIPTokenizer] = ()
+    config: AutoencodingConfig | DiffusionConfig, tokenizers: Sequence[CLIPTokenizer | T5Tokenizer] = ()
 ) -> AutoencodingSystem | DiffusionSystem:
     """The system with fresh weights; a frozen autoencoder is read from `autoencoder_from` when that is given, CLIP's
     towers from `text_encoder_from`. They take `tokenizers`, or the one that ships.
@@ -299,42 +451,27 @@ def build(
         return AutoencodingSystem(
             DCAE(config.autoencoder), config.defaults, config.name, config.family, **asdict(config.loss)
         )
-    network, text, latent = config.network, config.text_encoder, config.autoencoder.latent_channels
-    if not 3 <= config.max_tokens <= minilm_positions:
-        raise UsageError(
-            f"max_tokens={config.max_tokens}: a prompt has 3 tokens, with its two marks, to {minilm_positions}"
-        )
-    channels = "channels" if isinstance(network, JointDiTConfig) else "in_channels"
-    rgb, small = isinstance(network, UNetConfig) and config.autoencoder.image_channels == 3, config.small_noise
-    if small is not None and isinstance(network, UNetConfig):
-        rgb = rgb and network.in_channels == latent + 3 and 0 < network.num_classes <= small.steps
-    if small is not None and not rgb:
-        raise UsageError("a network that enlarges sees a small picture, 3 channels, and has classes of its noise")
-    known = isinstance(network, UNetConfig) and rgb and network.sees(latent) != "else"
-    if small is None and (found := getattr(network, channels)) != latent and not known:
-        raise UsageError(f"network.{channels}={found}, but the autoencoder's latents have {latent}")
-    text_width = minilm_width if text == "minilm" else text.width
-    if network.text_width != text_width:
-        raise UsageError(f"network.text_width={network.text_width}, but the text encoder's tokens have {text_width}")
-    if isinstance(network, UNetConfig) and network.vector_width:
-        pooled = minilm_width if text == "minilm" else text.pooled_width
-        if network.vector_width - pooled not in (5 * 256, 6 * 256):
-            raise UsageError(f"network.vector_width={network.vector_width} is not {pooled} and 5 or 6 numbers of 256")
-    if (config.prediction, config.interpolant) == ("eps", "flow"):
-        raise UsageError("prediction=eps says nothing at the noisy end of interpolant=flow: take velocity, v or x0")
-    codec = config.autoencoder
+    check(config)
+    network, text, codec = config.network, config.text_encoder, config.autoencoder
     autoencoder = DCAE(codec) if isinstance(codec, DCAEConfig) else KLAutoencoder(codec)
     if config.autoencoder_from:
         _load_part(autoencoder, "autoencoder", config.autoencoder_from, network)
-    words = (
-        minilm(config.max_tokens)
-        if text == "minilm"
-        else CLIPTowers(text, tokenizers or [bpe.shipped()] * len(text.towers))
-    )
+    words: Any
+    clips = [one for one in tokenizers if isinstance(one, CLIPTokenizer)]
+    if text == "minilm":
+        words = minilm(config.max_tokens)
+    elif isinstance(text, LabelsConfig):
+        words = Labels(text)
+    elif isinstance(text, SD3TextConfig | FluxTextConfig):
+        five = next((one for one in tokenizers if isinstance(one, T5Tokenizer)), None)
+        words = (SD3Text if isinstance(text, SD3TextConfig) else FluxText)(text, clips, five)  # type: ignore[arg-type]
+    else:
+        words = CLIPTowers(text, clips or [bpe.shipped()] * len(text.towers))
     if config.text_encoder_from:
         _load_part(words, "text_encoder", config.text_encoder_from, network)
+    kinds: dict[str, Any] = {"joint_dit": JointDiT, "unet": UNet, "dit": DiT, "mmdit": MMDiT, "flux": Flux}
     return DiffusionSystem(
-        network=JointDiT(network) if isinstance(network, JointDiTConfig) else UNet(network),
+        network=kinds[network.type](network),
         autoencoder=autoencoder.eval(),
         text_encoder=words.eval(),
         interpolant=interpolants.get(config.interpolant),
@@ -344,6 +481,7 @@ def build(
         family=config.family,
         caption_dropout=config.caption_dropout,
         small_noise=None if config.small_noise is None else discrete(config.small_noise),
+        looks=config.looks,
     )
 
 
@@ -357,10 +495,10 @@ def minilm(max_tokens: int = 24) -> MiniLM:
     return encoder.requires_grad_(False).eval()
 
 
-def _load_part(part: nn.Module, name: str, source: str, network: JointDiTConfig | UNetConfig) -> None:
+def _load_part(part: nn.Module, name: str, source: str, network: Any) -> None:
     """Give the autoencoder or the text encoder beside a network, whichever `name` says that `part` is, its weights in a
     file. Raises FileProblem, CheckpointMismatch, UsageError."""
-    if isinstance(part, MiniLM):
+    if isinstance(part, MiniLM | Labels):
         raise UsageError(f"system.text_encoder_from={source} is for CLIP's towers: this system reads with what ships")
     path = WEIGHTS / source if (WEIGHTS / source).is_file() else Path(source)
     if not path.exists():
@@ -371,7 +509,7 @@ def _load_part(part: nn.Module, name: str, source: str, network: JointDiTConfig 
             advice = f"train one with `limner train {recipe} --out runs/{recipe}`, or " if recipe else ""
         raise FileProblem(f"no {name.replace('_', ' ')} {path}: {advice}name its file with system.{name}_from=FILE")
     theirs = path.is_dir() or (not isinstance(part, DCAE) and files.CONFIG_KEY not in files.read(path)[1])
-    if theirs and isinstance(network, UNetConfig) and not isinstance(part, DCAE):
+    if theirs and not isinstance(network, JointDiTConfig) and not isinstance(part, DCAE):
         files.assign(part, _part_of(part, name, path, network), path)
         return
     tensors, _ = files.load(path)
@@ -418,8 +556,10 @@ def save(
     """Write one self-describing file: all but the text encoder that ships. `bits` 8 stores matrices in 8 bits, the rest
     in 16.
 
-    Raises FileProblem.
+    Raises FileProblem, UsageError for a system that keeps weights quantised.
     """
+    if any(isinstance(module, Linear) and module.code for module in system.modules()):
+        raise UsageError(f"{path} is not written: the system keeps its weights quantised; load it with a dtype first")
     beside = "text_encoder." if getattr(config, "text_encoder", "") == "minilm" else ()
     tensors = {k: v.detach().float().cpu() for k, v in system.state_dict().items() if not k.startswith(beside)}
     config = bare(config)
@@ -441,9 +581,11 @@ def load(
     """A system by name ("icons"), weight file of ours or of Stable Diffusion, folder of a training run or of diffusers,
     ready to draw. `prediction` is for models of other programs whose files do not say, or not truly, what they predict;
     `dtype` is what the network computes in, else for models of other programs what is fastest, half precision on a GPU
-    and bfloat16 on a processor that has it, and float32 for the rest. `vae` is another autoencoder, `text_encoders` are
-    files with other text towers; of a single file that is a U-Net alone, they are what it lacks. With `offload`
-    "always", or "auto" and more weights than the device has memory for, the parts rest on the CPU while not at work.
+    and bfloat16 on a processor that has it, and float32 for the rest; without it, matrices that a file of another
+    program has in 8 bits or fewer stay so and are expanded when they are multiplied. `vae` is another autoencoder,
+    `text_encoders` are files with other text towers; of a single file that is a U-Net alone, they are what it lacks.
+    With `offload` "always", or "auto" and more weights than the device has memory for, the parts rest on the CPU while
+    not at work.
 
     Raises UsageError, UnknownName, FileProblem, CheckpointMismatch.
     """
@@ -455,7 +597,12 @@ def load(
     if found is not None:
         system = fitted(found)
         tensors = layouts.read(found.layout, found.tensors, path)
-        dtype = dtype or _best(tensors["network.conv_in.weight"].dtype, torch.device(device))
+        first = next(tensor for name, tensor in tensors.items() if name.startswith("network."))
+        if dtype is None:
+            kept = keep_small(system, tensors)
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in kept}
+            brain = any(name.startswith("network.") for name in kept) and not isinstance(found.network, UNetConfig)
+            dtype = _best(torch.bfloat16 if brain else first.dtype, torch.device(device))
     else:
         tensors, stored = files.load(path)
         config = parse(stored, path)
@@ -480,7 +627,7 @@ def load(
     if device.type == "cuda" and isinstance(network := getattr(system, "network", None), UNet):
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # docs/speed.md
     if codec is not None:
-        if found is None or not any(place.name.startswith(f"{codec}/") for place in found.layout.values()):
+        if found is None or not any(name.startswith(f"{codec}/") for name in layouts.names(found.layout)):
             put_autoencoder(system, codec)
         else:
             system.vae = {"vae": _title(codec), "vae_hash": files.digest(*parts.weights(codec))}
@@ -492,6 +639,22 @@ def load(
         paths = sorted((path for file in texts for path in parts.weights(file)), key=lambda path: path.stat().st_size)
         system.vae = system.vae | {"text_encoder": names, "text_encoder_hash": files.digest(*paths)}
     return system
+
+
+def keep_small(system: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Let the matrices of `limner.nn.linear.Linear` that are stored in 8 bits or fewer stay so. Returns their names."""
+    kept = set()
+    for name, tensor in tensors.items():
+        path, _, kind = name.rpartition(".")
+        small = isinstance(tensor, Quantized) or tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+        if not small or kind != "weight" or tensor.dim() != 2 or name.startswith("autoencoder."):
+            continue
+        module = system.get_submodule(path)
+        q = tensor if isinstance(tensor, Quantized) else of_bytes(tensor)
+        if isinstance(module, Linear) and q.in_rows:
+            module.keep(q)
+            kept.add(name)
+    return kept
 
 
 def _rest(system: AutoencodingSystem | DiffusionSystem, device: torch.device) -> None:
@@ -573,7 +736,10 @@ def recognise(
     if path.is_dir():
         if text_encoders:
             raise UsageError(f"{path} is a folder, which has its text encoders: put others into a single file's model")
-        found = folders.recognise(path)
+        kinds = (module for module in (dit, flows) if module.is_folder(path))
+        found = next((module.of_folder(path) for module in kinds), None) or folders.recognise(path)
+        if prediction and found.prediction == "velocity":
+            return _said(found)
         return replace(found, prediction=prediction or found.prediction)
     tensors, metadata = files.read(path)
     if files.CONFIG_KEY not in metadata:
@@ -582,13 +748,21 @@ def recognise(
                 f"{path} is of a checkpoint, which only training reads (--resume {run}, or init_from={path}): to draw, "
                 f"finish the run and give -m {run}"
             )
+        tensors = gathered(tensors, metadata, path)
         bare = not any(name.startswith(parts.CODEC) for name in tensors)
+        alone = not any(name.startswith(parts.CODECS[:-1]) for name in tensors)
+        if (flow := flows.recognise(path, tensors, vae if alone else None, text_encoders)) is not None:
+            return flow if prediction is None else _said(flow)
         return single_files.recognise(path, tensors, prediction, vae if bare else None, text_encoders)
     if text_encoders:
         raise UsageError(f"{path} is a file of Limner's own, which has its text encoder: leave other ones out")
     if prediction is not None:
         raise UsageError(f"{path} is a file of Limner's own, which says what it predicts: leave prediction out")
     return None
+
+
+def _said(found: Foreign) -> Foreign:
+    raise UsageError(f"{found.source} predicts a velocity, as all of its kind: leave prediction out")
 
 
 def run_of(path: Path) -> Path | None:
@@ -605,14 +779,14 @@ def fitted(found: Foreign) -> AutoencodingSystem | DiffusionSystem:
     Raises CheckpointMismatch.
     """
     config = config_of(found)
-    files.account({place.name for place in found.layout.values()}, found.tensors.keys(), found.source)
+    files.account(layouts.names(found.layout), found.tensors.keys(), found.source)
     system = _bare(config, found.source, found.tokenizers)
     layouts.fit(found.layout, system.state_dict(), found.tensors, f"{found.source}, read as {config.name}")
     return system
 
 
 def _bare(
-    config: AutoencodingConfig | DiffusionConfig, path: Path, tokenizers: Sequence[CLIPTokenizer] = ()
+    config: AutoencodingConfig | DiffusionConfig, path: Path, tokenizers: Sequence[CLIPTokenizer | T5Tokenizer] = ()
 ) -> AutoencodingSystem | DiffusionSystem:
     """The system with nothing in its weights yet."""
     try:
@@ -625,6 +799,15 @@ def _bare(
 def config_of(found: Foreign) -> DiffusionConfig:
     """The row of the catalogue that a model of another program is like, with its own sizes and settings."""
     network, text = found.network, found.text
+    if isinstance(network, DiTConfig):
+        name = "sit" if network.to_data else "dit" if network.size < DIT_XL_2_512.size else "dit-512"
+        return _like(CATALOG[name].config, found)
+    if isinstance(network, MMDiTConfig):
+        name = "sd3-medium" if not network.qk_norm else "sd3.5-medium" if network.dual_blocks else "sd3.5-large"
+        return _like(CATALOG[name].config, found)
+    if isinstance(network, FluxConfig):
+        return _flux_config(found)
+    assert isinstance(text, CLIPTowersConfig)
     if network.vector_width:
         name = "sdxl" if network.vector_width == text.pooled_width + 6 * 256 else "sdxl-refiner"
     elif found.small_noise is not None:
@@ -632,17 +815,30 @@ def config_of(found: Foreign) -> DiffusionConfig:
     else:
         name = "sd1" if not network.linear_projection else "sd2-v" if found.prediction == "v" else "sd2"
     sees = network.sees(found.autoencoder.latent_channels)
-    row = CATALOG[_SEEING.get((name, sees), name)].config
+    return _like(CATALOG[_SEEING.get((name, sees), name)].config, found, **_BESIDE.get(sees, {}))
+
+
+def _flux_config(found: Foreign) -> DiffusionConfig:
+    sees = found.network.sees(found.autoencoder.latent_channels)
+    if sees:
+        name = {"mask": "flux-fill", "hint": "flux-control"}.get(sees, "flux-dev")
+    else:
+        name = "flux-schnell" if not found.network.guidance_embedded else "flux-kontext" if found.looks else "flux-dev"
+    return _like(CATALOG[name].config, found)
+
+
+def _like(row: AutoencodingConfig | DiffusionConfig, found: Foreign, **changes: Any) -> DiffusionConfig:
+    """A row with the sizes and settings of a model, and other defaults."""
     assert isinstance(row, DiffusionConfig)
     side = found.size or row.defaults.width
     defaults = replace(
-        replace(row.defaults, **_BESIDE.get(sees, {})), width=side, height=side,
+        replace(row.defaults, **changes), width=side, height=side,
         min_size=min(side, row.defaults.min_size), sampler=found.sampler or row.defaults.sampler,
         schedule=found.schedule or row.defaults.schedule, steps=found.steps or row.defaults.steps,
         guidance=found.guidance or row.defaults.guidance,
     )  # fmt: skip
     return replace(
-        row, network=network, autoencoder=found.autoencoder, text_encoder=text, interpolant=found.noise,
+        row, network=found.network, autoencoder=found.autoencoder, text_encoder=found.text, interpolant=found.noise,
         small_noise=found.small_noise, prediction=found.prediction, defaults=defaults,
     )  # fmt: skip
 

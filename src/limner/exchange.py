@@ -7,9 +7,10 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,13 +21,19 @@ from limner.adapters import files as adapters
 from limner.adapters.names import block
 from limner.checkpoints import components, estimators, files, folders, single_files
 from limner.checkpoints.foreign import Foreign
+from limner.checkpoints.quantization import gathered
 from limner.errors import CheckpointMismatch, FileProblem, UsageError
-from limner.sampling.interpolants import EDMConfig, VPConfig
+from limner.models.dit import DiTConfig
+from limner.models.unet import UNetConfig
+from limner.nn.quantized import Quantized
+from limner.sampling.interpolants import EDMConfig, FlowConfig, VPConfig
 
 PARTS = ("network", "autoencoder", "text_encoder")
 SEES = {
     "depth": "a depth map (--depth)",
     "picture": "a picture to edit (-i)",
+    "hint": "edges or depth to follow (-i)",
+    "reference": "a picture to edit, if one is given (-i)",
     "mask": "a mask and what is around it (--mask)",
     "else": "a small picture to enlarge (-i)",
 }
@@ -40,7 +47,9 @@ def inspect(source: str | Path) -> dict[str, Any]:
     path = catalog.find(source)
     told: dict[str, Any] = {"path": str(path), "kind": "folder of diffusers"}
     if path.is_dir():
-        return told | _model(folders.recognise(path))
+        found = catalog.recognise(path)
+        assert found is not None
+        return told | _model(found)
     if learned := words.stored(path):
         return told | {"bytes": path.stat().st_size, "precision": _precision(learned), **_word(learned)}
     tensors, metadata = files.read(path)
@@ -51,10 +60,15 @@ def inspect(source: str | Path) -> dict[str, Any]:
     if (run := catalog.run_of(path)) is not None:
         return told | {"kind": "checkpoint of a training run", "needs": f"the run to finish, then -m {run}"}
     told["kind"] = "single file"
+    with suppress(CheckpointMismatch):  # which is told below
+        tensors = gathered(tensors, metadata, path)
+    told["precision"] = _precision(tensors)
     if control.is_control(tensors):
         return told | _control(path, tensors)
     try:
-        return told | _model(single_files.recognise(path, tensors))
+        found = catalog.recognise(path)
+        assert found is not None
+        return told | _model(found)
     except CheckpointMismatch as error:
         part = components.recognise({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         if adapter := _adapter(path):
@@ -79,6 +93,11 @@ def convert(source: str | Path, target: str | Path) -> tuple[Path, Mapping[str, 
         raise UsageError(f"{path} is a file of Limner's own: give a model of another program")
     if target.exists():
         raise FileProblem(f"{target} is there already: give another name")
+    if any(isinstance(tensor, Quantized) for tensor in found.tensors.values()):
+        raise UsageError(f"{path} is quantised ({_precision(found.tensors)}): give the file that it was made from")
+    if not isinstance(found.network, UNetConfig):
+        family = catalog.config_of(found).family
+        raise UsageError(f"{path} is of {family}: only files of Stable Diffusion 1, 2 and XL are made into one another")
     catalog.fitted(found)
     if target.suffix == ".safetensors":
         tensors = single_files.export(found)
@@ -102,8 +121,8 @@ def _model(found: Foreign) -> dict[str, Any]:
         problem = {"problem": str(error)}
     sizes: Counter[str] = Counter()
     for name, place in found.layout.items():
-        tensor = found.tensors.get(place.name)
-        sizes[name.split(".")[0]] += tensor.numel() // place.parts if tensor is not None else 0
+        held = [found.tensors[one] for one in place.names if one in found.tensors]
+        sizes[name.split(".")[0]] += sum(tensor.numel() for tensor in held) // place.parts
     defaults = config.defaults
     return {
         "model": config.name,
@@ -111,7 +130,7 @@ def _model(found: Foreign) -> dict[str, Any]:
         "parameters": {part: sizes[part] for part in PARTS},
         "precision": _precision(found.tensors),
         "predicts": found.prediction,
-        **({"sees": SEES[sees]} if (sees := found.network.sees(found.autoencoder.latent_channels)) else {}),
+        **_sees(found),
         **_noise(found.noise),
         "size": defaults.width,
         "steps": defaults.steps,
@@ -125,7 +144,21 @@ def _model(found: Foreign) -> dict[str, Any]:
     }
 
 
-def _noise(noise: VPConfig | EDMConfig) -> dict[str, Any]:
+def _sees(found: Foreign) -> dict[str, Any]:
+    if isinstance(found.network, DiTConfig):
+        return {"classes": found.network.num_classes}
+    if not hasattr(found.network, "sees"):
+        return {}
+    sees = "reference" if found.looks else found.network.sees(found.autoencoder.latent_channels)
+    return {"sees": SEES[sees]} if sees else {}
+
+
+def _noise(noise: VPConfig | EDMConfig | FlowConfig | Literal["flow"]) -> dict[str, Any]:
+    if noise == "flow":
+        return {"noise": "a flow's"}
+    if isinstance(noise, FlowConfig):
+        moved = "by the size of the picture" if noise.by_tokens else f"by {noise.shift:g}"
+        return {"noise": "a flow's" + f", shifted {moved}" * (noise != FlowConfig())}
     if isinstance(noise, VPConfig):
         return {"timesteps": noise.steps, "zero_snr": noise.zero_snr}
     return {"noise": f"EDM's, {noise.low:g} to {noise.high:g}"}
@@ -150,6 +183,8 @@ def _adapter(path: Path) -> dict[str, Any]:
     contents = adapters.contents_of(path)
     if not adapters.is_adapter(contents):
         return {}
+    if adapters.widens(contents):
+        return {"problem": f"it is {adapters.CONTROL_LORA}"}
     try:
         found = adapters.bases(contents)
     except CheckpointMismatch as error:

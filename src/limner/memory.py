@@ -108,6 +108,11 @@ def plan(system: System, request: Request, count: int) -> Plan:
         give = lambda: begun.update(ghost.given(request, count))  # noqa: E731
         stages.append(stage("the picture given", ("autoencoder",), give))
     guide = ("guide",) if "guide" in others else ()
+    if any(getattr(one.network, "sees", "pixels") != "pixels" for one in told):
+        shown: list[Tensor] = []
+        look = lambda: shown.extend(ghost.shown(one, request) for one in told if one.weight)  # noqa: E731
+        stages.append(stage("the pictures of controls", ("autoencoder",), look))
+        ghost.__dict__["shown"] = lambda *_: shown.pop(0)  # and not again in a step
     stages.append(stage("a step", ("network", *guide, *controls), step))
     if "refiner" in others:
         stages.append(Stage("a step of the refiner", ("refiner",), stages[-1].made))
@@ -196,7 +201,8 @@ def ghost_of(module: M) -> M:
     memo: dict[int, Any] = {}
     for part in module.modules():
         for value in vars(part).values():
-            if not isinstance(value, dict | nn.Module):
+            of_modules = isinstance(value, list) and all(isinstance(one, nn.Module) for one in value)
+            if not isinstance(value, dict | nn.Module) and not of_modules:
                 memo[id(value)] = value
     for p in module.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 SAMPLERS: dict[str, tuple[str, ...]] = {  # first the title that A1111 shows and writes into pictures
     "euler": ("Euler", "EulerDiscreteScheduler"),
     "euler_a": ("Euler a", "euler_ancestral", "EulerAncestralDiscreteScheduler"),
-    "heun": ("Heun", "HeunDiscreteScheduler"),
+    "heun": ("Heun", "HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
     "restart": ("Restart",),
     "lms": ("LMS", "LMSDiscreteScheduler"),
     "dpm2": ("DPM2", "dpm_2", "KDPM2DiscreteScheduler", "kdpm_2"),

@@ -7,6 +7,7 @@ import inspect
 import math
 import secrets
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +155,7 @@ def load(
     guide_model: str | Path | None = None,
     text_encoder: str | Path | Sequence[str | Path] = (),
     offload: Literal["auto", "never", "always"] = "auto",
+    compile: bool = False,
 ) -> Pipeline:
     """A pipeline by model name, weight file of ours or of Stable Diffusion, folder of a run or of diffusers. `device`
     "auto" takes a CUDA device when there is one; `prediction` is for files that do not say what they predict; `dtype`
@@ -162,7 +164,8 @@ def load(
     that guidance leads away from in place of the negative prompt (autoguidance), `text_encoder` one or several files
     with other text towers. A file with a U-Net alone needs `vae` and `text_encoder`.
     `offload` says whether the parts of a model take turns on a GPU and rest on the CPU: "auto" if it cannot hold them
-    and what a drawing makes.
+    and what a drawing makes. `compile` has torch compile the network's layers when it first draws, which takes seconds
+    and a C++ compiler, or on GPUs Triton: for many pictures of one size.
 
     Raises UsageError for a device that is not here, UnknownName, FileProblem, CheckpointMismatch; warns (Assumed) of
     what a file did not tell.
@@ -185,13 +188,21 @@ def load(
         system.stays = offload == "never"
         if system.works_on is not None:
             system.offload()  # with what joined it
+        if compile:
+            system.compile()
+    elif compile:
+        raise UsageError(f"{system.name} has no network to compile: leave compile out")
     return Pipeline(system, str(source))  # type: ignore[arg-type]
 
 
 def computes(system: System) -> str:
-    """Where and in what the network computes, in words: "cpu in fp32"."""
-    first = next(getattr(system, "network", system).parameters())  # type: ignore[union-attr]
-    return f"{system.device} in {next(name for name, dtype in DTYPES.items() if dtype == first.dtype)}"
+    """Where and in what the network computes, in words: "cpu in fp32", and what most of its weights are kept in where
+    that is fewer bits."""
+    network: Any = getattr(system, "network", system)
+    first = next(network.parameters())
+    codes = Counter(code for module in network.modules() if (code := getattr(module, "code", "")))
+    kept = f", weights in {codes.most_common(1)[0][0]}" if codes else ""
+    return f"{system.device} in {next(name for name, dtype in DTYPES.items() if dtype == first.dtype)}{kept}"
 
 
 def find_device(name: str | torch.device = "auto") -> torch.device:
@@ -263,7 +274,7 @@ def canvas(
 def size_of(system: System, picture: Image.Image, times: float | None = None) -> dict[str, int]:
     """The width and height nearest to those of a picture, or so many times them, in its shape, that the system
     draws."""
-    low, high, grid = system.defaults.min_size, system.defaults.max_size, system.grid
+    low, high, grid = system.defaults.min_size, system.defaults.max_size, getattr(system, "unit", system.grid)
     times = float(getattr(system, "enlarges", 1) if times is None else times)
     scale = min(high / max(picture.size), max(times, low / min(picture.size)))
     sides = (min(max(round(n * scale / grid) * grid, low), high) for n in picture.size)
@@ -419,7 +430,8 @@ def last_pass(system: System, request: Request) -> Request:
 
 def larger(system: System, request: Request, on_step: OnStep | None = None) -> Request:
     """The second pass of a request: its size times `hires`, to the nearest that the system draws."""
-    width, height = (round(n * request.hires / system.grid) * system.grid for n in (request.width, request.height))
+    unit = getattr(system, "unit", system.grid)
+    width, height = (round(n * request.hires / unit) * unit for n in (request.width, request.height))
     return replace(
         request, width=width, height=height, steps=request.hires_steps, strength=request.hires_strength,
         on_step=on_step,
@@ -491,7 +503,7 @@ def prepare(system: System, **values: Any) -> Request:
         raise UnknownName("keyword", name, list(known)[2:])
     if values.get("control"):
         values["control"] = controls.opened(system, values["control"])
-    request = check(system.defaults, system.grid, **values)
+    request = check(system.defaults, getattr(system, "unit", system.grid), **values)
     if request.compat and system.clip_skip is None:
         raise UsageError(f"{request.compat} does not draw with {system.name}: leave compat out")
     sees = getattr(system, "sees", "")
@@ -743,7 +755,7 @@ def ignored(system: System, request: Request) -> list[str]:
         told.append(f"noise_level has no effect: {system.name} is no upscaler")
     if adapters := getattr(system, "adapters", None):
         told += adapters.unused(request)
-    told_guidance = getattr(system, "told_guidance", 0) > 0
+    told_guidance = getattr(system, "told_guidance", None) is not None
     plain = request.guidance == 1 == request.image_guidance
     kinds = [name for name in SELDOM if "guidance" in name and getattr(request, name) != _usual(system, name)]
     kinds = [name for name in kinds if told_guidance or name != "image_guidance"]

@@ -109,10 +109,10 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Control:
-    """A network that tells a U-Net of `image` (ControlNet, T2I-Adapter), by `weight`, at the steps from `start` to
+    """A network that tells the system's of `image` (ControlNet, T2I-Adapter), by `weight`, at the steps from `start` to
     `end` of all, 0 to 1. `guess` leaves the negative prompt out and tells more the deeper it goes. `name` and `hash`
     are its file's; `maker`, of `limner.hints.MAKERS`, makes what it sees of `image`, and `kind` says what that is where
-    the network knows several (`limner.models.controlnet.KINDS`). `image_hash` is that of the picture given. A maker of
+    the network knows several, its `kinds`. `image_hash` is that of the picture given. A maker of
     `limner.hints.WITH_MODELS` looks through `finder`, whose file has `maker_name` and `maker_hash`."""
 
     network: Any = field(compare=False)

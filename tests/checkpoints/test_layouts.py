@@ -15,6 +15,8 @@ LAYOUT = {
     "in.bias": Place("conv.bias"),
     "a.weight": Place("by_head.weight", 0, 2, heads=3, kept="1"),
     "b.weight": Place("by_head.weight", 1, 2, heads=3, kept="1"),
+    "fused.weight": Place("apart_1", then=("apart_2", "apart_3"), rows=(1, 2, 1)),
+    "shift_scale": Place("scale_shift", kept="swapped"),
 }
 THEIRS = {
     "attn.in_proj_weight": torch.arange(24.0).view(12, 2),
@@ -22,6 +24,10 @@ THEIRS = {
     "conv.weight": torch.arange(8.0).view(4, 2, 1, 1),
     "conv.bias": torch.arange(4.0),
     "by_head.weight": torch.arange(24.0).view(12, 2, 1),
+    "apart_1": torch.arange(2.0).view(1, 2),
+    "apart_2": torch.arange(2.0, 6.0).view(2, 2),
+    "apart_3": torch.arange(6.0, 8.0).view(1, 2),
+    "scale_shift": torch.arange(4.0),
 }
 
 
@@ -32,6 +38,8 @@ def test_tensors_are_found_where_the_layout_says():
     assert torch.equal(ours["out.weight"], torch.tensor([[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]))
     assert torch.equal(ours["in.weight"], torch.arange(8.0).view(4, 2))
     assert torch.equal(ours["b.weight"][:, 0], torch.tensor([4.0, 6.0, 12.0, 14.0, 20.0, 22.0]))
+    assert torch.equal(ours["fused.weight"], torch.arange(8.0).view(4, 2))
+    assert torch.equal(ours["shift_scale"], torch.tensor([2.0, 3.0, 0.0, 1.0]))
 
 
 def test_writing_is_the_inverse_of_reading():
@@ -48,10 +56,11 @@ def test_a_convolution_of_one_pixel_may_be_kept_as_a_matrix():
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({k: v for k, v in THEIRS.items() if k != "proj"}, r"file: 1 missing \(first: proj\) of 5 keys"),
-        (THEIRS | {"more": torch.zeros(1)}, r"file: 1 unknown \(first: more\) of 5 keys"),
+        ({k: v for k, v in THEIRS.items() if k != "proj"}, r"file: 1 missing \(first: proj\) of 9 keys"),
+        (THEIRS | {"more": torch.zeros(1)}, r"file: 1 unknown \(first: more\) of 9 keys"),
         (THEIRS | {"attn.in_proj_weight": torch.zeros(11, 2)}, r"attn.in_proj_weight is \(11, 2\), which is not 3"),
         (THEIRS | {"by_head.weight": torch.zeros(8, 2)}, r"by_head.weight is \(8, 2\), which is not 6"),
+        (THEIRS | {"apart_2": torch.zeros(3, 2)}, r"file: apart_2 is \(3, 2\), of which 2 rows are ours"),
     ],
 )
 def test_what_does_not_fit_is_named(tensors, message):

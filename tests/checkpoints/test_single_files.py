@@ -12,9 +12,14 @@ from limner import catalog
 from limner.checkpoints import layouts, single_files
 from limner.checkpoints.foreign import Foreign
 from limner.errors import CheckpointMismatch
+from limner.models.unet import UNetConfig
 from limner.text import bpe
 
-ROWS = [entry.name for entry in catalog.entries() if not entry.recipe]
+ROWS = [
+    entry.name
+    for entry in catalog.entries()
+    if not entry.recipe and isinstance(getattr(entry.config, "network", None), UNetConfig)
+]
 
 
 @lru_cache(maxsize=1)

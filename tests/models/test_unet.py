@@ -193,6 +193,18 @@ def test_output_and_every_gradient_equal_diffusers(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
+def test_times_made_at_once_will_do_in_their_place(name):
+    config = CONFIGS[name]
+    network, _ = pair(config, torch.float64)
+    x, _, cond, _ = inputs(config, torch.float64)
+    made = network.times(torch.tensor([999.0, 0.0, 123.5, 7.0]), len(x), cond)
+    for time, row in zip((999.0, 0.0, 123.5, 7.0), made, strict=True):
+        assert difference(network(x, row, cond), network(x, torch.full((len(x),), time), cond)) <= 1e-12
+    assert difference(network(x, made[0], cond), network(x, made[1], cond)) > 1e-3
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
 def test_output_equals_that_of_diffusers_in_single_precision(name):
     config = CONFIGS[name]
     ours, theirs = pair(config, torch.float32)

@@ -296,3 +296,38 @@ def playground(folder: Path, **scheduler: Any) -> Path:
     (model / "model_index.json").write_text(json.dumps(index))
     assert hasattr(diffusers, told["_class_name"])
     return model
+
+
+DIT_SCHEDULER = {
+    "_class_name": "DDIMScheduler", "_diffusers_version": "0.12.0", "beta_end": 0.02, "beta_schedule": "linear",
+    "beta_start": 0.0001, "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": "epsilon",
+    "set_alpha_to_one": True, "steps_offset": 0, "trained_betas": None,
+}  # fmt: skip
+
+
+def dit_network() -> nn.Module:
+    """All blocks embed time and class alike, as in published files."""
+    import diffusers
+
+    network = noised(
+        diffusers.DiTTransformer2DModel(
+            num_attention_heads=1, attention_head_dim=64, out_channels=8, num_layers=2, sample_size=16
+        ),
+        seed=4,
+    )
+    first, *others = (block.norm1.emb for block in network.transformer_blocks)
+    for other in others:
+        other.load_state_dict(first.state_dict())
+    return network
+
+
+def dit(folder: Path) -> Path:
+    """A folder of a DiT, which names a few classes."""
+    import diffusers
+
+    pipe = diffusers.DiTPipeline(dit_network(), autoencoder(0.18215), diffusers.DDIMScheduler())
+    model = saved(pipe, folder, DIT_SCHEDULER)
+    index = json.loads((model / "model_index.json").read_text())
+    index["id2label"] = {"207": "golden retriever", "360": "otter", "0": "tench, Tinca tinca"}
+    (model / "model_index.json").write_text(json.dumps(index))
+    return model

@@ -103,7 +103,7 @@ def drawn(pipe: Any, monkeypatch, **settings: Any) -> torch.Tensor:
     decode = pipe.system.decode
     with monkeypatch.context() as patch:
         patch.setattr(pipe.system, "decode", lambda latents, tile: (seen.append(latents), decode(latents))[1])
-        pipe.generate("a red fox", **{"seed": 3, "steps": 10, "guidance": 5.0, "sampler": "euler"} | settings)
+        pipe.generate("a red fox", **{"seed": 3, "steps": 5, "guidance": 5.0, "sampler": "euler"} | settings)
     return seen[0]
 
 
@@ -135,7 +135,7 @@ def test_it_draws_what_diffusers_draws(systems, nets, kind, way, monkeypatch):
     other.set_progress_bar_config(disable=True)
     images = [picture(0), picture(1)]
     wanted = other(
-        "a red fox", image=images if two else images[0], num_inference_steps=10, guidance_scale=5.0, height=32,
+        "a red fox", image=images if two else images[0], num_inference_steps=5, guidance_scale=5.0, height=32,
         width=32, controlnet_conditioning_scale=[0.7, -0.4] if two else 0.7, output_type="latent",
         generator=torch.Generator().manual_seed(3), **told,
     ).images  # fmt: skip
@@ -161,7 +161,7 @@ def test_each_part_of_a_composed_prompt_is_told_the_same(systems, nets, monkeypa
         decode = pipe.system.decode
         with monkeypatch.context() as patch:
             patch.setattr(pipe.system, "decode", lambda latents, tile: (seen.append(latents), decode(latents))[1])  # noqa: B023
-            pipe.generate("a red fox AND a red fox :0", seed=3, steps=10, guidance=5.0, sampler="euler", control=ask)
+            pipe.generate("a red fox AND a red fox :0", seed=3, steps=5, guidance=5.0, sampler="euler", control=ask)
         assert (seen[0] - one).abs().max() <= 1e-3 * one.abs().max()
 
 

@@ -26,7 +26,7 @@ from . import stable_diffusion
 from .test_control import KINDS, drawn, picture
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-TOLD = {"num_inference_steps": 10, "guidance_scale": 5.0, "output_type": "latent"}
+TOLD = {"num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "latent"}
 ADAPTERS = {  # arguments of diffusers' networks, whose pictures are twice as large as latents, or four times
     "full": {"channels": [32, 64], "num_res_blocks": 2, "downscale_factor": 2, "adapter_type": "full_adapter"},
     "grey": {"in_channels": 1, "channels": [32, 64], "downscale_factor": 2, "adapter_type": "full_adapter"},
@@ -333,7 +333,7 @@ def test_a_wrong_base_is_refused_by_name_before_any_step(systems, adapter, tmp_p
     upscaler = pipeline.load(stable_diffusion.upscaler(tmp_path / "x4"))
     with pytest.raises(UsageError, match="x4-upscaler takes no ControlNets: it follows the picture that it enlarges"):
         upscaler.upscale(picture(side=8), "a fox", control=[(adapter("full")[1], picture())])
-    with pytest.raises(UsageError, match="only ControlNets guess"):
+    with pytest.raises(UsageError, match="only ControlNets of U-Nets guess"):
         control.open_control(systems["sd1"][1].system, adapter("full")[1], picture(), guess=True)
     with pytest.raises(UsageError, match="knows one kind of picture: leave kind=depth out"):
         control.open_control(systems["sd1"][1].system, adapter("full")[1], picture(), kind="depth")

@@ -221,7 +221,7 @@ def test_what_other_weights_predict_is_not_asked_of_a_picture(sdxl_file, sd1_fol
 def test_playground_draws_what_diffusers_draws(tmp_path, cls):
     folder = stable_diffusion.playground(tmp_path, _class_name=cls)
     sampler = "euler" if cls == "EDMEulerScheduler" else "dpmpp_2m"
-    wanted = theirs(folder, num_inference_steps=10, guidance_scale=3.0)
+    wanted = theirs(folder, num_inference_steps=5, guidance_scale=3.0)
     for source in (folder, single_file(folder)):
         system = catalog.load(source, dtype=torch.float32)
         defaults = system.defaults
@@ -261,7 +261,7 @@ def test_cosxl_predicts_v_over_the_noise_its_marks_say(tmp_path):
             json.loads(path.read_text()) | {"latents_mean": None, "latents_std": None, "scaling_factor": 0.13025}
         )
     )
-    wanted = theirs(folder, num_inference_steps=10, guidance_scale=3.0)
+    wanted = theirs(folder, num_inference_steps=5, guidance_scale=3.0)
     for source in (folder, single_file(folder)):
         system = catalog.load(source, dtype=torch.float32)
         assert (system.prediction.name, system.interpolant.sigma_max) == ("v", 120.0)

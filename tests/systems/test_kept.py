@@ -11,6 +11,7 @@ from torch import nn
 from adapters import zoo
 from limner import pipeline
 from limner.models.ip_adapter import IPAdapter, attentions
+from limner.models.unet import DownPath
 from limner.types import Conditioning, Reference
 
 from . import stable_diffusion
@@ -67,6 +68,7 @@ WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sizes": ("sdxl", "a red fox", {}),
     "sizes of the refiner": ("refined", "a red fox", {"steps": 8}),
     "told guidance": ("lcm", "a red fox", {}),
+    "tiles": ("sd1", "a red fox", {"width": 128, "tile": 64}),
 }
 
 
@@ -113,6 +115,32 @@ def counts(made: dict[str, Any], way: str, modules: list[nn.Module]) -> list[int
 def test_keys_and_values_are_computed_once_for_each_conditioning(made, way, times):
     modules = [part for one in attentions(made["sd1"].system.network).values() for part in (one.to_k, one.to_v)]
     assert counts(made, way, modules) == [times] * len(modules)
+
+
+@pytest.mark.parametrize(
+    ("way", "told", "times"),
+    [("plain", {}, 1), ("at some levels", {}, 2), ("two calls a step", {}, 1), ("second pass", {}, 2),
+     ("plain", {"image": "picture"}, 1), ("plain", {"sampler": "dpm2", "steps": 3}, 3), ("tiles", {}, 1)],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_times_are_embedded_once_a_drawing_and_only_those_between_the_steps_by_themselves(
+    made, way, told, times, monkeypatch
+):
+    kind, prompt, asked = WAYS[way]
+    monkeypatch.setitem(
+        WAYS, way, (kind, prompt, asked | {k: picture() if k == "image" else v for k, v in told.items()})
+    )
+    network = made["sd1"].system.network
+    modules = [network.time_embedding, *(block.time_emb_proj for block in network.resblocks)]
+    assert counts(made, way, modules) == [times] * len(modules)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_control_embeds_the_times_once_too(made, monkeypatch):
+    whose, times = [], DownPath.times
+    monkeypatch.setattr(DownPath, "times", lambda self, *told: (whose.append(type(self)), times(self, *told))[1])
+    drawn(made, "control")
+    assert sorted(one.__name__ for one in whose) == ["ControlNet", "UNet"]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -145,7 +145,7 @@ def expected(systems: Any, theirs: Any, adapters: Any, scale: Any, images: Any) 
     theirs.load_ip_adapter(adapters, subfolder=[None] * count or None, weight_name=[""] * count or "")
     theirs.set_ip_adapter_scale(scale)
     latents = theirs(
-        "a red fox", ip_adapter_image=images, num_inference_steps=10, guidance_scale=5.0, height=32, width=32,
+        "a red fox", ip_adapter_image=images, num_inference_steps=5, guidance_scale=5.0, height=32, width=32,
         output_type="latent", generator=torch.Generator().manual_seed(3),
     ).images  # fmt: skip
     theirs.unload_ip_adapter()
@@ -203,7 +203,7 @@ def test_perturbed_attention_sees_it_too_as_diffusers_has_it(systems, file, monk
     theirs.load_ip_adapter(adapter("plus", 64, widths), subfolder=None, weight_name="")
     theirs.set_ip_adapter_scale(0.8)
     wanted = theirs(
-        "a red fox", ip_adapter_image=picture(0, 28), num_inference_steps=10, guidance_scale=5.0, pag_scale=2.0,
+        "a red fox", ip_adapter_image=picture(0, 28), num_inference_steps=5, guidance_scale=5.0, pag_scale=2.0,
         height=32, width=32, output_type="latent", generator=torch.Generator().manual_seed(3),
     ).images  # fmt: skip
     found = drawn(pipe, monkeypatch, ip_adapter=[(file, picture(0, 28), 0.8)], pag_scale=2.0)
@@ -244,7 +244,7 @@ def test_each_picture_of_a_batch_and_each_part_of_a_prompt_is_told_the_same(syst
         seen: list[torch.Tensor] = []
         decode = pipe.system.decode
         patch.setattr(pipe.system, "decode", lambda latents, tile: (seen.append(latents), decode(latents))[1])
-        told = {"seed": 3, "steps": 10, "guidance": 5.0, "sampler": "euler"}
+        told = {"seed": 3, "steps": 5, "guidance": 5.0, "sampler": "euler"}
         pipe.generate("a red fox AND a red fox :0", **told, ip_adapter=ask)
     assert (seen[0] - one).abs().max() <= 1e-3 * one.abs().max()
 

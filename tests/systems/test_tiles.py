@@ -44,7 +44,7 @@ def pointwise(monkeypatch: Any, system: Any) -> list[tuple[int, ...]]:
 
     def forward(x, t, cond, residuals=None):
         seen.append(tuple(x.shape[2:]))
-        said = cond.tokens.mean((1, 2))[:, None, None, None] + t[:, None, None, None] / 1000
+        said = (cond.tokens.mean((1, 2)) + t.mean(1))[:, None, None, None]
         out = 0.6 * x[:, :4].roll(1, dims=1) + 0.2 * x[:, 4:].sum(1, keepdim=True) + said
         return out if residuals is None else out + residuals.levels[0]
 

@@ -52,7 +52,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 def latents(system: Any, picture: Image.Image, **told: Any) -> torch.Tensor:
-    told = {"seed": 3, "steps": 10, "guidance": 5.0} | told | pipeline.enlarging(system, picture, None)
+    told = {"seed": 3, "steps": 5, "guidance": 5.0} | told | pipeline.enlarging(system, picture, None)
     request = pipeline.prepare(system, prompt="a red fox", image=picture, **told)
     with torch.inference_mode():
         cond = system.condition([request.prompt], request)
@@ -65,7 +65,7 @@ def test_it_enlarges_as_diffusers_does(theirs, ours, file, size, level, sampler)
     cls = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler}[sampler]
     theirs.scheduler = cls.from_config(theirs.scheduler.config)
     wanted = theirs(
-        "a red fox", image=noise(*size), num_inference_steps=10, guidance_scale=5.0, noise_level=level,
+        "a red fox", image=noise(*size), num_inference_steps=5, guidance_scale=5.0, noise_level=level,
         generator=torch.Generator().manual_seed(3), output_type="latent",
     ).images  # fmt: skip
     with pytest.warns(Assumed, match="no name tells the noise of an upscaler"):

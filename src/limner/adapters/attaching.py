@@ -2,7 +2,8 @@
 
 A model with adapters has W + sum of weight * difference in place of W, every difference computed from W itself in
 float32 and the sum rounded once to W's precision: their order does not matter, and one more loses nothing. W is kept,
-and it is that very tensor that comes back.
+and it is that very tensor that comes back. A quantised W is expanded for it, and the sum rounded to what the model
+computes in: while an adapter is on, the matrices that it changes take the room of that.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from limner import metadata
-from limner.adapters import files, kinds, words
+from limner.adapters import files, words
 from limner.adapters.files import Adapter
 from limner.adapters.names import block
 from limner.adapters.words import Words
 from limner.errors import FileProblem, UsageError
+from limner.nn.linear import Linear
 from limner.text.prompts import ENDINGS
 from limner.types import Request
 
@@ -102,7 +104,8 @@ class Stack:
         self.on: list[Attached] = []
         self.lock = threading.RLock()
         """Held while adapters change, and while something is drawn with them."""
-        self.hidden: dict[tuple[str, str], nn.Parameter] = {}
+        self.hidden: dict[tuple[str, str], nn.Parameter | None] = {}
+        """None is a weight that the module keeps quantised."""
         self.controls: dict[tuple[tuple[str, int], ...], tuple[Any, str]] = {}
         """Networks of ControlNets and hashes of their files, by these and the times of their last change."""
         self.encoders: dict[str, Any] = {}
@@ -155,14 +158,21 @@ class Stack:
 
     def own(self, module: str) -> dict[str, Tensor]:
         """The weight and bias of a module without any adapter."""
-        found = files.base(self.system.get_submodule(module))
-        return {name: self.hidden.get((module, name), tensor) for name, tensor in found.items()}
+        found = files.base(owner := self.system.get_submodule(module))
+        own = {name: self.hidden.get((module, name), tensor) for name, tensor in found.items()}
+        kept = bool(getattr(owner, "code", ""))
+        return {name: whole(owner) if t is None or (kept and t.is_meta) else t for name, t in own.items()}
 
     def bare(self, part: str) -> dict[str, Tensor]:
         """All weights of a part of the system without any adapter."""
         found = self.system.get_submodule(part).state_dict()
+        modules = self.system.get_submodule(part).named_modules()
+        found |= {
+            f"{name}.weight": whole(module) for name, module in modules if isinstance(module, Linear) and module.code
+        }
         hidden = {f"{module}.{name}".removeprefix(f"{part}."): t for (module, name), t in self.hidden.items()}
-        return {name: hidden.get(name, tensor) for name, tensor in found.items()}
+        kept = {name: t for name, t in hidden.items() if t is not None}
+        return {name: kept.get(name, tensor) for name, tensor in found.items()}
 
     @torch.no_grad()
     def _change(self, on: list[Attached], new: Adapter | None = None) -> dict[str, float]:
@@ -190,8 +200,8 @@ class Stack:
                     if strength:
                         sums[name] = sums[name].add_(delta, alpha=strength) if name in sums else delta * strength
             for name, delta in sums.items():
-                whole = (own[name].float() + delta).to(own[name].dtype)
-                made[module, name] = nn.Parameter(whole, requires_grad=own[name].requires_grad)
+                new_weight = (own[name].float() + delta).to(self._rounded_to(module, own[name]))
+                made[module, name] = nn.Parameter(new_weight, requires_grad=own[name].requires_grad)
         changes = {name: math.sqrt(d / max(w, 1e-30)) for name, (d, w) in sorted(squares.items()) if d}
         if new is not None and not changes:
             raise FileProblem(f"{new.path} would do nothing: every difference that it makes is 0; was it trained?")
@@ -213,6 +223,12 @@ class Stack:
         self.on = on
         return changes
 
+    def _rounded_to(self, module: str, own: Tensor) -> torch.dtype:
+        """The type of a changed weight: its own, or of a quantised one what the part that it is in computes in."""
+        if not getattr(self.system.get_submodule(module), "code", ""):
+            return own.dtype
+        return next(self.system.get_submodule(module.partition(".")[0]).parameters()).dtype
+
     def _learned(self) -> list[Words]:
         return [one.adapter for one in self.on if isinstance(one.adapter, Words)]
 
@@ -229,18 +245,30 @@ class Stack:
         return [f"{name} is a learned word that the prompt does not say" for name in unsaid]
 
 
+def whole(module: Any) -> Tensor:
+    """The numbers of a weight that a module keeps quantised, in float32."""
+    return module.quantized.whole()
+
+
 def difference(adapter: Adapter, module: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What an adapter adds to the `own` weight and bias of a module, in float32 where they are.
 
     Raises FileProblem where that is no number.
     """
-    entry = adapter.entries[module]
-    parts = {name: part.to(own["weight"].device, torch.float32) for name, part in entry.parts.items()}
-    found = kinds.difference(entry.kind, parts, entry.scale, own)
-    if not all(delta.isfinite().all() for delta in found.values()):
-        raise FileProblem(
-            f"{adapter.path}: what {next(iter(entry.keys.values()))} makes is no number (NaN): it is damaged"
-        )
+    found: dict[str, Tensor] = {}
+    for entry in adapter.entries[module]:
+        device = next(iter(own.values())).device
+        parts = {name: part.to(device, torch.float32) for name, part in entry.parts.items()}
+        for name, delta in entry.difference(parts, own).items():
+            if not delta.isfinite().all():
+                raise FileProblem(
+                    f"{adapter.path}: what {next(iter(entry.keys.values()))} makes is no number (NaN): it is damaged"
+                )
+            if entry.rows is None:
+                found[name] = delta
+            else:
+                whole = found.setdefault(name, torch.zeros_like(own[name], dtype=torch.float32))
+                entry.part(whole).copy_(delta)
     return found
 
 

@@ -1,4 +1,4 @@
-"""ControlNets and T2I-Adapters on a system: the network in a file, and a picture that it tells the U-Net of."""
+"""ControlNets and T2I-Adapters on a system: the network in a file, and a picture that it tells the system's of."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from limner import hints, metadata, pictures
+from limner import catalog, hints, metadata, pictures
 from limner.adapters import asking, makers
 from limner.adapters.attaching import check_weights, stack
 from limner.adapters.files import BASES, bare, name_of
-from limner.checkpoints import controlnet, files, folders, parts, t2i_adapter
+from limner.checkpoints import controlnet, files, flow_controlnets, folders, parts, t2i_adapter
+from limner.checkpoints.components import UNETS
 from limner.errors import Assumed, CheckpointMismatch, FileProblem, LimnerError, UnknownName, UsageError
-from limner.models.controlnet import KINDS, ControlNet, ControlNetUnion
+from limner.models.controlnet import KINDS, ControlNet
+from limner.models.flux import FluxConfig
+from limner.models.flux_controlnet import FluxControlNet
+from limner.models.mmdit import MMDiTConfig
+from limner.models.mmdit_controlnet import MMDiTControlNet
 from limner.models.t2i_adapter import T2IAdapter
 from limner.models.unet import UNet, UNetConfig
 from limner.types import Control, Reference
@@ -30,9 +35,10 @@ MOST_KEPT = 4
 MAKES = {maker: maker for maker in hints.MAKERS if maker in KINDS} | {
     "sobel": "softedge", "blur": "tile", "invert": "lineart", "depth": "depth", "pose": "pose",
 }  # fmt: skip
-"""The kind of picture that a maker makes."""
+"""The kind of picture that a maker makes, to a union that has none of its name."""
 KIND = {"--control": "ControlNet", "--ip-adapter": "IP-Adapter"}
-Network = ControlNet | T2IAdapter
+Network = ControlNet | T2IAdapter | FluxControlNet | MMDiTControlNet
+Base = UNetConfig | FluxConfig | MMDiTConfig
 
 
 def open_control(
@@ -51,7 +57,8 @@ def open_control(
     """The ControlNet or T2I-Adapter in a file or a folder of diffusers and the picture it is told, which `maker`, one
     of `limner.hints.MAKERS`, makes of `image`; without, `image` is that picture. `depth` and `pose` are found through
     `maker_model`: a folder of transformers, a file beside its config.json, or hf:owner/name. A union is told its
-    `kind`, one of `limner.models.controlnet.KINDS`, which follows from `maker` if there is one.
+    `kind`, one of `limner.models.controlnet.KINDS`, or of `flux_controlnet.KINDS` for FLUX.1, which follows from
+    `maker` if there is one.
 
     Raises FileProblem, CheckpointMismatch for one of another model, ImageProblem, UsageError, UnknownName.
     """
@@ -68,12 +75,16 @@ def open_control(
     if problem := metadata.misnamed(name_of(path)):
         raise UsageError(f"{name_of(path)!r:.60} cannot be remembered by a picture ({problem}): rename it")
     network, found = _network(system, path)
-    if isinstance(network, ControlNetUnion):
-        kind = _kind(path, network, kind or MAKES.get(maker, ""))
+    if kinds := getattr(network, "kinds", {}):
+        kind = _kind(path, kinds, kind or (maker if maker in kinds else MAKES.get(maker, "")), bool(kind))
     elif kind:
         raise UsageError(f"{path.name} knows one kind of picture: leave kind={kind} out")
-    if guess and isinstance(network, T2IAdapter):
-        raise UsageError(f"{path.name} is a T2I-Adapter, and only ControlNets guess")
+    if guess and not isinstance(network, ControlNet):
+        if isinstance(network, T2IAdapter):
+            raise UsageError(f"{path.name} is a T2I-Adapter, and only ControlNets guess")
+        raise UsageError(
+            f"{path.name} is a ControlNet of {system.family}, and only those of U-Nets guess: leave guess out"
+        )
     picture = pictures.open_image(image)
     finder = None if maker_model is None else makers.open_finder(stack(system).finders, maker, maker_model)
     guess = guess or (isinstance(network, ControlNet) and network.pooled)
@@ -186,7 +197,8 @@ def differing(controls: Sequence[Control | Reference], remembered: Sequence[Mapp
 
 def report(control: Control) -> str:
     """In one line, what a control does."""
-    what = {ControlNetUnion: "ControlNet (union)", T2IAdapter: "T2I-Adapter"}.get(type(control.network), "ControlNet")
+    union = " (union)" if getattr(control.network, "kinds", {}) else ""
+    what = "T2I-Adapter" if isinstance(control.network, T2IAdapter) else f"ControlNet{union}"
     sees = f"{control.maker} of a picture" if control.maker else "a picture"
     sees += f" as {control.maker_name} finds it" if control.maker_name else ""
     sees += f" of {control.kind}" if control.kind not in ("", control.maker) else ""
@@ -197,28 +209,38 @@ def report(control: Control) -> str:
 def is_control(tensors: Mapping[str, Tensor]) -> bool:
     """Whether tensors of these names are of a network that is read here."""
     ends = ("controlnet_cond_embedding.conv_in.weight", "input_hint_block.0.weight")
-    return any(name.endswith(ends) for name in tensors) or t2i_adapter.is_one(tensors)
+    of_unet = any(name.endswith(ends) for name in tensors) or t2i_adapter.is_one(tensors)
+    return of_unet or bool(flow_controlnets.family(tensors))
 
 
 def bases(path: Path, tensors: Mapping[str, Tensor]) -> tuple[list[str], str]:
     """The models of the catalogue that a network with these tensors fits, and why it fits none."""
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     found, problem = [], ""
-    for name in BASES:
-        system: Any = bare(name)
-        if isinstance(system.network, UNet):
-            try:
-                with warnings.catch_warnings(action="ignore"):
-                    _read(path, meta, system.network.config, system.network.state_dict(), system.grid)
-                found.append(name)
-            except LimnerError as error:
-                problem = problem or str(error)
+    rows: list[tuple[str, Base, Mapping[str, Tensor], int]] = []
+    if its := flow_controlnets.family(tensors):
+        kind = FluxConfig if its == flow_controlnets.FLUX else MMDiTConfig
+        for config in (entry.config for entry in catalog.entries()):
+            if isinstance(config, catalog.DiffusionConfig) and isinstance(config.network, kind):
+                rows.append((config.name, config.network, {}, config.autoencoder.factor))
+    else:
+        systems: dict[str, Any] = {name: bare(name) for name in BASES}
+        for name, system in systems.items():
+            if isinstance(network := system.network, UNet):
+                rows.append((name, network.config, network.state_dict(), system.grid))
+    for name, base, own, factor in rows:
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                _read(path, meta, base, own, factor)
+            found.append(name)
+        except LimnerError as error:
+            problem = problem or str(error)
     return found, "" if found else problem
 
 
-def _kind(path: Path, network: ControlNetUnion, kind: str) -> str:
-    known = [name for name, number in KINDS.items() if number < len(network.task_embedding)]
-    if not kind:
+def _kind(path: Path, known: Mapping[str, int], kind: str, said: bool) -> str:
+    """`kind`, which was `said` or is what a maker makes."""
+    if not kind or (kind not in known and not said):
         raise UsageError(f"{path.name} knows several kinds of pictures: say which, kind={' or '.join(known)}")
     if kind not in known:
         raise UnknownName("kind of picture", kind, known)
@@ -235,9 +257,19 @@ def _fraction(text: str, number: str) -> float:
 
 
 def _read(
-    path: Path, tensors: Mapping[str, Tensor], base: UNetConfig, own: Mapping[str, Tensor], factor: int
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    base: Base,
+    own: Mapping[str, Tensor],
+    factor: int,
+    settings: Mapping[str, Any] | None = None,
 ) -> Network:
     try:
+        if not isinstance(base, UNetConfig):
+            return flow_controlnets.read(path, tensors, base, factor, settings or {})
+        if its := flow_controlnets.family(tensors):
+            mine = UNETS.get(base.text_width, "a model of a U-Net")
+            raise CheckpointMismatch(f"{path} is a ControlNet of {its}, this is {mine}: take one made for it")
         if t2i_adapter.is_one(tensors):
             return t2i_adapter.read(path, tensors, base, factor)
         return controlnet.read(path, tensors, base, own)
@@ -247,23 +279,30 @@ def _read(
 
 def _network(system: Any, path: Path) -> tuple[Network, str]:
     """The network, and the hash of its file."""
-    base, adapters = getattr(system, "network", None), stack(system)
-    if not isinstance(base, UNet):
-        raise UsageError(f"{system.name} takes no ControlNets: those are for U-Nets, such as Stable Diffusion's")
+    base: Any = getattr(system, "network", None)
+    adapters = stack(system)
+    config = getattr(base, "config", None)
+    if not isinstance(config, Base):
+        raise UsageError(f"{system.name} takes no ControlNets: those are for Stable Diffusion and FLUX.1")
     if getattr(system, "enlarges", 1) > 1:
         raise UsageError(f"{system.name} takes no ControlNets: it follows the picture that it enlarges")
     settings = folders.Settings(path / "config.json").values if path.is_dir() else {}
     paths = parts.weights(path)
     try:
-        key = tuple((str(p), p.stat().st_mtime_ns) for p in paths)
+        key = ((str(path), 0), *((str(p), p.stat().st_mtime_ns) for p in paths))  # a folder says more than its file
     except OSError as error:
         raise FileProblem(f"no file {str(path)!r:.200}: give the path of a ControlNet") from error
     if key not in adapters.controls:
         tensors = files.read_all(paths)
-        network = _read(path, tensors, replace(base.config, guidance_width=0), adapters.bare("network"), system.grid)
+        if isinstance(config, UNetConfig):
+            config = replace(config, guidance_width=0)
+        own = adapters.bare("network") if isinstance(config, UNetConfig) else {}
+        network = _read(path, tensors, config, own, system.grid, settings)
         if isinstance(network, ControlNet):
             _settle(network, path, settings)
-        elif settings.get("downscale_factor", network.config.fold) != network.config.fold:
+        elif isinstance(network, T2IAdapter) and settings.get("downscale_factor", network.config.fold) != (
+            network.config.fold
+        ):
             raise CheckpointMismatch(f"{path}: its downscale_factor is not that of its weights")
         if len(adapters.controls) >= MOST_KEPT:
             adapters.controls.pop(next(iter(adapters.controls)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import math
 from collections import Counter
@@ -24,15 +25,23 @@ from torch import Tensor, nn
 from limner import catalog
 from limner.adapters import kinds
 from limner.adapters.kinds import Kind, Scale
-from limner.adapters.names import spellings
+from limner.adapters.names import WEIGHTS, Spelled, spellings
 from limner.checkpoints import files
 from limner.errors import CheckpointMismatch, FileProblem
+from limner.models.flux import FLUX_CONTROL
+from limner.nn.linear import Linear
 
 LARGEST_RANK, LARGEST_ALPHA, LARGEST_JSON = 16_384, 1e6, 4_000_000
 MOST_UNKNOWN = 0.1
 """A file of which more is unknown is refused; less is told."""
-BASES = ("sd1", "sd2", "sdxl", "sdxl-refiner", "icons")
+BASES = (
+    "sd1", "sd2", "sdxl", "sdxl-refiner", "flux-dev", "sd3-medium", "sd3.5-medium", "sd3.5-large", "dit", "icons",
+)  # fmt: skip
 PEFT_FILE, PEFT_CONFIG, DIFFUSERS_CONFIG = "adapter_model.safetensors", "adapter_config.json", "lora_adapter_metadata"
+CONTROL_LORA = (
+    "a control-LoRA of FLUX.1 (Canny or Depth), which makes the network see a picture beside the latents: that takes a "
+    "wider network, so draw with the whole model, FLUX.1-Canny-dev or FLUX.1-Depth-dev"
+)
 SCALARS = {"on_input", "k1"}  # parts that may be one number
 
 
@@ -53,7 +62,7 @@ def _endings() -> dict[str, str]:
         found[f".lokr_t2{adapter}"] = "tk2"
     found |= {f".{part}.weight": part for part in ("a1", "a2", "b1", "b2")}
     found |= {f".{part}": part for part in ("w_norm", "b_norm", "diff", "diff_b", "rescale")}
-    return found | {".oft_blocks": "blocks", ".weight": "weight"}
+    return found | {".oft_blocks": "blocks", ".weight": "weight", ".down.weight": "down", ".up.weight": "up"}
 
 
 ENDINGS = _endings()
@@ -62,41 +71,69 @@ LONGEST_FIRST = sorted(ENDINGS, key=len, reverse=True)
 
 def split(key: str, names: Container[str]) -> tuple[str, str]:
     """The spelling of a module and the part that a key means, "" for a key of no adapter. `names` are all keys: a
-    weight is IA3's only beside its mark."""
+    weight is IA3's only beside its mark. XLabs numbers LoRAs, of the image and of the text."""
     ending = next((ending for ending in LONGEST_FIRST if key.endswith(ending)), "")
     spelling = key.removesuffix(ending)
     if not ending or (ending == ".weight" and f"{spelling}.on_input" not in names):
+        return key, ""
+    if ending in (".down.weight", ".up.weight") and not spelling.endswith(("_lora1", "_lora2")):
         return key, ""
     return spelling, ENDINGS[ending]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a file holds for one module of ours, `module`; `keys` are the names of `parts` there."""
+    """What a file holds for one module of ours, `module`, or for `rows` of it, which lie there with their halves the
+    other way round if `swapped`; `keys` are the names of `parts` there."""
 
     module: str
     kind: Kind
     parts: Mapping[str, Tensor]
     keys: Mapping[str, str]
     scale: Scale
+    rows: tuple[int, int] | None = None
+    swapped: bool = False
 
     @property
     def rank(self) -> int:
         """0 for kinds without."""
         return next((self.parts[part].shape[axis] for part, axis in self.kind.rank if part in self.parts), 0)
 
+    def theirs(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of the `own` weight and bias of the module, what the program that made the file has for a module."""
+        return {"weight" if name in WEIGHTS else name: self._turned(self.part(t)) for name, t in own.items()}
+
+    def difference(self, parts: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is added to `part` of the module's `own` weight and bias; `parts` are those of the entry, in float32.
+        Raises as `kinds.difference`."""
+        named = {"weight" if name in WEIGHTS else name: name for name in own}
+        made = kinds.difference(self.kind, parts, self.scale, self.theirs(own))
+        return {named[name]: self._turned(delta) for name, delta in made.items()}
+
+    def part(self, whole: Tensor) -> Tensor:
+        """The rows that it is for, as a view."""
+        return whole if self.rows is None else whole[slice(*self.rows)]
+
+    def _turned(self, tensor: Tensor) -> Tensor:
+        return torch.cat(tensor.chunk(2)[::-1]) if self.swapped else tensor
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """A file read for a model: `entries` by module, and the keys that mean nothing there."""
+    """A file read for a model: `entries` by module, several where they are for different rows of it, and the keys that
+    mean nothing there."""
 
     path: Path
     name: str
     hash: str
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, tuple[Entry, ...]]
     programs: tuple[str, ...]
     total: int
     unknown: tuple[str, ...]
+
+    @property
+    def all(self) -> tuple[Entry, ...]:
+        return tuple(itertools.chain(*self.entries.values()))
 
     @property
     def matched(self) -> int:
@@ -104,15 +141,15 @@ class Adapter:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return tuple(title for title, _ in Counter(_title(entry) for entry in self.entries.values()).most_common())
+        return tuple(title for title, _ in Counter(map(_title, self.all)).most_common())
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        return tuple(sorted({entry.rank for entry in self.entries.values()} - {0}))
+        return tuple(sorted({entry.rank for entry in self.all} - {0}))
 
     @property
     def alphas(self) -> tuple[float, ...]:
-        return tuple(sorted({e.scale.alpha for e in self.entries.values() if e.scale.alpha is not None}))
+        return tuple(sorted({e.scale.alpha for e in self.all if e.scale.alpha is not None}))
 
 
 def _title(entry: Entry) -> str:
@@ -216,13 +253,14 @@ def read(path: str | Path, system: nn.Module) -> Adapter:
     return adapter
 
 
-def survey(contents: Contents, system: nn.Module) -> tuple[Adapter, str]:
+def survey(contents: Contents, system: nn.Module, table: Mapping[str, Spelled] | None = None) -> tuple[Adapter, str]:
     """What of a file means something in `system`, and a sentence on the first part that does not fit, "" if all do.
+    `table` are the system's `spellings`, where they are known.
 
     Raises CheckpointMismatch for what fits no model: a rank or alpha that cannot be, parts that make no kind.
     """
-    table = spellings(system)
-    groups: dict[str, dict[str, str]] = {}  # module -> part -> key
+    table = spellings(system) if table is None else table
+    groups: dict[Any, dict[str, str]] = {}  # place -> part -> key
     programs: Counter[str] = Counter()
     unknown = []
     for key, (spelling, part) in contents.parts.items():
@@ -230,21 +268,27 @@ def survey(contents: Contents, system: nn.Module) -> tuple[Adapter, str]:
         if found is None:
             unknown.append(key)
             continue
-        parts = groups.setdefault(found.module, {})
+        parts = groups.setdefault(found.place, {})
         if part in parts:
             raise CheckpointMismatch(f"{contents.path}: {parts[part]} and {key} mean the same")
         parts[part] = key
         programs[found.program] += 1
-    entries, misfit = {}, ""
+    entries: dict[str, tuple[Entry, ...]] = {}
+    misfit = ""
     owners = dict(system.named_modules())
-    for module, keys in groups.items():
-        entry = _entry(contents, module, keys)
-        problem = _problem(entry, base(owners[module]))
+    for place, keys in groups.items():
+        entry = _entry(contents, place, keys)
+        problem = _problem(entry, base(owners[entry.module]))
         if problem:
             unknown += keys.values()
             misfit = misfit or problem
         else:
-            entries[module] = entry
+            beside = entries.get(entry.module, ())
+            for other in beside:
+                if _overlap(entry.rows, other.rows):
+                    first, second = (next(iter(one.keys.values())) for one in (other, entry))
+                    raise CheckpointMismatch(f"{contents.path}: {first} and {second} mean the same")
+            entries[entry.module] = (*beside, entry)
     path = contents.path
     return (
         Adapter(
@@ -255,13 +299,20 @@ def survey(contents: Contents, system: nn.Module) -> tuple[Adapter, str]:
     )  # fmt: skip
 
 
+def _overlap(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
+    return a is None or b is None or (a[0] < b[1] and b[0] < a[1])
+
+
 def base(module: nn.Module) -> dict[str, Tensor]:
-    """The weight and the bias of a module, as it has them now."""
-    found = {name: getattr(module, name, None) for name in ("weight", "bias")}
+    """The weight and the bias of a module, as it has them now, by its own names; of a quantised weight the shape alone,
+    on the meta device."""
+    found = {name: getattr(module, name, None) for name in (*WEIGHTS, "bias")}
+    if isinstance(module, Linear) and found["weight"] is None:
+        found["weight"] = torch.empty(module.out_features, module.in_features, device="meta")
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 
-def _entry(contents: Contents, module: str, keys: dict[str, str]) -> Entry:
+def _entry(contents: Contents, place: tuple[str, Any, bool], keys: dict[str, str]) -> Entry:
     """Raises CheckpointMismatch for parts that are not one adapter, or numbers that cannot be."""
     path = contents.path
     parts = {part: contents.tensors[key] for part, key in keys.items()}
@@ -289,7 +340,8 @@ def _entry(contents: Contents, module: str, keys: dict[str, str]) -> Entry:
         if not tensor.is_floating_point():
             raise CheckpointMismatch(f"{path}: {key} is of {tensor.dtype}, which are no fractions")
     spelling = split(next(iter(keys.values())), contents.tensors)[0].removeprefix("base_model.model.unet.")
-    entry = Entry(module, kind, parts, keys, contents.scale(spelling, alpha))
+    module, rows, swapped = place
+    entry = Entry(module, kind, parts, keys, contents.scale(spelling, alpha), rows, swapped)
     if kind.rank and not 0 < entry.rank <= LARGEST_RANK and not (kind.title == "LoKr" and entry.rank == 0):
         raise CheckpointMismatch(f"{path}: {next(iter(keys.values()))} has rank {entry.rank}, not 1 to {LARGEST_RANK}")
     return entry
@@ -304,13 +356,15 @@ def _problem(entry: Entry, own: Mapping[str, Tensor]) -> str:
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in own.items()}
     parts = {name: torch.empty(t.shape, device="meta", dtype=torch.float32) for name, t in entry.parts.items()}
     try:
-        kinds.difference(entry.kind, parts, entry.scale, meta)
+        entry.difference(parts, meta)
     except (RuntimeError, ValueError, IndexError) as error:
         shapes = ", ".join(
             f"{key} {tuple(entry.parts[part].shape)}" for part, key in entry.keys.items() if part in entry.parts
         )
         reason = f": {error}" if isinstance(error, ValueError) else ""
-        return f"{shapes} does not fit {entry.module}, which is {tuple(own['weight'].shape)} in the model{reason}"
+        lines = "" if entry.rows is None else f" (rows {entry.rows[0]} to {entry.rows[1] - 1})"
+        wanted = tuple(entry.theirs(meta)["weight"].shape)
+        return f"{shapes} does not fit {entry.module}{lines}, which is {wanted} in the model{reason}"
     return ""
 
 
@@ -323,18 +377,35 @@ def bare(name: str) -> nn.Module:
         return catalog.build(catalog.entry(name).config)
 
 
+@lru_cache(maxsize=len(BASES))
+def _spelled(name: str) -> dict[str, Spelled]:
+    return spellings(bare(name))
+
+
 def bases(contents: Contents) -> list[tuple[str, Adapter]]:
     """The models of the catalogue that all of a file but a few keys means something in, the best first."""
     found = []
-    for name in BASES:
-        adapter, misfit = survey(contents, bare(name))
+    for name in BASES if is_adapter(contents) else ():
+        adapter, misfit = survey(contents, bare(name), _spelled(name))
         if adapter.entries and not misfit and len(adapter.unknown) <= MOST_UNKNOWN * adapter.total:
             found.append((name, adapter))
     return sorted(found, key=lambda row: len(row[1].unknown))
 
 
+def widens(contents: Contents) -> bool:
+    """Whether it is a control-LoRA of FLUX.1, of Black Forest Labs' names or diffusers'."""
+    return any(
+        part == "down"
+        and spelling.rpartition(".")[2] in ("img_in", "x_embedder")
+        and contents.tensors[key].shape[1:] == (FLUX_CONTROL.in_channels,)
+        for key, (spelling, part) in contents.parts.items()
+    )
+
+
 def _refusal(contents: Contents, adapter: Adapter, misfit: str, system: nn.Module) -> str:
     """One line: what a file that does not fit is, or the first thing in it that does not."""
+    if widens(contents):
+        return f"{contents.path} is {CONTROL_LORA}"
     fits = [name for name, _ in bases(contents)]
     own = str(getattr(system, "name", "this model"))
     begin = f"{contents.path} does not fit {own}"

@@ -1,32 +1,48 @@
 """What other programs call the modules that an adapter changes.
 
 Underscores cannot be parsed back to dots (`to_out_0`, `ff_net_0_proj`), so nobody does: every spelling of every module
-is generated from the model, and a file's names are looked up.
+is generated from the model, and a file's names are looked up. Where another program keeps apart what is one matrix here
+(queries, keys and values of a transformer), its names mean rows of ours.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
+from limner.checkpoints import dit, flux, mmdit
+from limner.checkpoints.layouts import Layout
 from limner.checkpoints.unet import ldm_layout
+from limner.models.dit import DiT
+from limner.models.flux import Flux
+from limner.models.mmdit import MMDiT
 from limner.models.unet import UNet
-from limner.text.clip import CLIPTextEncoder, CLIPTowers
+from limner.text.clip import CLIPTowers
+from limner.text.joined import JoinedText
 
 
 @dataclass(frozen=True)
 class Spelled:
-    """A module of ours, such as `network.mid_block.attentions.0.proj_in`, and the program that spells it so."""
+    """A module of ours, such as `network.mid_block.attentions.0.proj_in`, and the program that spells it so. With
+    `rows` it is of these rows of the module's weight and bias alone, the last not included; if `swapped`, that program
+    has the halves of them the other way round."""
 
     module: str
     program: str
+    rows: tuple[int, int] | None = None
+    swapped: bool = False
+
+    @property
+    def place(self) -> tuple[str, tuple[int, int] | None, bool]:
+        """What is meant, whoever spells it."""
+        return self.module, self.rows, self.swapped
 
 
-KOHYA, LYCORIS, DIFFUSERS, EARLY, PEFT, ONETRAINER, OWN = (
-    "kohya", "LyCORIS", "diffusers", "early diffusers", "PEFT", "OneTrainer", "its own names",
+KOHYA, LYCORIS, DIFFUSERS, EARLY, PEFT, ONETRAINER, XLABS, COMFYUI, OWN = (
+    "kohya", "LyCORIS", "diffusers", "early diffusers", "PEFT", "OneTrainer", "XLabs", "ComfyUI", "its own names",
 )  # fmt: skip
 NETWORK = {  # prefixes before a path with dots, and before one with underscores
     ".": {
@@ -37,64 +53,124 @@ NETWORK = {  # prefixes before a path with dots, and before one with underscores
 }  # fmt: skip
 ATTENTION = re.compile(r"(?<=\.attn[12])\.to_(q|k|v|out)(\.0)?$")
 TOWER = re.compile(r"(?<=\.self_attn)\.(q|k|v|out)_proj$")
+XLABS_DOUBLE = {
+    "qkv_lora1": "img_attn.qkv",
+    "proj_lora1": "img_attn.proj",
+    "qkv_lora2": "txt_attn.qkv",
+    "proj_lora2": "txt_attn.proj",
+}
+"""In `double_blocks.0.processor`; in single blocks `qkv_lora` and `proj_lora`, of whose names the end is a LoRA's."""
+WEIGHTS = ("weight", "scale")
+"""What the weight of a module may be called."""
+T5 = "t5xxl"
 
 
 def spellings(system: nn.Module) -> dict[str, Spelled]:
-    """Each spelling of each module of `system` (a `DiffusionSystem`) that adapters may change: its network and CLIP's
-    towers. A spelling that would mean two modules is left out."""
+    """Each spelling of each module of `system` (a `DiffusionSystem`) that adapters may change: its network and its text
+    encoders. A spelling that would mean two is left out."""
     table: dict[str, Spelled | None] = {}
     for spelling, found in (*_network(system.network), *_towers(system.text_encoder)):  # type: ignore[arg-type]
         known = table.setdefault(spelling, found)
-        if known is not None and known.module != found.module:
+        if known is not None and known.place != found.place:
             table[spelling] = None
     return {spelling: found for spelling, found in table.items() if found is not None}
 
 
 def modules(module: nn.Module) -> dict[str, nn.Module]:
-    """The modules inside that have a weight of their own, by name."""
+    """The modules inside that have a weight of their own, quantised or not, by name."""
     return {
         name: child
         for name, child in module.named_modules()
-        if isinstance(getattr(child, "weight", None), nn.Parameter)
+        if any(isinstance(getattr(child, weight, None), nn.Parameter) for weight in WEIGHTS)
+        or bool(getattr(child, "code", ""))
     }
 
 
 def block(module: str) -> str:
     """The block of a module, as reports and weights of blocks name it: `down_blocks.1`, `text_encoder.0`."""
     first, *rest = module.removeprefix("network.").split(".")
-    return f"{first}.{rest[0]}" if rest and rest[0].isdecimal() else first
+    return f"{first}.{rest[0]}" if rest and (rest[0].isdecimal() or first == "text_encoder") else first
 
 
 def _network(network: nn.Module) -> Iterator[tuple[str, Spelled]]:
-    original = {}
+    for path, found in dict.fromkeys(_paths(network)):
+        flat = path.replace(".", "_")
+        for sign, spelled in ((".", path), ("_", flat)):
+            for prefix, program in NETWORK[sign].items():
+                yield prefix + spelled, replace(found, program=found.program or program)
+    for path, found in _processors(network):
+        yield from ((prefix + path, found) for prefix in ("", "unet.", "diffusion_model."))
+
+
+def _paths(network: nn.Module) -> Iterator[tuple[str, Spelled]]:
+    """What programs call each module or rows of it after their prefix, which tells the program where nothing does."""
+    for name, child in modules(network).items():
+        yield name, Spelled(f"network.{name}", "")
+        if hasattr(child, "scale"):  # which programs name in full that know weights by no other name
+            yield f"{name}.scale", Spelled(f"network.{name}", "")
+    for ours, place in _layout(network).items():
+        name, _, tensor = ours.rpartition(".")
+        if tensor not in WEIGHTS or place.parts > 1:
+            continue
+        module, end = f"network.{name}", 0
+        for i, theirs in enumerate(place.names):
+            rows = (end, end := end + place.rows[i]) if place.then else None
+            yield theirs.rpartition(".")[0], Spelled(module, "", rows, place.kept == "swapped")
+            if rows:
+                yield f"{name}.{i}", Spelled(module, ONETRAINER, rows)
+
+
+def _layout(network: nn.Module) -> Layout:
+    """Our name of a tensor -> its place in the files of the other program that trains adapters of such networks."""
     if isinstance(network, UNet):
-        rows = ldm_layout(network.config).items()
-        original = {ours.rpartition(".")[0]: place.name.rpartition(".")[0] for ours, place in rows if place.parts == 1}
+        return ldm_layout(network.config)
+    if isinstance(network, Flux):
+        return flux.diffusers_layout(network.config)
+    if isinstance(network, MMDiT):
+        return mmdit.diffusers_layout(network.config)
+    if isinstance(network, DiT):  # whose other blocks have copies of what embeds the time and the class in the first
+        rows = dit.diffusers_layout(network.config).items()
+        return {ours: place for ours, place in rows if ".emb." not in place.name}
+    return {}
+
+
+def _processors(network: nn.Module) -> Iterator[tuple[str, Spelled]]:
+    """Names that have a processor in them, as attention had in early diffusers and in XLabs' programs."""
+    if isinstance(network, Flux):
+        for i in range(network.config.depth):
+            for theirs, ours in XLABS_DOUBLE.items():
+                yield f"double_blocks.{i}.processor.{theirs}", Spelled(f"network.double_blocks.{i}.{ours}", XLABS)
+        for i in range(network.config.depth_single):
+            ours, theirs = f"network.single_blocks.{i}", f"single_blocks.{i}.processor"
+            yield f"{theirs}.qkv", Spelled(f"{ours}.linear1", XLABS, (0, 3 * network.config.width))
+            yield f"{theirs}.proj", Spelled(f"{ours}.linear2", XLABS)
+        return
     for name in modules(network):
-        module = f"network.{name}"
-        for path in {name, original.get(name, name)}:
-            yield from ((prefix + path, Spelled(module, program)) for prefix, program in NETWORK["."].items())
-            flat = path.replace(".", "_")
-            yield from ((prefix + flat, Spelled(module, program)) for prefix, program in NETWORK["_"].items())
         if ATTENTION.search(name):
-            early = ATTENTION.sub(r".processor.to_\1", name)
-            yield from ((prefix + early, Spelled(module, EARLY)) for prefix in ("unet.", ""))
+            yield ATTENTION.sub(r".processor.to_\1", name), Spelled(f"network.{name}", EARLY)
 
 
 def _towers(encoder: nn.Module) -> Iterator[tuple[str, Spelled]]:
-    if not isinstance(encoder, CLIPTowers):
-        return
-    for i, tower in enumerate(encoder):
-        assert isinstance(tower, CLIPTextEncoder)
+    towers: list[tuple[str, nn.Module, tuple[int, ...]]] = []  # and the numbers that programs give them
+    if isinstance(encoder, CLIPTowers):
+        alone = len(encoder) == 1  # a lone tower is the refiner's second, too
+        towers = [(f"{i}", tower, (1, 2) if alone else (i + 1,)) for i, tower in enumerate(encoder)]
+    elif isinstance(encoder, JoinedText):
+        alone = "clip_g" not in dict(encoder.named_children())
+        numbers = {"clip_l": (1,), "clip_g": (2,), T5: (2, 3) if alone else (3,)}  # kohya's has 3 even if it is second
+        towers = [(name, tower, numbers[name]) for name, tower in encoder.named_children()]
+    for ours, tower, numbered in towers:
         dotted, flat = {"base_model.model.": PEFT}, {"lycoris_": LYCORIS}
-        for number in (i + 1,) if len(encoder) > 1 else (1, 2):  # a lone tower is the refiner's second, too
+        for number in numbered:
             last = f"_{number}" if number > 1 else ""
             dotted |= {f"text_encoder{last}.": DIFFUSERS, f"base_model.model.text_encoder{last}.": PEFT}
-            dotted[f"{'clip_l' if number == 1 else 'clip_g'}."] = ONETRAINER
             flat[f"lora_te{number}_"] = KOHYA
-        flat |= {"lora_te_": KOHYA} if len(encoder) == 1 else {}
+        names = ("t5", T5) if ours == T5 else [("clip_l", "clip_g")[number - 1] for number in numbered]
+        dotted |= {f"{name}.": ONETRAINER for name in names}
+        dotted |= {f"text_encoders.{name}.transformer.": COMFYUI for name in names}
+        flat |= {"lora_te_": KOHYA} if alone and ours != T5 else {}
         for name in modules(tower):
-            module = f"text_encoder.{i}.{name}"
+            module = f"text_encoder.{ours}.{name}"
             for path in {name, name.removeprefix("text_model.")}:
                 yield from ((prefix + path, Spelled(module, program)) for prefix, program in dotted.items())
                 under = path.replace(".", "_")

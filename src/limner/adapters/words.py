@@ -18,6 +18,7 @@ from limner.adapters.files import Entry, digest
 from limner.checkpoints import files
 from limner.errors import CheckpointMismatch
 from limner.text.clip import CLIPTowers
+from limner.text.joined import JoinedText
 
 WIDTHS = {(768,): "sd1", (1024,): "sd2", (768, 1280): "sdxl", (1280,): "sdxl-refiner"}
 PAIR = ("clip_l", "clip_g")
@@ -33,7 +34,7 @@ class Words:
     hash: str
     names: tuple[str, ...]
     vectors: tuple[Tensor, ...]
-    entries: Mapping[str, Entry] = field(default_factory=dict)
+    entries: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
     """Of weights it changes none."""
 
 
@@ -64,7 +65,8 @@ def read(path: Path, vectors: Mapping[str, Tensor], system: nn.Module) -> Words:
     """The `stored` vectors of a file for the towers of `system`. Raises CheckpointMismatch."""
     name, own = getattr(system, "name", "this model"), system.text_encoder
     if not isinstance(own, CLIPTowers):
-        raise CheckpointMismatch(f"{path} is a learned word for CLIP's text encoders, which {name} does not read with")
+        does = "which {} does not read with" if not isinstance(own, JoinedText) else "of which those of {} learn none"
+        raise CheckpointMismatch(f"{path} is a learned word for CLIP's text encoders, {does.format(name)}")
     rows = _sorted(vectors)
     widths = tuple(tower.config.width for tower in own)  # type: ignore[union-attr]
     found = tuple(tensor.shape[-1] for _, tensor in rows)

@@ -31,6 +31,8 @@ def _with(*wanted: str) -> Callable[[Collection[str]], bool]:
 
 
 MODEL = "a whole model"
+SD3_PARTS = "the autoencoder of Stable Diffusion 3 and its text encoders (--vae, --clip-l, --clip-g, --t5)"
+FLUX_PARTS = "the autoencoder of FLUX.1 and its text encoders (--vae, --clip-l, --t5)"
 MARKS: list[tuple[Component, Callable[[Collection[str]], bool]]] = [  # the first that fits
     (Component("control-LoRA", MODEL), _with("lora_controlnet")),
     (Component("ControlNet-LLLite"), lambda names: any(name.startswith("lllite_unet_") for name in names)),
@@ -43,7 +45,17 @@ MARKS: list[tuple[Component, Callable[[Collection[str]], bool]]] = [  # the firs
     (Component("IA3", MODEL), _ending(".on_input")),
     (Component("ControlNet of several kinds (union)", MODEL), _with("task_embedding")),
     (Component("ControlNet as diffusers writes it", MODEL), _with("controlnet_cond_embedding.conv_in.weight")),
-    (Component("ControlNet of Stable Diffusion 3 or FLUX"), _with("controlnet_blocks.0.weight")),
+    (Component("ControlNet of FLUX.1 for several kinds (union)", MODEL), _with("controlnet_mode_embedder.weight")),
+    (Component("ControlNet of Stable Diffusion 3", MODEL), _with("pos_embed_input.proj.weight")),
+    (
+        Component("ControlNet of FLUX.1 as XLabs writes it", MODEL),
+        lambda names: {"controlnet_blocks.0.weight", "pos_embed_input.weight"} <= set(names),
+    ),
+    (
+        Component("ControlNet of FLUX.1", MODEL),
+        lambda names: {"controlnet_blocks.0.weight", "controlnet_x_embedder.weight"} <= set(names),
+    ),
+    (Component("ControlNet of another transformer"), _with("controlnet_blocks.0.weight")),
     (
         Component("ControlNet as its authors write it", MODEL),
         _with("control_model.input_hint_block.0.weight", "input_hint_block.0.weight"),
@@ -58,9 +70,16 @@ MARKS: list[tuple[Component, Callable[[Collection[str]], bool]]] = [  # the firs
         _with("body.0.block1.weight", "body.0.body.0.block1.weight"),
     ),
     (Component("textual inversion", MODEL), _with("emb_params", "clip_l", "clip_g", "<concept>")),
-    (Component("Stable Diffusion 3"), _ending("joint_blocks.0.context_block.attn.qkv.weight")),
-    (Component("FLUX"), _ending("double_blocks.0.img_attn.qkv.weight")),
-    (Component("DiT or SiT"), _with("blocks.0.adaLN_modulation.1.weight")),
+    (Component("network of Stable Diffusion 3", SD3_PARTS), _ending("joint_blocks.0.context_block.attn.qkv.weight")),
+    (
+        Component("network of FLUX.1", FLUX_PARTS),
+        _ending("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.attn.to_q.weight"),
+    ),
+    (Component("network of Stable Diffusion 3", SD3_PARTS), _ending("transformer_blocks.0.attn.add_q_proj.weight")),
+    (
+        Component("DiT or SiT", "the autoencoder of Stable Diffusion 1"),
+        _ending("blocks.0.adaLN_modulation.1.weight"),
+    ),
     (Component("VAR"), _with("pos_1LC")),
 ]
 UNETS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL", 1280: "XL's refiner"}
@@ -86,4 +105,6 @@ def _part(shapes: Shapes) -> Component | None:
         return Component("image encoder of CLIP's kind", "an IP-Adapter")
     if find("text_model.embeddings.token_embedding.weight") or find("transformer.resblocks.0.ln_1.weight"):
         return Component("text encoder of CLIP's kind", MODEL)
+    if query := find("encoder.block.0.layer.0.SelfAttention.q.weight"):
+        return Component(f"text encoder of T5's kind, {query[-1]} wide", MODEL)
     return None

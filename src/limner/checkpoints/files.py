@@ -6,6 +6,7 @@ a weight file needs nothing beside it.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -19,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from limner.checkpoints.quantization import dequantize
+from limner.checkpoints import gguf
+from limner.checkpoints.quantization import dequantize, gathered
 from limner.errors import CheckpointMismatch, FileProblem
 
 CONFIG_KEY = "limner"
@@ -54,14 +56,17 @@ def save(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
 
 
 def read(path: Path, most: int | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of any safetensors file, or the tensors of a torch checkpoint. They are mapped: read
-    from the disk when first looked at. None of a safetensors file of more than `most`. Raises FileProblem."""
+    """The tensors and the metadata of any safetensors file, or the tensors of a torch checkpoint or a GGUF file. They
+    are mapped: read from the disk when first looked at. None of a safetensors file of more than `most`. Raises
+    FileProblem."""
     if not path.is_file():
         found = f"{path} is a folder" if path.is_dir() else f"no file {path}"
         raise FileProblem(f"{found}: give the path of a .safetensors file")
     try:
         if is_torch(path):
             return _read_torch(path), {}
+        if gguf.is_gguf(path):
+            return gguf.read(path), {}
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             wanted = names if most is None or len(names) <= most else []
@@ -72,8 +77,14 @@ def read(path: Path, most: int | None = None) -> tuple[dict[str, Tensor], dict[s
 
 
 def read_all(paths: Iterable[Path]) -> dict[str, Tensor]:
-    """The tensors of several files, as `read` has them."""
-    return {name: tensor for path in paths for name, tensor in read(path)[0].items()}
+    """The tensors of several files of a model, as `read` has them, what is quantised `gathered`."""
+    found: dict[str, Tensor] = {}
+    told: dict[str, str] = {}
+    first: Path | str = ""
+    for path in paths:
+        tensors, metadata = read(path)
+        found, told, first = found | tensors, told | metadata, first or path
+    return gathered(found, told, first)
 
 
 def is_torch(path: Path) -> bool:
@@ -88,7 +99,8 @@ def unpickled(path: Path) -> Any:
     with path.open("rb") as opened:
         mapped = opened.read(4) == ZIP
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # what it was trained with, a bag of values
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # the reader raises many kinds
         if "weights_only" not in str(error).lower():
             raise FileProblem(
@@ -115,6 +127,8 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     """The tensors of a file of `torch.save`."""
     stored = unpickled(path)
     stored = stored.get("state_dict", stored) if isinstance(stored, dict) else stored
+    if isinstance(stored, dict) and isinstance(stored.get("ema"), dict) and "model" in stored:
+        stored = stored["ema"]  # of a training, as DiT's and SiT's programs save it
     if isinstance(stored, dict) and stored and all(isinstance(part, dict) for part in stored.values()):
         stored = {f"{name}.{key}": value for name, part in stored.items() for key, value in part.items()}
     rows = stored.items() if isinstance(stored, dict) else ()

@@ -415,6 +415,7 @@ def export(found: Foreign) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]
         "vae/diffusion_pytorch_model": {n: ours[f"autoencoder.{n}"] for n in autoencoder.ldm_layout(codec)},
     }
     for i, (name, tower, tokenizer) in enumerate(zip(names_of, towers, found.tokenizers, strict=True)):
+        assert isinstance(tokenizer, CLIPTokenizer)
         contents[f"{name}/config.json"] = text.transformers_settings(tower)
         for file, content in tokenizer.files(tower.pad, tower.context).items():
             contents[f"{name.replace('text_encoder', 'tokenizer')}/{file}"] = content

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from limner.checkpoints.layouts import Layout
 from limner.models.autoencoder import KLConfig
-from limner.models.unet import UNetConfig
-from limner.sampling.interpolants import EDMConfig, VPConfig
+from limner.sampling.interpolants import VPConfig
 from limner.text.bpe import CLIPTokenizer
-from limner.text.clip import CLIPTowersConfig
+from limner.text.unigram import T5Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +22,16 @@ class Foreign:
     mapped, in `files`, but for what nobody needs: `beside` says how much that is. `assumed` are sentences on what files
     do not tell; `small_noise` is that of the picture an upscaler enlarges; `sampler`, `schedule`, `steps`,
     `guidance` and `size` (pixels a side) are what they say to draw with, "" or 0 where they do not. `unsaid` is whether
-    they do not say what the network predicts, so that it is taken from their name, or guessed."""
+    they do not say what the network predicts, so that it is taken from their name, or guessed, `looks` whether it takes
+    pictures to look at."""
 
     source: Path
-    network: UNetConfig
+    network: Any  # UNetConfig, DiTConfig, MMDiTConfig or FluxConfig
     autoencoder: KLConfig
-    text: CLIPTowersConfig
-    tokenizers: tuple[CLIPTokenizer, ...]
-    noise: VPConfig | EDMConfig
-    prediction: Literal["eps", "v", "x0", "edm"]
+    text: Any  # CLIPTowersConfig, LabelsConfig, SD3TextConfig or FluxTextConfig
+    tokenizers: tuple[CLIPTokenizer | T5Tokenizer, ...]
+    noise: Any  # VPConfig, EDMConfig, FlowConfig or "flow"
+    prediction: Literal["eps", "v", "x0", "edm", "velocity"]
     layout: Layout
     tensors: Mapping[str, Tensor]
     files: tuple[Path, ...]
@@ -44,3 +44,4 @@ class Foreign:
     guidance: float = 0.0
     small_noise: VPConfig | None = None
     unsaid: bool = False
+    looks: bool = False

@@ -75,7 +75,7 @@ def choose(names: Collection[str], source: str, beside: Sequence[str] = ()) -> l
         return [*here, *sorted(of_all)]
     if folders.INDEX in names:
         wanted = [folders.INDEX]
-        for part in (*folders.KNOWN_PARTS, *folders.BESIDE - UNREAD):
+        for part in (*folders.KNOWN_PARTS, "transformer", *folders.BESIDE - UNREAD):
             inside = [PurePosixPath(name) for name in names if name.startswith(f"{part}/") and name.count("/") == 1]
             weights = _weights([path.name for path in inside])
             wanted += [str(path) for path in inside if path.name in weights or _beside(path.name)]

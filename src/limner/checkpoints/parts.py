@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from limner.checkpoints import autoencoder, files, folders, text, unet
+from limner.checkpoints import autoencoder, components, files, folders, text, unet
 from limner.checkpoints.layouts import Layout, Place, early_diffusers
 from limner.errors import CheckpointMismatch, LimnerError
 from limner.models.autoencoder import KL_SD1, KL_SDXL, KL_UPSCALER, KLConfig
@@ -38,7 +38,7 @@ class Held:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def placed(self, layout: Layout) -> dict[str, Place]:
-        return {ours: replace(place, name=self.full(place.name)) for ours, place in layout.items()}
+        return {ours: place.named(self.full) for ours, place in layout.items()}
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str, file: str = "") -> Held:
@@ -154,16 +154,26 @@ def codec(source: Path, scale: float, model: str) -> Held:
     raise CheckpointMismatch(f"{source} holds no autoencoder: there is no 'decoder.conv_in.weight' in it")
 
 
-def towers(source: Path) -> list[Held]:
-    """The text towers of a file, alone or in whatever it is a part of, without CLIP's half for pictures. Raises
-    FileProblem, CheckpointMismatch."""
-    tensors = read(source)
+def clips_in(tensors: Mapping[str, Tensor], file: str = "") -> list[Held]:
+    """The text towers of CLIP's kind among tensors, of the model's own file or of the `file` named before every name,
+    without CLIP's half for pictures."""
     mark = re.compile(r"(.*?)(text_model\.)?(embeddings\.)?token_embedding\.weight")
     prefixes = [match[1] for name in sorted(tensors) if (match := mark.fullmatch(name))]
-    found = [under(tensors, prefix, f"{source}/") for prefix in prefixes]
-    if not found:
-        raise CheckpointMismatch(f"{source} holds no text encoder of CLIP's kind: there is no token_embedding in it")
+    found = [under(tensors, prefix, file) for prefix in prefixes]
     return [Held(text.text_tower(held.tensors), held.full) for held in found]
+
+
+def towers(source: Path) -> list[Held]:
+    """The text towers of a file, alone or in whatever it is a part of. Raises FileProblem, CheckpointMismatch."""
+    tensors = read(source)
+    found = clips_in(tensors, f"{source}/")
+    if not found:
+        what = components.recognise({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        raise CheckpointMismatch(
+            f"{source} holds no text encoder of CLIP's kind: "
+            + (f"it is {what.what}" if what else "there is no token_embedding in it")
+        )
+    return found
 
 
 def wanted(config: UNetConfig) -> list[tuple[bool, str]]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from limner.checkpoints import autoencoder, components, distilled, layouts, parts, text, unet
+from limner.checkpoints import autoencoder, components, distilled, dit, layouts, parts, text, unet
 from limner.checkpoints.distilled import LCM, PLAYGROUND, PLAYGROUND_NOISE
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.layouts import Layout, Place, prefixed
@@ -73,7 +73,13 @@ def recognise(
     text_encoders: Sequence[Path] = (),
 ) -> Foreign:
     """What a file with these tensors is. `vae` and `text_encoders` are files that hold what it lacks, or what is to
-    stand in place of what it has. Raises FileProblem, CheckpointMismatch."""
+    stand in place of what it has. Raises FileProblem, CheckpointMismatch, UsageError."""
+    if dit.prefix_of(tensors) is not None:
+        if text_encoders:
+            raise UsageError(
+                f"{path} is a DiT or a SiT, which is told a class and reads no words: leave --text-encoder out"
+            )
+        return dit.recognise(path, tensors, prediction, vae)
     held = parts.network(tensors, BESIDE)
     named = [prefix for prefix in TOWERS if any(name.startswith(prefix) for name in tensors)]
     if not held.tensors:
@@ -111,7 +117,7 @@ def recognise(
     for i, (_, tower) in enumerate(read):
         places |= prefixed(tower, f"text_encoder.{i}.", "")
     replaced = (CODEC,) * (vae is not None) + (tuple(named) if text_encoders else ())
-    wanted = {place.name for place in places.values()}
+    wanted = layouts.names(places)
     mine = {name: t for name, t in tensors.items() if not name.startswith(replaced)} if replaced else tensors
     averaged = any(name.startswith(EMA) for name in wanted)
     needed = {name: t for name, t in mine.items() if name in wanted or not superfluous(name, averaged)}

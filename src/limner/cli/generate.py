@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 
 from limner import metadata, names
-from limner.errors import Assumed, Ignored, UsageError
+from limner.errors import Assumed, CheckpointMismatch, Ignored, UsageError
 
 if TYPE_CHECKING:
     from limner.pipeline import Pipeline
@@ -212,7 +212,12 @@ def paint(
         Path | None, typer.Option("-C", "--settings", help="Redo what this picture's metadata says; flags override it.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="What the network computes in: fp32, fp16 or bf16; auto is the fastest.")
+        str,
+        typer.Option(
+            "--dtype",
+            help="What the network computes in: fp32, fp16 or bf16; auto is the fastest, and keeps weights of 8 bits "
+            "or fewer as they are.",
+        ),
     ] = "auto",
     tile: Annotated[
         int | None,
@@ -245,6 +250,9 @@ def paint(
             "[default: auto]",
         ),
     ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the network's layers first, for many pictures of one size.")
+    ] = False,
     vae: Annotated[
         Path | None, typer.Option("--vae", help="Another autoencoder of Stable Diffusion: a file, or a folder.")
     ] = None,
@@ -255,6 +263,15 @@ def paint(
             metavar="FILE",
             help="A text encoder for a U-Net file, or in place of a model's own; given twice for SDXL.",
         ),
+    ] = None,
+    clip_l: Annotated[
+        Path | None, typer.Option("--clip-l", metavar="FILE", help="The text encoder CLIP-L, of FLUX.1 or SD3.")
+    ] = None,
+    clip_g: Annotated[
+        Path | None, typer.Option("--clip-g", metavar="FILE", help="The text encoder CLIP-G, of SD3.")
+    ] = None,
+    t5: Annotated[
+        Path | None, typer.Option("--t5", metavar="FILE", help="The text encoder T5-XXL, of FLUX.1 or SD3.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="What would be ignored or assumed is an error.")] = False,
     prediction: Annotated[
@@ -345,12 +362,13 @@ def paint(
     if guided and guide_model is None:
         raise UsageError(f"{str(settings)!r} was painted with the guide {guided!r}: add --guide-model FILE")
     tell = _told if not strict else _refused
+    text_encoder = [*(text_encoder or []), *_towers(clip_l, clip_g, t5)]
     painted_texts, texts_hash = asked.pop("text_encoder", None), asked.pop("text_encoder_hash", None)
     if painted_texts and not text_encoder:
         raise UsageError(f"{str(settings)!r} was painted with text encoders ({painted_texts}): add --text-encoder FILE")
     predicted = asked.pop("prediction", None)
-    prediction = prediction or _predicted(predicted, painted_with, name, vae, text_encoder or [])
-    pipe = _load(name, device, prediction, dtype, vae, refiner, guide_model, text_encoder or [], offload, tell)
+    prediction = prediction or _predicted(predicted, painted_with, name, vae, text_encoder)
+    pipe = _load(name, device, prediction, dtype, vae, refiner, guide_model, text_encoder, offload, compile, tell)
     if texts_hash and texts_hash != pipe.system.vae["text_encoder_hash"]:
         tell(f"the text encoders are not those painted with (hash {texts_hash}): expect another picture")
     if guide_hash and guide_hash != pipe.system.guide.model_hash:  # type: ignore[attr-defined]
@@ -556,6 +574,18 @@ def _refused(sentence: str) -> None:
     raise UsageError(f"{sentence} (--strict)")
 
 
+def _towers(clip_l: Path | None, clip_g: Path | None, t5: Path | None) -> list[Path]:
+    """The text encoders of these options. Raises CheckpointMismatch for a file that is of the other kind."""
+    from limner.checkpoints import flows
+
+    given = {"--clip-l": ("CLIP", clip_l), "--clip-g": ("CLIP", clip_g), "--t5": ("T5", t5)}
+    for option, (kind, file) in given.items():
+        if file is not None and kind not in (held := flows.held_by(file)):
+            found = f"{' and '.join(sorted(held))} is" if held else "no text encoder is"
+            raise CheckpointMismatch(f"{option} FILE is for {kind}'s text encoder, but {found} in {file}")
+    return [file for _, file in given.values() if file is not None]
+
+
 def _predicted(
     painted: str | None, painted_with: str | None, name: str, vae: Path | None, text_encoder: list[Path]
 ) -> str | None:
@@ -579,6 +609,7 @@ def _load(
     guide_model: str | None,
     text_encoder: list[Path],
     offload: str | None,
+    compile: bool,
     tell: Callable[[str], None],
 ) -> Pipeline:
     """The pipeline, imported and loaded without looking for garbage: all of it stays, and looking takes 0.2 s. What had
@@ -589,7 +620,7 @@ def _load(
         from limner import pipeline
 
         with warnings.catch_warnings(record=True, action="always", category=Assumed) as assumed:
-            how: Any = {"prediction": prediction, "dtype": dtype, "offload": offload or "auto"}
+            how: Any = {"prediction": prediction, "dtype": dtype, "offload": offload or "auto", "compile": compile}
             pipe = pipeline.load(
                 name, device, vae=vae, refiner=refiner, guide_model=guide_model, text_encoder=text_encoder, **how
             )

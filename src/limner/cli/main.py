@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import inspect
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
+from typer.models import CommandInfo
 
 import limner
 from limner.cli.convert import convert_command
@@ -59,8 +61,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _name, _command in COMMANDS.items():
-    app.command(_name, epilog=f"{EXIT_CODES}{STYLES if _name == 'generate' else ''}")(_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -78,15 +78,35 @@ def _options(
     pass
 
 
+def _not_asked() -> None:
+    """In place of a command of which only the first line of help is wanted: to build all options takes 0.1 s."""
+
+
+def _commands(asked: str | None) -> list[CommandInfo]:
+    """Every command with its help; options only where it is the one `asked` for, or None is known to be."""
+    return [
+        CommandInfo(
+            name,
+            callback=command if asked in (name, None) else _not_asked,
+            help=inspect.getdoc(command),
+            epilog=f"{EXIT_CODES}{STYLES if name == 'generate' else ''}",
+        )
+        for name, command in COMMANDS.items()
+    ]
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line `args` (default: the process's) and exit with its code."""
     code = 0
-    if "_LIMNER_COMPLETE" in os.environ:
+    completes = "_LIMNER_COMPLETE" in os.environ
+    if completes:
         _complete_short_form()
     if args is None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait spinning starve where cores are shared
     try:
-        code = app(_with_command(sys.argv[1:] if args is None else args), "limner", standalone_mode=False) or 0
+        line = _with_command(sys.argv[1:] if args is None else args)
+        app.registered_commands = _commands(None if completes else line[0])
+        code = app(line, "limner", standalone_mode=False) or 0
         if sys.stdout is not None:  # closed by `>&-`
             sys.stdout.flush()
     except TyperException as error:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from limner.models.unet import DownPath, EmbeddingMLP, Residuals, UNetConfig, zero
+from limner.models.unet import DownPath, EmbeddingMLP, Residuals, Told, UNetConfig, zero
 from limner.nn.embeddings import sinusoid
 from limner.types import Conditioning
 
@@ -47,10 +47,10 @@ class ControlNet(DownPath):
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning, seen: Tensor) -> Residuals:
         """Noisy latents (b, c, h, w) at times t (b,), as the U-Net sees them, and what `see` made -> what the U-Net
         adds."""
-        return self.added(self.conv_in(x).add_(seen), self.embed(t, cond), cond)
+        return self.added(self.conv_in(x).add_(seen), self.told(t, cond), cond)
 
-    def added(self, x: Tensor, emb: Tensor, cond: Conditioning) -> Residuals:
-        middle, skips = self.down(x, emb, cond)
+    def added(self, x: Tensor, told: Told, cond: Conditioning) -> Residuals:
+        middle, skips = self.down(x, told, cond)
         down = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         added = [*down, self.controlnet_mid_block(middle)]
         if self.pooled:
@@ -70,6 +70,11 @@ class ControlNetUnion(ControlNet):
         self.control_add_embedding = EmbeddingMLP(256 * num_kinds, 4 * width)
         zero(self.spatial_ch_projs)
 
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Of KINDS, those that it knows."""
+        return {name: k for name, k in KINDS.items() if k < len(self.task_embedding)}
+
     def see(self, hint: Tensor, kind: int = 0) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """As a ControlNet, of a `kind` that is a number of KINDS; and what the time is told of it (1, d)."""
         made = self.controlnet_cond_embedding(hint)
@@ -82,7 +87,7 @@ class ControlNetUnion(ControlNet):
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning, seen: tuple[Tensor, Tensor]) -> Residuals:  # type: ignore[override]
         made, told = seen
-        return self.added(self.conv_in(x).add_(made), self.embed(t, cond, told), cond)
+        return self.added(self.conv_in(x).add_(made), self.told(t, cond, told), cond)
 
 
 class UnionBlock(nn.Module):

@@ -199,6 +199,10 @@ class Residuals(NamedTuple):
         return Residuals(down, sum(mid[1:], mid[0]) if mid else None, levels)
 
 
+Told = dict[nn.Module, Tensor]
+"""Of every residual block, what it is told of the time (b, d)."""
+
+
 class DownPath(nn.Module):
     """What a U-Net begins with, and a ControlNet is a copy of: the way down and the middle."""
 
@@ -222,17 +226,18 @@ class DownPath(nn.Module):
             self.made += [widths[i]] * (len(level.resnets) + len(level.downsamplers))
 
         self.mid_block = Middle(config)
+        self.resblocks = resblocks_of(self)
 
     def down(
-        self, x: Tensor, emb: Tensor, cond: Conditioning, added: Sequence[Tensor] = ()
+        self, x: Tensor, told: Told, cond: Conditioning, added: Sequence[Tensor] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """What follows conv_in: what the middle makes, and what the way down hands over, x first. `added` are `levels`
         of `Residuals`."""
         skips = [x]
         for i, level in enumerate(self.down_blocks):
-            x, made = level(x, emb, cond, added[i] if i < len(added) else None)
+            x, made = level(x, told, cond, added[i] if i < len(added) else None)
             skips += made
-        x = self.mid_block(x, emb, cond)
+        x = self.mid_block(x, told, cond)
         return x + added[-1] if len(added) > len(self.down_blocks) else x, skips
 
     def embed(self, t: Tensor, cond: Conditioning, more: Tensor | None = None) -> Tensor:
@@ -243,18 +248,31 @@ class DownPath(nn.Module):
         emb = self.time_embedding(frequencies.to(self.conv_in.weight.dtype), cond.guidance)
         if self.add_embedding is not None:
             assert cond.vector is not None, "the network wants cond.vector"
-            emb = emb + cond.keep(self.add_embedding, partial(self.add_embedding, cond.vector))
+            emb = emb + self.add_embedding(cond.vector)
         if self.class_embedding is not None:
             assert cond.labels is not None, "the network wants cond.labels"
             emb = emb + self.class_embedding(cond.labels)
         return F.silu(emb if more is None else emb + more)
 
+    def told(self, t: Tensor, cond: Conditioning, more: Tensor | None = None) -> Told:
+        """Of times t (b,), or of what `times` made of them (b, n)."""
+        if t.ndim == 2:
+            widths = [block.time_emb_proj.out_features for block in self.resblocks]
+            return dict(zip(self.resblocks, t.split(widths, dim=1), strict=True))
+        emb = self.embed(t, cond, more)
+        return {block: block.time_emb_proj(emb) for block in self.resblocks}
+
+    def times(self, t: Tensor, rows: int, cond: Conditioning, more: Tensor | None = None) -> Tensor:
+        """What the blocks are told of each of the times t (k,), side by side: (k, rows, n). A drawing makes it once,
+        and `forward` takes a time of it (rows, n) in place of times."""
+        told = Conditioning(vector=cond.vector, labels=cond.labels, guidance=cond.guidance)
+        each = rows if any(v is not None for v in told.tensors().values()) else 1
+        emb = self.embed(t.repeat_interleave(each), told.map(lambda v: v.repeat(len(t), *[1] * (v.ndim - 1))), more)
+        made = torch.cat([block.time_emb_proj(emb) for block in self.resblocks], dim=1)
+        return made.unflatten(0, (len(t), each)).expand(-1, rows, -1)
+
     def tell(self, cond: Conditioning) -> None:
-        """Keep in `cond` what every evaluation would make of it alone: keys and values of its words, and what is told
-        of sizes."""
-        if self.add_embedding is not None:
-            assert cond.vector is not None, "the network wants cond.vector"
-            cond.keep(self.add_embedding, partial(self.add_embedding, cond.vector))
+        """Keep in `cond` what every evaluation would make of it alone: keys and values of its words."""
         for block in self.modules():
             if isinstance(block, TransformerBlock) and cond.tokens is not None:
                 for attention in (block.attn1, block.attn2) if block.text_only else (block.attn2,):
@@ -274,6 +292,7 @@ class UNet(DownPath):
 
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=config.eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.resblocks = resblocks_of(self)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -290,13 +309,18 @@ class UNet(DownPath):
     def tell(self, cond: Conditioning) -> None:
         super().tell(words_of(cond))
 
+    def together(self, parts: Sequence[Residuals]) -> Residuals:
+        """What several networks add at once."""
+        return Residuals.sum(parts)
+
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning, residuals: Residuals | None = None) -> Tensor:
         """Noisy latents or images (b, c, h, w) at times t (b,), 0 to 999, whole or not -> what the network predicts
-        (b, c, h, w). Pictures that come with x (a mask, another picture, depth) are channels of it, after the first."""
-        emb = self.embed(t, cond)  # b d
+        (b, c, h, w). Pictures that come with x (a mask, another picture, depth) are channels of it, after the first.
+        What `times` made of a time (b, n) will do in its place."""
+        told = self.told(t, cond)
         cond = words_of(cond)
 
-        x, skips = self.down(self.conv_in(x), emb, cond, () if residuals is None else residuals.levels)
+        x, skips = self.down(self.conv_in(x), told, cond, () if residuals is None else residuals.levels)
 
         if residuals is not None:
             if residuals.down:
@@ -306,9 +330,13 @@ class UNet(DownPath):
         for level in self.up_blocks:
             joined = [skips.pop() for _ in range(self.config.num_blocks + 1)]
             size = skips[-1].shape[-2:] if skips else None
-            x = level(x, joined, emb, cond, size)
+            x = level(x, joined, told, cond, size)
 
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def resblocks_of(network: nn.Module) -> list[ResBlock]:
+    return [module for module in network.modules() if isinstance(module, ResBlock)]
 
 
 def words_of(cond: Conditioning) -> Conditioning:
@@ -340,19 +368,19 @@ class DownLevel(nn.Module):
             )
 
     def forward(
-        self, x: Tensor, emb: Tensor, cond: Conditioning, added: Tensor | None = None
+        self, x: Tensor, told: Told, cond: Conditioning, added: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """`added` joins what the last block makes, or, in a level without attention, what follows it."""
         made = []
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, emb)
+            x = resnet(x, told)
             if self.attentions:
                 x = self.attentions[i](x, cond)
             made.append(x)
         if added is not None and (self.attentions or not self.downsamplers):
             made[-1] = x = x + added
         for downsample in self.downsamplers:
-            x = downsample(x, emb)
+            x = downsample(x, told)
             made.append(x)
         if added is not None and self.downsamplers and not self.attentions:
             made[-1] = x = x + added
@@ -366,11 +394,11 @@ class Middle(nn.Module):
         self.resnets = nn.ModuleList(ResBlock(config, width, width) for _ in range(2))
         self.attentions = nn.ModuleList([attention(config)] if config.mid_depth else [])
 
-    def forward(self, x: Tensor, emb: Tensor, cond: Conditioning) -> Tensor:
-        x = self.resnets[0](x, emb)
+    def forward(self, x: Tensor, told: Told, cond: Conditioning) -> Tensor:
+        x = self.resnets[0](x, told)
         for attend in self.attentions:
             x = attend(x, cond)
-        return self.resnets[1](x, emb)
+        return self.resnets[1](x, told)
 
 
 class UpLevel(nn.Module):
@@ -390,16 +418,16 @@ class UpLevel(nn.Module):
         self,
         x: Tensor,
         joined: list[Tensor],
-        emb: Tensor,
+        told: Told,
         cond: Conditioning,
         size: torch.Size | None,
     ) -> Tensor:
         for i, (resnet, skip) in enumerate(zip(self.resnets, joined, strict=True)):
-            x = resnet(torch.cat([x, skip], dim=1), emb)
+            x = resnet(torch.cat([x, skip], dim=1), told)
             if self.attentions:
                 x = self.attentions[i](x, cond)
         for upsample in self.upsamplers:
-            x = upsample(x, emb, size)
+            x = upsample(x, told, size)
         return x
 
 
@@ -419,19 +447,19 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_width, width, 1) if in_width != width else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor, size: torch.Size | None = None) -> Tensor:
+    def forward(self, x: Tensor, told: Told, size: torch.Size | None = None) -> Tensor:
         h = F.silu(self.norm1(x))
         if self.halve:
             x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
         elif size is not None:
             x, h = F.interpolate(x, size, mode="nearest"), F.interpolate(h, size, mode="nearest")
         h = self.conv1(h)
-        told = self.time_emb_proj(emb)[:, :, None, None]
+        time = told[self][:, :, None, None]
         if self.scale_shift:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = time.chunk(2, dim=1)
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
-            h = self.norm2(h.add_(told))
+            h = self.norm2(h.add_(time))
         return self.conv2(self.dropout(F.silu(h))).add_(self.conv_shortcut(x))
 
 

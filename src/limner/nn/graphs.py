@@ -37,6 +37,8 @@ class Recording:
     words: Leaves
     output: Any
     graph: Any
+    held: Any
+    """Tables that the network keeps for itself, which the graph reads."""
     cond: weakref.ref[Conditioning]
 
     def replay(self, inputs: Leaves) -> Any:
@@ -130,7 +132,8 @@ class Graphs:
             modules = list(network.modules())
             said = Conditioning(**tensors, kept={modules[place]: value for place, value in kept.items()})
             graph, output = self.graph_of(lambda: network(x, t, said, *more), x.device)
-        return Recording(weakref.ref(network), weights, inputs, words, output, graph, weakref.ref(cond))
+        held = dict(getattr(network, "tables", {}))
+        return Recording(weakref.ref(network), weights, inputs, words, output, graph, held, weakref.ref(cond))
 
     def graph_of(self, call: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:
         """A graph of what a call does, and what each replay of it overwrites with what the call would give."""
@@ -141,6 +144,18 @@ class Graphs:
             with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                 output = call()
         return graph, output
+
+
+BLOCKS = ("blocks", "double_blocks", "single_blocks", "joint_blocks")
+"""What transformers call their layers."""
+
+
+def compile_blocks(network: nn.Module, **how: Any) -> None:
+    """Have torch compile each layer of a transformer, which takes seconds as they are alike, or all of another
+    network."""
+    layers = [block for name in BLOCKS for block in getattr(network, name, ())]
+    for module in layers or [network]:
+        module.compile(**how)
 
 
 def told(network: Any, cond: Conditioning) -> dict[int, Any]:

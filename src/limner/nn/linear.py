@@ -1,17 +1,56 @@
-"""A linear layer that is quick on CPUs of any make."""
+"""A linear layer that is quick on CPUs of any make, and may keep its matrix in few bits."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from limner.nn.quantized import Quantized, multiplies_fp8, product_fp8
 
 
 class Linear(nn.Linear):
     """torch's, except that float32 without gradients on a CPU goes through oneDNN: torch would ask MKL, which does not
-    use AVX-512 on AMD's processors and is half as fast there."""
+    use AVX-512 on AMD's processors and is half as fast there.
+
+    One that was told to `keep` a quantised matrix has that in place of `weight`, which is None, and expands it at every
+    product. A weight that is put there after all comes first; taken away, it leaves the quantised one.
+    """
+
+    code = ""
+    """What its matrix is kept in (see `limner.nn.quantized`), "" for a plain `weight`."""
+    in_fp8 = False
+    """Whether products are in 8 bits too, where the GPU can: `limner.nn.quantized.product_fp8`."""
+    codes: Tensor
+    scale_bits: Tensor | None
+    table: Tensor | None
+
+    def keep(self, q: Quantized) -> None:
+        """Take a quantised matrix (out, in) for the weight."""
+        assert q.shape == (self.out_features, self.in_features), "a matrix of another shape"
+        assert q.in_rows, "codes that are not in its rows"
+        self.weight = None  # type: ignore[assignment]
+        self.code = q.code
+        # float32 as whole numbers, and so are all codes: `module.to(dtype)` leaves those as they are
+        bits = None if q.scales is None else q.scales.contiguous().view(torch.int32)
+        table = None if q.table is None else q.table.view(torch.int32)
+        for name, tensor in (("codes", q.codes), ("scale_bits", bits), ("table", table)):
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def quantized(self) -> Quantized:
+        """The matrix that it was told to keep."""
+        scales, table = (None if t is None else t.view(torch.float32) for t in (self.scale_bits, self.table))
+        return Quantized(self.code, self.codes, scales, table, torch.Size((self.out_features, self.in_features)))
 
     def forward(self, x: Tensor) -> Tensor:
-        single = x.dtype == self.weight.dtype == torch.float32
+        weight = self.weight
+        if weight is None:
+            q = self.quantized
+            if self.in_fp8 and multiplies_fp8(x, q):
+                return product_fp8(x, q, self.bias)
+            weight = q.whole(x.dtype)
+        single = x.dtype == weight.dtype == torch.float32
         if torch.is_grad_enabled() or x.device.type != "cpu" or not single or not torch.backends.mkldnn.is_available():
-            return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return F.linear(x, weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")

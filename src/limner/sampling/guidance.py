@@ -157,6 +157,11 @@ def rescaled(combine: Combine, amount: float, prediction: Prediction, interpolan
     return again
 
 
+def on_first(combine: Combine, channels: int) -> Combine:
+    """On the first `channels` of x0 alone: the others are what the prompt says of them (DiT's and SiT's programs)."""
+    return lambda cond, *rest: torch.cat([combine(cond, *rest)[:, :channels], cond[:, channels:]], dim=1)
+
+
 def mimicking(combine: Combine, scale: float, share: float = 0.995) -> Combine:
     """Dynamic thresholding (Imagen, arXiv:2205.11487, section 2.3) for latents, which know no [-1, 1]: in every channel
     x0 is clipped to the `share` of its values nearest to their mean, and brought into the range that these have at

@@ -2,8 +2,9 @@
 
 Two cases carry every diffusion and flow model (design after k-diffusion's EDM coordinates and SiT, arXiv:2401.08740):
 `EDM` has alpha = 1 and sigma from 0 to infinity, `Flow` has alpha = 1 - sigma and sigma from 0 to 1 (rectified flow,
-SD3, FLUX). Both are straight lines in sigma, so dx/dsigma = (x - x0) / sigma in either. `Discrete` is EDM for networks
-that were trained at numbered timesteps and see x with its variance kept at one (DDPM, Stable Diffusion).
+SD3, FLUX; `Shifted` is one whose schedules are moved). Both are straight lines in sigma, so dx/dsigma = (x - x0) /
+sigma in either. `Discrete` is EDM for networks that were trained at numbered timesteps and see x with its variance kept
+at one (DDPM, Stable Diffusion).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import math
 import operator
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, TypeVar
 
@@ -65,6 +66,29 @@ class EDMConfig:
             raise UsageError(f"no noise goes from {self.low:g} to {self.high:g} over data of {self.data:g}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """A straight path from data to noise whose schedules are moved towards noise by `shift` (SD3, arXiv:2403.03206,
+    equation 23), 1 not at all; where `by_tokens`, by e^mu instead, of mu linear in the number of image tokens, `least`
+    at 256 and `most` at 4096 (FLUX.1)."""
+
+    type: Literal["flow"] = "flow"
+    shift: float = 1.0
+    by_tokens: bool = False
+    least: float = 0.5
+    most: float = 1.15
+
+    def __post_init__(self) -> None:
+        if not (0 < self.shift < 1e3 and -10 < self.least < 10 and -10 < self.most < 10):
+            raise UsageError(f"no flow is shifted by {self.shift:g}, or by mu of {self.least:g} to {self.most:g}")
+
+    def at(self, tokens: int) -> float:
+        """The shift of pictures of so many tokens."""
+        if not self.by_tokens:
+            return self.shift
+        return math.exp(self.least + (tokens - 256) / (4096 - 256) * (self.most - self.least))
+
+
 SMALL_NOISE = VPConfig(first=0.0001, last=0.02)
 """Of the picture that Stable Diffusion's x4 upscaler enlarges, and of that upscaler's latents."""
 
@@ -89,13 +113,18 @@ class Interpolant:
         """What x is multiplied by before the network sees it."""
         return sigma * 0 + 1
 
-    def time(self, sigma: float) -> float:
-        """What the network is told of sigma."""
+    def time(self, sigma: float, linear: bool = False) -> float:
+        """What the network is told of sigma. `linear`: of one that lies between two timesteps linearly, as those of
+        the schedule `linspace` do, not in its logarithm."""
         return sigma
 
     def start(self, eps: Tensor, sigma: float) -> Tensor:
         """Where sampling from nothing begins."""
         return sigma * eps
+
+    def sized(self, tokens: int) -> Interpolant:
+        """As it is for pictures of so many tokens, each of 2 x 2 latents."""
+        return self
 
     def draw(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
         """Times and sigmas (b,) to train at: logit-normal (arXiv:2403.03206, section 3.1)."""
@@ -147,10 +176,39 @@ class Flow(Interpolant):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shifted(Flow):
+    """A flow of which programs know a thousand levels, those at t of 0.001 to 1, shifted."""
+
+    config: FlowConfig
+    shift: float
+    offset: int = 0
+    end: float = 0.0
+
+    def sized(self, tokens: int) -> Interpolant:
+        return replace(self, shift=self.config.at(tokens))
+
+    def at(self, time: float) -> float:
+        """The sigma of a time of 0 to 1000."""
+        t = time / 1000
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        return tuple(self.at(time) for time in range(1, 1001))
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The first and the last time. The first is shifted, and as a time will be once more: so do Stability's own
+        code, diffusers and ComfyUI."""
+        return 1000 * self.at(1), 1000 * self.at(1000)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Discrete(EDM):
     """A variance-preserving model in EDM's coordinates: its own alpha * x0 + sigma * eps, divided by its alpha.
 
-    `sigmas` are those of its timesteps, rising from the clean end; between two, time is linear in log sigma.
+    `sigmas` are those of its timesteps, rising from the clean end; between two, time is linear in log sigma, but where
+    `time` is told otherwise.
     """
 
     sigmas: tuple[float, ...]
@@ -160,10 +218,17 @@ class Discrete(EDM):
     def input_scale(self, sigma: Level) -> Level:
         return (sigma * sigma + 1) ** -0.5
 
-    def time(self, sigma: float) -> float:
+    def time(self, sigma: float, linear: bool = False) -> float:
         i = min(max(bisect_left(self.sigmas, sigma), 1), len(self.sigmas) - 1)
-        low, high = (math.log(s) for s in self.sigmas[i - 1 : i + 1])
-        return min(max(i - 1 + (math.log(sigma) - low) / (high - low), 0.0), len(self.sigmas) - 1.0)
+        low, high = self.sigmas[i - 1 : i + 1]
+        if not linear:
+            low, high, sigma = math.log(low), math.log(high), math.log(sigma)
+        return min(max(i - 1 + (sigma - low) / (high - low), 0.0), len(self.sigmas) - 1.0)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The first and the last time."""
+        return 0.0, len(self.sigmas) - 1.0
 
     def at(self, time: float) -> float:
         """The sigma of a time, the inverse of `time`."""
@@ -191,7 +256,7 @@ class Preconditioned(EDM):
     def input_scale(self, sigma: Level) -> Level:
         return (sigma * sigma + self.data**2) ** -0.5
 
-    def time(self, sigma: float) -> float:
+    def time(self, sigma: float, linear: bool = False) -> float:
         return math.log(sigma) / 4
 
     def start(self, eps: Tensor, sigma: float) -> Tensor:
@@ -228,7 +293,9 @@ def discrete(config: VPConfig) -> Discrete:
 INTERPOLANTS: dict[str, Interpolant] = {"edm": EDM(), "flow": Flow()}
 
 
-def get(name: str | VPConfig | EDMConfig) -> Interpolant:
+def get(name: str | VPConfig | EDMConfig | FlowConfig) -> Interpolant:
+    if isinstance(name, FlowConfig):
+        return Shifted(config=name, shift=name.shift)
     if isinstance(name, EDMConfig):
         return Preconditioned(sigma_max=name.high, ratio_min=name.low, ratio_max=name.high, data=name.data)
     if isinstance(name, VPConfig):

@@ -14,7 +14,7 @@ from functools import partial
 
 from limner import names
 from limner.errors import UnknownName, UsageError
-from limner.sampling.interpolants import EDM, Discrete, Interpolant
+from limner.sampling.interpolants import EDM, Discrete, Interpolant, Shifted
 
 Schedule = Callable[[int, Interpolant], list[float]]
 
@@ -28,15 +28,12 @@ def uniform(steps: int, interpolant: Interpolant) -> list[float]:
     return [interpolant.sigma_max * (1 - i / steps) for i in range(steps + 1)]
 
 
-def shifted(shift: float) -> Schedule:
+def shifted(steps: int, interpolant: Interpolant) -> list[float]:
     """Uniform, then sigma -> shift * sigma / (1 + (shift - 1) * sigma): more steps at high noise (SD3,
-    arXiv:2403.03206, equation 23). Only meaningful for sigma in [0, 1]; others are scaled to it and back."""
-
-    def schedule(steps: int, interpolant: Interpolant) -> list[float]:
-        top = interpolant.sigma_max
-        return [top * shift * s / (1 + (shift - 1) * s) for s in (1 - i / steps for i in range(steps + 1))]
-
-    return schedule
+    arXiv:2403.03206, equation 23). The shift is the model's, of those that have none 3; only meaningful for sigma in
+    [0, 1], others are scaled to it and back."""
+    top, shift = interpolant.sigma_max, interpolant.shift if isinstance(interpolant, Shifted) else 3.0
+    return [top * shift * s / (1 + (shift - 1) * s) for s in (1 - i / steps for i in range(steps + 1))]
 
 
 def karras(steps: int, interpolant: Interpolant, rho: float = 7.0) -> list[float]:
@@ -100,7 +97,8 @@ def _quantile(p: float, a: float = 0.6) -> float:
 def normal(steps: int, interpolant: Interpolant, more: int = 0) -> list[float]:
     """Timesteps evenly from the last to the first, then 0; between two, log sigma is linear (k-diffusion)."""
     model, top = timed("normal", interpolant, steps), steps + more - 1
-    return [model.at((len(model.sigmas) - 1) * (1 - i / max(top, 1))) for i in range(steps)] + [0.0]
+    first, last = model.span
+    return [model.at(last + i / max(top, 1) * (first - last)) for i in range(steps)] + [0.0]
 
 
 sgm_uniform = partial(normal, more=1)
@@ -165,7 +163,9 @@ def leading(steps: int, interpolant: Interpolant, more: int = 0, offset: int | N
 
 def linspace(steps: int, interpolant: Interpolant, more: int = 0, whole: bool = False) -> list[float]:
     """Timesteps evenly from the last to the first, then 0; between two, sigma is linear. `more` is as in `leading`, and
-    with `whole` they are rounded (diffusers)."""
+    with `whole` they are rounded (diffusers). Of flows they are those of `normal`."""
+    if isinstance(interpolant, Shifted):
+        return normal(steps, interpolant)
     sigmas = timed("linspace", interpolant, steps + more).sigmas
     stride = (len(sigmas) - 1) / max(steps + more - 1, 1)
     times = [i * stride for i in reversed(range(more, steps + more))]
@@ -188,9 +188,9 @@ def hyper(steps: int, interpolant: Interpolant) -> list[float]:
     return [sigmas[round(first * (1 - i / steps))] for i in range(steps)] + [0.0]
 
 
-def timed(name: str, interpolant: Interpolant, steps: int) -> Discrete:
+def timed(name: str, interpolant: Interpolant, steps: int) -> Discrete | Shifted:
     """The model, which has timesteps, and as many as `steps` or more. Raises UsageError."""
-    if not isinstance(interpolant, Discrete):
+    if not isinstance(interpolant, Discrete | Shifted):
         other = "karras" if isinstance(interpolant, EDM) else "uniform"
         raise UsageError(f"the schedule {name!r} counts timesteps, which this model does not have: take {other!r}")
     if steps > len(interpolant.sigmas):
@@ -220,7 +220,7 @@ TIMED: dict[str, Schedule] = {
 }
 SCHEDULES: dict[str, Schedule] = {
     "uniform": uniform,
-    "shifted": shifted(3.0),
+    "shifted": shifted,
     "karras": karras,
     "exponential": exponential,
     "kl_optimal": kl_optimal,

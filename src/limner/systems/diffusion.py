@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -14,38 +14,67 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from limner import hints, pictures
 from limner.errors import CheckpointMismatch, UsageError
-from limner.models import ip_adapter, tiling, unet
-from limner.models.controlnet import KINDS
-from limner.models.unet import Residuals, UNet, guidance_embedding, micro_conditioning
-from limner.nn.graphs import Graphs
+from limner.models import flux, ip_adapter, tiling, unet
+from limner.models.unet import Residuals, UNet, micro_conditioning
+from limner.nn.graphs import Graphs, compile_blocks
 from limner.sampling import compat, samplers, schedules
-from limner.sampling.guidance import Combine, Guidance, classifier_free, combining, composed, guided, within
+from limner.sampling.guidance import Combine, Guidance, classifier_free, combining, composed, guided, on_first, within
 from limner.sampling.interpolants import Discrete, Interpolant, Preconditioned
 from limner.sampling.predictions import Prediction
 from limner.systems import previews
+from limner.text.labels import Labels
 from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, unreached
 from limner.types import Conditioning, Control, Defaults, Denoise, Images, Latents, Reference, Request
 
+Clock = Callable[..., Tensor]
+"""`(network, rows, cond, ...)` -> what the network is told of the time, as `told_time` says."""
+
+
+def told_time(
+    time: float, walk: Mapping[float, float], network: Any, rows: int, cond: Conditioning, *more: Tensor
+) -> Tensor:
+    """The time of each row (rows,); for networks that make something of times alone, one row each of what they make
+    (rows, n), of all times of the walk at once and kept in `cond`."""
+    device = next((weight.device for weight in network.parameters()), None)
+    if not hasattr(network, "times"):
+        return torch.full((rows,), time, device=device)
+    known: dict[float, Tensor] = cond.keep(("times", network), dict)
+    if time not in known:  # some samplers ask between the steps too
+        times = [time] if known else list(dict.fromkeys([*walk.values(), time]))
+        known.update(zip(times, network.times(torch.tensor(times, device=device), rows, cond, *more), strict=True))
+    return known[time]
+
 
 def controlled(
-    control: Control, seen: Any, x: Tensor, t: Tensor, cond: Conditioning, wanted: int, evaluate: Graphs
-) -> Residuals:
-    """What a control adds at x, which has `seen` its picture: one that guesses only to the first `wanted` rows, a tenth
-    of its weight at the first level of detail and rising to all of it in the middle (arXiv:2302.05543, its code's guess
-    mode)."""
+    control: Control,
+    seen: Any,
+    x: Tensor,
+    clock: Clock,
+    cond: Conditioning,
+    wanted: int,
+    evaluate: Graphs,
+    network: Any = None,
+) -> Any:
+    """What a control adds at x to a `network`, which has `seen` its picture: one that guesses only to the first
+    `wanted` rows, a tenth of its weight at the first level of detail and rising to all of it in the middle
+    (arXiv:2302.05543, its code's guess mode)."""
+    if not getattr(control.network, "embeds", True):
+        x = network.embed(x)
     rows = wanted if control.guess else len(x)
     if not rows:
         return Residuals()
     if rows < len(x):
         cond = cond.keep(rows, lambda: replace(cond.map(lambda v: v[:rows]), kept={}))
-    asked = (x[:rows], t[:rows], cond, seen)
+    t = clock(control.network, rows, cond, *([seen[1]] if isinstance(seen, tuple) else []))
+    asked = (x[:rows], t, cond, seen)
     computes = hasattr(control.network, "tell")  # not so a T2I-Adapter, which gives back what it saw
     added = evaluate(control.network, *asked) if computes else control.network(*asked)
-    if added.levels:
-        return Residuals(levels=tuple(control.weight * level for level in added.levels))
+    if not isinstance(added, Residuals) or added.levels:
+        return added if control.weight == 1 else tree_map_only(Tensor, lambda one: control.weight * one, added)
     count = len(added.down) + 1
     scales = torch.logspace(-1, 0, count).tolist() if control.guess else [1.0] * count
 
@@ -53,6 +82,7 @@ def controlled(
         residual = residual * (scale * control.weight)
         return F.pad(residual, (0, 0, 0, 0, 0, 0, 0, len(x) - rows))
 
+    assert added.mid is not None
     return Residuals(tuple(map(scaled, added.down, scales)), scaled(added.mid, scales[-1]))
 
 
@@ -66,11 +96,31 @@ class Prompts:
     weights: tuple[tuple[float, ...], ...]
     uncond: Conditioning
     guide: Prompts | None = None
+    kept: dict[Any, Any] = field(default_factory=dict, compare=False)
+    """What `ready` gave."""
 
     @property
     def alone(self) -> bool:
         """Whether there is nothing to compose."""
         return self.weights == ((1.0,) * len(self.weights[0]),)
+
+    def ready(
+        self, dtype: torch.dtype, references: Sequence[Reference], pictured: bool
+    ) -> tuple[list[Conditioning], Conditioning]:
+        """What networks of a `dtype` are told, made once: each part and `uncond`, with pictures as words, and, where
+        there is nothing to compose, all of them as rows of one, `uncond` twice if `pictured`."""
+        key = (dtype, bool(references), pictured)
+        if key not in self.kept:
+            told = [*self.parts, self.uncond]
+            if references:
+                seen, none = (torch.cat([getattr(r, name) for r in references], dim=1) for name in ("words", "nothing"))
+                count = len(self.weights[0])
+                told = [replace(c, images=seen.expand(count, -1, -1)) for c in self.parts]
+                told.append(replace(self.uncond, images=none.expand(count, -1, -1)))
+            told = [replace(c.map(lambda v: v.to(dtype) if v.is_floating_point() else v), kept={}) for c in told]
+            every = replace(Conditioning.cat(told + told[-1:] * pictured), kept={}) if self.alone else told[0]
+            self.kept[key] = told, every
+        return self.kept[key]
 
 
 Turns = list[tuple[int, Callable[[], Prompts], "DiffusionSystem"]]
@@ -120,7 +170,9 @@ class DiffusionSystem(nn.Module):
         family: str,
         caption_dropout: float = 0.1,
         small_noise: Discrete | None = None,
+        looks: bool = False,
     ) -> None:
+        """`looks` is whether the network takes pictures to look at, as FLUX.1 Kontext does."""
         super().__init__()
         self.small_noise = small_noise
         self.graphs = Graphs()
@@ -130,14 +182,22 @@ class DiffusionSystem(nn.Module):
         self.text_encoder = text_encoder.requires_grad_(False)
         self.interpolant, self.prediction, self.caption_dropout = interpolant, prediction, caption_dropout
         self.grid = self.autoencoder.factor
-        self.beside = getattr(network.config, "in_channels", self.autoencoder.channels) - self.autoencoder.channels
-        """Channels that the network sees beside the latents."""
+        self.unit: int = self.grid * getattr(network.config, "patch", 1)
+        """What widths and heights are multiples of, in pixels."""
         config: Any = network.config
-        seeing = isinstance(network, UNet) and small_noise is None
-        self.sees: str = config.sees(self.autoencoder.channels) if seeing else ""
-        """What they are, as `limner.models.unet.UNetConfig.sees` says; "" for an upscaler, whose `small_noise` does."""
-        self.told_guidance: int = getattr(network.config, "guidance_width", 0)
-        """Width of the guidance that the network is told, instead of being guided; 0 for most."""
+        channels = self.autoencoder.channels
+        self.beside = getattr(config, "latents_in", getattr(config, "in_channels", channels)) - channels
+        """Channels that the network sees beside the latents."""
+        seeing = hasattr(config, "sees") and small_noise is None
+        self.sees: str = "reference" if looks else config.sees(channels) if seeing else ""
+        """What they are, as `sees` of the network's configuration says; "" for an upscaler, whose `small_noise` does;
+        "reference" where it looks at pictures that are not beside the latents, but behind them."""
+        self.told_guidance: Callable[[Tensor], Tensor] | None = None
+        """What the network is told of the scale of guidance, instead of being guided; None for most."""
+        if getattr(config, "guidance_width", 0):
+            self.told_guidance = partial(unet.guidance_embedding, width=config.guidance_width)
+        elif getattr(config, "guidance_embedded", False):
+            self.told_guidance = flux.guidance_embedding
         self.enlarges = self.grid if small_noise is not None else 1
         """How many times larger than the picture given what it draws must be."""
         self.dialects: tuple[Dialect, ...] = text_encoder.dialects  # type: ignore[assignment]
@@ -174,10 +234,9 @@ class DiffusionSystem(nn.Module):
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         return list(self.network.parameters())
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
+    def compile(self, **how: Any) -> None:
         self.graphs.devices = ()  # which cannot be recorded while it compiles
-        for block in getattr(self.network, "blocks", [self.network]):
-            block.compile(*args, **kwargs)
+        compile_blocks(self.network, **how)
 
     # ---------------------------------------------------------------- where its parts are
 
@@ -211,6 +270,8 @@ class DiffusionSystem(nn.Module):
         finally:
             for weight, data in resting:
                 weight.data = data
+            if resting and self.works_on is not None and self.works_on.type == "cuda":
+                torch.cuda.empty_cache()  # torch would keep what the part took, beside what the next one takes
 
     # ---------------------------------------------------------------- sampling
 
@@ -238,16 +299,39 @@ class DiffusionSystem(nn.Module):
             raise UsageError("the prompt is empty: say what to draw")
         if self.sees == "picture" and request.image is None:
             raise UsageError(f"{self.name} edits a picture, but none was given: limner edit IMAGE, or -i IMAGE")
+        if self.sees == "hint" and request.image is None:
+            raise UsageError(f"{self.name} follows edges or depth of a picture, but none was given: add -i IMAGE")
         if self.sees == "depth" and request.depth is None:
             raise UsageError(
                 f"{self.name} draws after a depth map, but none was given: add --depth IMAGE, near is white"
             )
+        if isinstance(self.text_encoder, Labels):
+            self.text_encoder.classes([*request.prompts, *request.negatives])
+        seen: int = self.unit * getattr(self.network.config, "pos_embed_max", 0)
+        longest = max(min(n, request.tile or n) for n in (request.width, request.height))
+        if seen and longest > seen:
+            raise UsageError(
+                f"{longest} pixels a side, but {self.name} has positions for {seen}: add --tile {seen // 2}"
+            )
+        if request.tile % self.unit:
+            raise UsageError(f"tile is {request.tile}: {self.name} draws in patches of {self.unit} pixels")
+        if self.sees in ("hint", "reference") and request.strength not in (None, 1.0):
+            raise UsageError(
+                f"strength is {request.strength:g}, but {self.name} looks at a picture and does not paint over it: "
+                "leave strength out"
+            )
+        if self.sees == "reference" and request.tile:
+            raise UsageError(f"tile is {request.tile}, but {self.name} looks at a picture as a whole: leave tile out")
         if self.clip_skip is not None:
             self.text_encoder.checked(request.clip_skip)
         steps = len(self.sigmas(request)) - 1
         for one in request.control:
             if not any(one.at(step, steps) for step in range(steps)):
                 raise UsageError(f"{one.name} is told from {one.start:g} to {one.end:g}, where no step of {steps} is")
+            side = request.tile or request.hires * max(request.width, request.height)
+            most = self.unit * getattr(one.network, "largest", 0)
+            if most and side > most:
+                raise UsageError(f"{one.name} has positions for {most} pixels a side: draw less, or in tiles (--tile)")
         self.parsed(request.prompts, request)
         self.parsed(request.negatives, request, composed=False)
         if request.pag_scale:
@@ -270,7 +354,8 @@ class DiffusionSystem(nn.Module):
         cannot have."""
         if request.compat:
             return self.levels(request)[0]
-        sigmas = schedules.plan(request.schedule, request.sampler, request.steps, self.interpolant)
+        tokens = request.width * request.height // (2 * self.grid) ** 2
+        sigmas = schedules.plan(request.schedule, request.sampler, request.steps, self.interpolant.sized(tokens))
         return sigmas if request.strength is None else schedules.from_strength(sigmas, request.strength)
 
     def levels(self, request: Request) -> tuple[list[float], list[float]]:
@@ -314,9 +399,9 @@ class DiffusionSystem(nn.Module):
             if system.small_noise is not None:
                 levels = torch.full((len(prompts) * (most + 1),), request.noise_level, device=read.tokens.device)
                 read = replace(read, labels=levels)
-            if system.told_guidance:
+            if system.told_guidance is not None:
                 scale = torch.full((len(prompts) * (most + 1),), request.guidance, device=read.tokens.device)
-                read = replace(read, guidance=guidance_embedding(scale, system.told_guidance))
+                read = replace(read, guidance=system.told_guidance(scale))
             *parts, uncond = (read.map(lambda v, k=k: v[k :: most + 1]) for k in range(most + 1))
             width, height = (min(n, request.tile or n) for n in (request.width, request.height))
             guide = None if system.guide is None else told(system.guide, turn)
@@ -405,6 +490,7 @@ class DiffusionSystem(nn.Module):
         prompts: Prompts,
         combine: Combine | None,
         interval: tuple[float, float],
+        times: Mapping[float, float] | None = None,
         beside: Tensor | None = None,
         controls: Callable[[], list[tuple[Control, Any]]] = list,
         references: Sequence[Reference] = (),
@@ -412,25 +498,23 @@ class DiffusionSystem(nn.Module):
         against: Denoise | None = None,
         spoilt: Denoise | None = None,
         pictured: bool = False,
+        reference: Latents | None = None,
     ) -> Denoise:
         """The denoiser a solver asks, guided by `combine` (None is not at all) within an `interval`: a row of the
         network for each part and the negative prompt of a picture there, one row elsewhere and without guidance if
-        there is nothing to compose. `controls` gives those of the step, each with what it saw of its picture. `network`
-        stands for this system's own; `against` says what the negative prompt would, and `spoilt` what guidance pushes
-        away from besides. `pictured` asks for one row more, of the negative prompt with nothing beside, for `combine`.
+        there is nothing to compose. `times` are what the network is told of most sigmas that it will be asked at.
+        `controls` gives those of the step, each with what it saw of its picture. `network` stands for this system's
+        own; `against` says what the negative prompt would, and `spoilt` what guidance pushes away from besides.
+        `pictured` asks for one row more, of the negative prompt with nothing beside, for `combine`. `reference` are
+        latents that the network looks at.
         """
         network = self.network if network is None else network
         first = next(network.parameters())
         dtype = first.dtype
-        told = [*prompts.parts, prompts.uncond]
-        if references:
-            seen, none = (torch.cat([getattr(r, name) for r in references], dim=1) for name in ("words", "nothing"))
-            count = len(prompts.weights[0])
-            told = [replace(c, images=seen.expand(count, -1, -1)) for c in prompts.parts]
-            told.append(replace(prompts.uncond, images=none.expand(count, -1, -1)))
-        told = [replace(c.map(lambda v: v.to(dtype) if v.is_floating_point() else v), kept={}) for c in told]
-        every = replace(Conditioning.cat(told + told[-1:] * pictured), kept={}) if prompts.alone else told[0]
+        told, every = prompts.ready(dtype, references, pictured)
         weights = torch.tensor(prompts.weights, device=first.device)
+
+        times = {} if times is None else times
 
         def predict(x: Tensor, sigma: float, cond: Conditioning, wanted: int | None = None, blind: int = 0) -> Tensor:
             """x0 of every row of x, of which the first `wanted`, all without, are told what is wanted, and the last
@@ -441,14 +525,18 @@ class DiffusionSystem(nn.Module):
                 shown = beside.repeat(len(x) // len(beside), 1, 1, 1)
                 shown[len(x) - blind :] = 0
                 seen = torch.cat([seen, shown.to(dtype)], dim=1)
-            t = torch.full((len(x),), self.interpolant.time(sigma), device=x.device)
+            clock = partial(told_time, times.get(sigma) or self.interpolant.time(sigma), times)
             rows = len(x) if wanted is None else wanted
-            more = [controlled(control, hint, scaled, t, cond, rows, self.graphs) for control, hint in controls()]
-            told = [Residuals.sum(more)] if more else []
-            asked: tuple[Any, ...] = (seen, t, cond, *told)
+            told: list[Any] = []
+            if now := controls():
+                asks = (scaled, clock, cond, rows, self.graphs, network)
+                told = [self.network.together([controlled(control, hint, *asks) for control, hint in now])]
+            if reference is not None:
+                told = [*(told or [None]), [reference.to(dtype).repeat(len(x) // len(reference), 1, 1, 1)]]
+            asked: tuple[Any, ...] = (seen, clock(network, len(x), cond), cond, *told)
             # a copy of the network would be recorded anew in each drawing
             output = self.graphs(network, *asked) if network is self.network else network(*asked)
-            output = output.to(x.dtype)
+            output = output[:, : x.shape[1]].to(x.dtype)  # without a variance that was learned beside
             return self.prediction.to_x0(output, x, self.interpolant.alpha(sigma), sigma)
 
         def pair(x: Tensor, sigma: float) -> tuple[Tensor, ...]:
@@ -485,6 +573,10 @@ class DiffusionSystem(nn.Module):
         elif self.sees == "picture":  # as it comes out of the encoder, but for CosXL
             cosxl = isinstance(self.interpolant, Preconditioned) and self.prediction.name == "v"
             found["beside"] = found["start"] if cosxl else self.autoencoder.from_latents(found["start"])
+        elif self.sees == "hint":
+            found["beside"] = found.pop("start")
+        elif self.sees == "reference" and "start" in found:
+            found["reference"] = found.pop("start")
         elif self.sees == "depth":
             assert request.depth is not None
             found["beside"] = pictures.depth_tensor(request.depth, width, height, self.grid).to(device)
@@ -494,15 +586,19 @@ class DiffusionSystem(nn.Module):
 
     def seen(self, picture: Tensor | None, request: Request) -> Latents:
         """What an inpainting network sees beside x: the mask, and the latents of the picture without what is under it
-        (1, 1 + channels, h, w). Without a mask, or a picture, all is to be painted."""
+        (1, 1 + channels, h, w), of FLUX.1 Fill these and then the mask, pixel by pixel (1, channels + 64, h, w).
+        Without a mask, or a picture, all is to be painted."""
         width, height, device = request.width, request.height, self.device
         mask = torch.ones(1, 1, height, width, device=device)
         kept = torch.zeros(1, 3, height, width, device=device)
         if picture is not None and request.mask is not None:
             mask = (pictures.mask_tensor(request.mask, width, height).to(device) >= 0.5).float()
             kept = self.opaque(picture) * (1 - mask)
+        around = self.encode(kept, request.vae_tile)
+        if self.beside > 1 + self.autoencoder.channels:  # every pixel of the mask
+            return torch.cat([around, F.pixel_unshuffle(mask, self.grid)], dim=1)
         small = F.interpolate(mask, (height // self.grid, width // self.grid), mode="nearest")
-        return torch.cat([small, self.encode(kept, request.vae_tile)], dim=1)
+        return torch.cat([small, around], dim=1)
 
     def sample(
         self,
@@ -512,12 +608,14 @@ class DiffusionSystem(nn.Module):
         start: Latents | None = None,
         paint: Tensor | None = None,
         beside: Tensor | None = None,
+        reference: Latents | None = None,
     ) -> Latents:
         """`start` are latents to begin from (img2img), walked from `request.strength` of the way into noise; `paint`
-        (b, 1, h, w) is 0 where they stay what they are. `beside` are channels that the network sees beside x; a small
-        picture to be enlarged gets noise first. What is told changes with the steps done, however often a sampler asks
-        in a step. With `request.tile` the network sees overlapping tiles, and each step goes on from what it says of
-        them, blended (MultiDiffusion, arXiv:2302.08113, equation 5, with weights that fade)."""
+        (b, 1, h, w) is 0 where they stay what they are. `beside` are channels that the network sees beside x,
+        `reference` are latents of a picture that it looks at; a small picture to be enlarged gets noise first. What is
+        told changes with the steps done, however often a sampler asks in a step. With `request.tile` the network sees
+        overlapping tiles, and each step goes on from what it says of them, blended (MultiDiffusion, arXiv:2302.08113,
+        equation 5, with weights that fade)."""
         shape = (self.autoencoder.channels, request.height // self.grid, request.width // self.grid)
         side = request.tile // self.grid or max(shape[1:])
         overlap = tiling.overlap_of(side)
@@ -545,6 +643,8 @@ class DiffusionSystem(nn.Module):
         else:
             x = self.interpolant.mix(over, eps, sigmas[0])
         sampler = compat.solver(request.compat, request.sampler) if request.compat else samplers.get(request.sampler)
+        linear = request.schedule == "linspace" and not request.compat
+        times = {sigma: self.interpolant.time(sigma, linear) for sigma in sigmas if sigma}
         interval = request.guidance_interval or self.defaults.guidance_interval
         combine = [self.combine(request) for _ in places]
         push = classifier_free(1 + request.pag_scale) if request.pag_scale else None
@@ -552,7 +652,7 @@ class DiffusionSystem(nn.Module):
         seeing = [self]  # controls and pictures as words, and a guide that can
         if self.guide is not None and self.guide.network.config == self.network.config:
             seeing.append(self.guide)
-        told = [(one, self.hint(one, request)) for one in request.control if one.weight]
+        told = [(one, self.shown(one, request)) for one in request.control if one.weight]
         controls = [[(one, self.see(one, hint, place)) for one, hint in told] for place in places]
         steps, last = 0, len(sigmas) - 1
         newest = x
@@ -588,18 +688,19 @@ class DiffusionSystem(nn.Module):
                 return (now, request.ip_adapter) if any(other is one for one in seeing) else (list, ())
 
             def plain(other: DiffusionSystem, said: Prompts, network: nn.Module | None = None) -> Denoise:
-                return other.denoiser(said, None, interval, near, *sees(other), network)
+                return other.denoiser(said, None, interval, times, near, *sees(other), network)
 
             against, spoilt = None, plain(system, prompts, perturbed(system)) if request.pag_scale else None
             if system.unguided(request):
-                return system.denoiser(prompts, push, interval, near, *sees(system), None, spoilt)
+                return system.denoiser(
+                    prompts, push, interval, times, near, *sees(system), None, spoilt, reference=reference
+                )
             if prompts.guide is not None:
                 assert system.guide is not None
                 against = plain(system.guide, prompts.guide)
             pictured = request.image_guidance != 1
-            return system.denoiser(
-                prompts, combine[tile], interval, near, *sees(system), None, against, spoilt, pictured
-            )
+            more: Any = {"against": against, "spoilt": spoilt, "pictured": pictured, "reference": reference}
+            return system.denoiser(prompts, combine[tile], interval, times, near, *sees(system), **more)
 
         def on_step(done: int, total: int) -> None:
             nonlocal steps
@@ -632,13 +733,23 @@ class DiffusionSystem(nn.Module):
         image = hints.make(control.maker, image, control.finder) if control.maker else image
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
+    def shown(self, control: Control, request: Request) -> Tensor:
+        """All that a control may see of it: the picture, or (1, c, h, w) its latents, which some take `scaled` alone,
+        and not shifted."""
+        hint, sees = self.hint(control, request), getattr(control.network, "sees", "pixels")
+        if sees == "pixels":
+            return hint
+        latents = self.encode(2 * hint.to(self.device) - 1, request.vae_tile)
+        return self.autoencoder.scale * self.autoencoder.from_latents(latents) if sees == "scaled" else latents
+
     def see(self, control: Control, hint: Tensor, place: tuple[int, int, int, int]) -> Any:
-        """What a control sees of it at a place in latents: top, bottom, left, right."""
-        dtype = next(self.network.parameters()).dtype
-        control.network.to(self.device, dtype)  # which may have been widened since it was opened
-        top, bottom, left, right = (n * self.grid for n in place)
+        """What a control sees of what is `shown` to it at a place in latents: top, bottom, left, right."""
+        network, dtype = control.network, next(self.network.parameters()).dtype
+        network.to(self.device, dtype)  # which may have been widened since it was opened
+        unit = self.grid if getattr(network, "sees", "pixels") == "pixels" else 1
+        top, bottom, left, right = (n * unit for n in place)
         near = hint[:, :, top:bottom, left:right].to(self.device, dtype)
-        return control.network.see(near, KINDS.get(control.kind, 0))
+        return network.see(near, getattr(network, "kinds", {}).get(control.kind, 0))
 
     def check_perturbed(self, request: Request) -> None:
         if not isinstance(self.network, UNet):
@@ -650,7 +761,7 @@ class DiffusionSystem(nn.Module):
 
     def unguided(self, request: Request) -> bool:
         """Whether the prompt is followed plainly: as asked for, or since the network is told the guidance instead."""
-        return request.guidance == 1 == request.image_guidance or self.told_guidance > 0
+        return request.guidance == 1 == request.image_guidance or self.told_guidance is not None
 
     def combine(self, request: Request) -> Combine:
         """The guidance that a request asks for, which may remember: one for each drawing."""
@@ -658,7 +769,9 @@ class DiffusionSystem(nn.Module):
             scale=request.guidance, way=request.guidance_kind, rescale=request.guidance_rescale,  # type: ignore[arg-type]
             mimic=request.guidance_mimic, push=request.pag_scale, picture=request.image_guidance,
         )  # fmt: skip
-        return combining(way, self.prediction, self.interpolant)
+        combine = combining(way, self.prediction, self.interpolant)
+        few = getattr(self.network.config, "guided_channels", 0)
+        return on_first(combine, few) if few else combine
 
     def opaque(self, images: Images) -> Images:
         """Transparency goes onto white where the autoencoder knows none."""

@@ -120,7 +120,7 @@ def _type_words(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, UnionType):
-        return "|".join(map(_type_words, get_args(hint)))
+        return "|".join(dict.fromkeys(map(_type_words, get_args(hint))))
     if get_origin(hint) is tuple:
         return "list"
     if dataclasses.is_dataclass(hint):

@@ -1,0 +1,98 @@
+"""Kernels against what they stand for, in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from limner.models import flux
+from limner.nn import fused
+
+GPU = pytest.mark.gpu
+SHAPES = [(1, 5, 64), (2, 7, 96), (3, 33, 3072), (1, 1, 1152)]
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def test_without_a_gpu_it_is_what_torch_says():
+    x, shift, scale, y = draw(2, 5, 8), draw(2, 1, 8), 2 * draw(2, 1, 8), 3 * draw(2, 5, 8)
+    normed = F.layer_norm(x, (8,), eps=1e-3)
+    torch.testing.assert_close(fused.modulate(x, shift, scale, eps=1e-3), normed * (1 + scale) + shift)
+    torch.testing.assert_close(fused.modulate(x, shift, scale, eps=1e-3, plus=0.0), normed * scale + shift)
+    torch.testing.assert_close(fused.gated(x, scale, y), x + scale * y)
+    assert not fused.turns(draw(2, 5, 1, 8), (x, draw(8), draw(8)))
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_kernels_round_once(shape, dtype):
+    b, _, d = shape
+    x, y = (draw(*shape, dtype=dtype, device="cuda") + k for k in (0, 1))
+    rows = draw(b, 9 * d, dtype=dtype, device="cuda")[:, None]
+    shift, scale, gate = rows.chunk(9, dim=-1)[2:5]  # rows that are not dense
+    assert fused.fuses(x, shift, scale)
+    for plus in (0.0, 1.0):
+        exact = F.layer_norm(x.double(), (d,), eps=1e-6) * (plus + scale.double()) + shift.double()
+        near(fused.modulate(x, shift, scale, plus=plus), exact, dtype)
+    near(fused.gated(x, gate, y), x.double() + gate.double() * y.double(), dtype)
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "axes"), [(3, (4, 6, 6)), (24, (16, 56, 56))])
+@torch.no_grad()
+def test_heads_are_normalised_and_turned(heads, axes, dtype):
+    width = sum(axes)
+    table = flux.rope_table(flux.positions(5, [(2, 4), (3, 2)], "cuda"), axes, 10_000.0)
+    first, second = draw(2, 5, 3 * heads * width, dtype=dtype), draw(2, 14, 4 * heads * width, dtype=dtype)
+    parts = [
+        (one.cuda()[..., : 3 * heads * width], *(1 + draw(2, width, dtype=dtype).cuda())) for one in (first, second)
+    ]
+    assert fused.turns(table, *parts)
+    found = fused.turned(table, parts)
+    exact = []
+    for i in range(3):
+        rows = [part[0].double().unflatten(-1, (3, heads, width))[:, :, i] for part in parts]
+        if i < 2:
+            rows = [
+                F.rms_norm(row, (width,), part[1 + i].double(), 1e-6) for row, part in zip(rows, parts, strict=True)
+            ]
+        whole = torch.cat(rows, dim=1)
+        exact.append(flux.rotate(whole, table.double()) if i < 2 else whole)
+    for ours, theirs in zip(found, exact, strict=True):
+        near(ours, theirs, dtype)
+
+
+@GPU
+@torch.no_grad()
+def test_widths_without_a_kernel_are_left_to_torch():
+    x = draw(2, 5, 3 * 24, dtype=torch.bfloat16, device="cuda")
+    weight = draw(24, dtype=torch.bfloat16, device="cuda")
+    assert not fused.turns(draw(2, 5, 1, 24, device="cuda"), (x, weight, weight))
+    with torch.enable_grad():
+        assert not fused.fuses(x)
+    assert not fused.fuses(x.float())
+
+
+@GPU
+@pytest.mark.parametrize("code", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+@torch.no_grad()
+def test_numbers_in_8_bits_are_widened(code):
+    codes = (50 * draw(33, 1056)).cuda().clamp(-100, 100).to(code)
+    for groups in (1, 3):
+        scales = draw(33, groups, device="cuda").abs()
+        exact = codes.double() * scales.double().repeat_interleave(1056 // groups, dim=1)
+        assert fused.widens(codes, torch.bfloat16)
+        near(fused.widened(codes, scales, torch.bfloat16), exact, torch.bfloat16)
+
+
+def near(ours: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
+    assert ours.dtype == dtype
+    spacing = torch.finfo(dtype).eps
+    assert ((ours.double() - exact).abs() <= 0.51 * spacing * exact.abs() + 1e-4).all()
