@@ -5,10 +5,11 @@ read.
     python benchmarks/drawing.py --model sd1 --dtype fp16 --json
     python benchmarks/drawing.py --model sdxl --dtype fp16 --json
     python benchmarks/drawing.py --model tiny --device cpu --dtype fp32 --alone
+    python benchmarks/drawing.py --model flux --dtype bf16 --offload --fp8 --alone --steps 8 -n 2 --json
 
 Per step of the loop: what `sample` takes, and the pipeline up to its latents, over the number of steps; `eager` is ours
 without CUDA graphs. Then the decoding, the whole of a first and of a later picture of ours, and the memory that was
-planned and taken. All take turns: of each the median, and the ratio of ours to diffusers'.
+planned, taken, and held by torch. All take turns: of each the median, and the ratio of ours to diffusers'.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import unet as unet_benchmark  # type: ignore[import-not-found]  # the one besid
 
 from limner import catalog, memory, pipeline
 from limner.models import unet
+from limner.nn.quantized import quantize_
 
-MODELS = {"sd1": "sd1", "sd2": "sd2", "sdxl": "sdxl", "tiny": "sd1-tiny"}
+MODELS = {"sd1": "sd1", "sd2": "sd2", "sdxl": "sdxl", "tiny": "sd1-tiny", "sd3": "sd3-medium", "flux": "flux-dev"}
 
 
 def main() -> None:
@@ -41,12 +43,17 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="without diffusers")
     parser.add_argument("--offload", action="store_true", help="parts of the model take turns")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--fp8", action="store_true", help="matrices of network and text encoder in 8 bits")
     asked = parser.parse_args()
     device = pipeline.find_device(asked.device)
     timed = torch.inference_mode()(lambda call: unet_benchmark.timed(call, device))
     system: Any = made(MODELS[asked.model], device, pipeline.DTYPES[asked.dtype])
+    for part in (system.network, system.text_encoder) if asked.fp8 else ():
+        quantize_(part, "fp8")
     if asked.offload:
         system.offload()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     size = asked.size or system.defaults.width
     values = {"prompt": "a red fox", "seed": 1, "steps": asked.steps, "guidance": 7.5, "batch": asked.batch}
     request = pipeline.prepare(system, **values, sampler="euler", width=size, height=size)
@@ -61,6 +68,7 @@ def main() -> None:
     found["first_picture_s"] = round(timed(draw), 4)
     if device.type == "cuda":
         found["taken_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+        found["held_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 3)
     found["graphs"] = system.graphs.on
 
     def loop(graphs: bool) -> Callable[[], Any]:

@@ -55,6 +55,7 @@ from limner.text.joined import (
     SD3_TEXT,
     FluxText,
     FluxTextConfig,
+    JoinedText,
     SD3Text,
     SD3TextConfig,
 )
@@ -498,7 +499,7 @@ def minilm(max_tokens: int = 24) -> MiniLM:
 def _load_part(part: nn.Module, name: str, source: str, network: Any) -> None:
     """Give the autoencoder or the text encoder beside a network, whichever `name` says that `part` is, its weights in a
     file. Raises FileProblem, CheckpointMismatch, UsageError."""
-    if isinstance(part, MiniLM | Labels):
+    if isinstance(part, MiniLM | Labels | JoinedText):
         raise UsageError(f"system.text_encoder_from={source} is for CLIP's towers: this system reads with what ships")
     path = WEIGHTS / source if (WEIGHTS / source).is_file() else Path(source)
     if not path.exists():

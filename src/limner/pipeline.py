@@ -25,6 +25,7 @@ from limner.models import tiling
 from limner.sampling import compat as programs
 from limner.sampling import samplers, schedules
 from limner.sampling.guidance import WAYS
+from limner.sampling.interpolants import EDM
 from limner.systems.diffusion import DiffusionSystem
 from limner.text.prompts import AND, DIALECTS, Wildcards, expand
 from limner.types import Control, Defaults, GeneratedImage, Latents, OnStep, Reference, Request, System
@@ -504,7 +505,7 @@ def prepare(system: System, **values: Any) -> Request:
     if values.get("control"):
         values["control"] = controls.opened(system, values["control"])
     request = check(system.defaults, getattr(system, "unit", system.grid), **values)
-    if request.compat and system.clip_skip is None:
+    if request.compat and (system.clip_skip is None or not isinstance(getattr(system, "interpolant", None), EDM)):
         raise UsageError(f"{request.compat} does not draw with {system.name}: leave compat out")
     sees = getattr(system, "sees", "")
     if request.image_guidance != 1 and sees != "picture":
@@ -750,7 +751,10 @@ def ignored(system: System, request: Request) -> list[str]:
     if request.tile and (not in_tiles(request) or system.task == "autoencoding"):
         told.append(f"tile {request.tile} has no effect: nothing larger is drawn by a network")
     if request.clip_skip is not None and system.clip_skip is None:
-        told.append(f"clip skip has no effect: {system.name} does not read prompts with CLIP")
+        told.append(f"clip skip has no effect: {system.name} takes nothing from CLIP's layers")
+    unmasked = request.image is not None and request.mask is None and request.strength == 1
+    if unmasked and getattr(system, "sees", "") == "mask":
+        told.append(f"the picture is painted over as a whole: add --mask MASK to say where {system.name} paints")
     if request.noise_level != NOISE_LEVEL and getattr(system, "enlarges", 1) == 1:
         told.append(f"noise_level has no effect: {system.name} is no upscaler")
     if adapters := getattr(system, "adapters", None):

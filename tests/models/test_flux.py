@@ -281,7 +281,7 @@ def test_what_is_kept_is_not_made_again_and_changes_nothing():
     assert len(kept.kept) == 1
     assert len(network.tables) == 2  # of positions
     before = network(x, row, kept)
-    for module in network.told_once():
+    for module in network.asked_once():
         for parameter in module.parameters():
             parameter.fill_(torch.nan)
     assert torch.equal(network(x, row, kept), before)
@@ -290,7 +290,7 @@ def test_what_is_kept_is_not_made_again_and_changes_nothing():
 def test_a_quarter_of_the_weights_is_asked_once():
     with torch.device("meta"):
         network = Flux(flux.FLUX_DEV)
-    once = sum(parameter.numel() for module in network.told_once() for parameter in module.parameters())
+    once = sum(parameter.numel() for module in network.asked_once() for parameter in module.parameters())
     assert round(once / sum(parameter.numel() for parameter in network.parameters()), 3) == 0.277
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +110,18 @@ def test_a_union_draws_what_diffusers_draws(systems, union, monkeypatch):
     assert close(found, wanted, 1e-4)
     assert not torch.equal(found, of_another_kind)
     assert not close(drawn(pipe, monkeypatch), wanted, 1e-2)
+
+
+def test_a_union_that_is_used_twice_is_two_networks(systems, union, tmp_path, monkeypatch):
+    path, pipe = union[1], systems["sdxl"][1]
+    source = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
+    copy = shutil.copy(source, tmp_path / "copy.safetensors")
+    rows = [{"image": picture(), "weight": 0.7, "kind": kind} for kind in ("depth", "pose")]
+    twice, apart = (
+        drawn(pipe, monkeypatch, control=[rows[0] | {"file": path}, rows[1] | {"file": other}])
+        for other in (path, copy)
+    )
+    assert torch.equal(twice, apart)
 
 
 def test_a_union_is_told_the_kind_that_a_maker_makes_and_asks_otherwise(systems, union, here):

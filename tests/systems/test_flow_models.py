@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from limner import catalog, exchange, metadata, pipeline
-from limner.errors import Assumed, CheckpointMismatch, Ignored, UsageError
+from limner.errors import Assumed, CheckpointMismatch, FileProblem, Ignored, UsageError
 
 from . import flow_models, stable_diffusion
 
@@ -165,8 +166,9 @@ def test_canny_and_depth_follow_a_picture_as_in_diffusers(folders, theirs):
     assert_same(drawn(system, image=some_picture()), wanted)
     with pytest.raises(UsageError, match="follows edges or depth of a picture, but none was given"):
         drawn(system)
-    with pytest.raises(UsageError, match=r"strength is 0.5, but flux-control looks at a picture"):
-        drawn(system, image=some_picture(), strength=0.5)
+    for name, given in (("strength", 0.5), ("mask", Image.new("L", (32, 32), 255))):
+        with pytest.raises(UsageError, match=f"flux-control looks at a picture and does not paint .* leave {name} out"):
+            drawn(system, image=some_picture(), **{name: given})
 
 
 def test_kontext_looks_at_a_picture_as_in_diffusers(folders, theirs):
@@ -268,6 +270,46 @@ def test_a_part_in_the_wrong_place_is_named(split, tmp_path):
     refused("is an autoencoder of 4 channels", flux["network"], vae=bare, text_encoders=texts)
 
 
+def test_a_text_encoder_that_is_given_stands_in_place_of_the_files_own(folders, split, tmp_path):
+    whole = flow_models.one_file(folders("dev"), tmp_path / "whole.safetensors")
+    other = {name: 2 * tensor for name, tensor in load_file(split("dev")["clip_l"]).items()}
+    save_file(other, tmp_path / "clip_l.safetensors")
+    system = catalog.load(whole, text_encoders=[tmp_path / "clip_l.safetensors"] * 2, dtype=torch.float32)
+    ours = system.text_encoder.clip_l.state_dict()
+    assert all(torch.equal(ours[name], other[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("model_index.json", {"_class_name": ["FluxPipeline"]}),
+        ("transformer/config.json", {"sample_size": "x"}),
+        ("scheduler/scheduler_config.json", {"shift": 0}),
+        ("text_encoder/config.json", {"hidden_size": "x"}),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_a_line(folders, tmp_path, file, change):
+    shutil.copytree(folders("dev"), tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(FileProblem) as caught:
+        catalog.load(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "model") in str(caught.value)
+
+
+def test_a_turbo_is_told_by_the_name_of_its_folder(folders, tmp_path):
+    shutil.copytree(folders("sd3.5"), tmp_path / "sd3.5-large-turbo")
+    with pytest.warns(Assumed, match="its name says that it is distilled"):
+        defaults = catalog.load(tmp_path / "sd3.5-large-turbo").defaults
+    assert (defaults.steps, defaults.guidance) == (4, 1.0)
+
+
+def test_other_programs_draw_flows_otherwise(folders):
+    with pytest.raises(UsageError, match="comfyui does not draw with sd3-medium: leave compat out"):
+        pipeline.generate(catalog.load(folders("sd3")), "a fox", compat="comfyui", **SIZE)
+
+
 @pytest.mark.parametrize("name", ["sd3", "dev"])
 def test_half_a_network_is_refused_by_the_key_that_is_missing(split, tmp_path, name):
     files = split(name)
@@ -347,7 +389,7 @@ def test_layers_are_compiled_when_asked(folders, name, layers, monkeypatch):
 def test_times_and_words_are_made_once_a_drawing(folders, name):
     system = catalog.load(folders(name), dtype=torch.float32)
     network = system.network
-    once = network.asked_once() if name == "sd3" else network.told_once()
+    once = network.asked_once()
     linears = [module for part in once for module in part.modules() if isinstance(module, torch.nn.Linear)]
     assert len(linears) > 5
     calls: list[Any] = []

@@ -135,13 +135,16 @@ def codec_config(kind: Kind, held: Held, source: Path) -> tuple[KLConfig, dict[s
 
 def clip_towers(found: Sequence[Held], source: str) -> dict[str, Held]:
     """CLIP's text towers by what they are called in a joined text encoder. Raises CheckpointMismatch."""
-    rows: dict[str, Held] = {}
-    for held in found:
-        width = next(shape[1] for name, shape in held.shapes.items() if name.endswith("token_embedding.weight"))
-        rows[f"{width:09d}"] = held
+    rows = {width_of(held): held for held in found}
     if len(rows) < len(found):
         raise CheckpointMismatch(f"{source}: the same text encoder of CLIP's kind is given twice")
+    if len(rows) > 2:
+        raise CheckpointMismatch(f"{source}: {len(rows)} text encoders of CLIP's kind are more than any model has")
     return dict(zip(("clip_l", "clip_g"), (rows[width] for width in sorted(rows)), strict=False))
+
+
+def width_of(clip: Held) -> int:
+    return next(shape[1] for name, shape in clip.shapes.items() if name.endswith("token_embedding.weight"))
 
 
 def put_words(
@@ -191,14 +194,22 @@ def put_words(
 
 def told(config: FluxConfig | MMDiTConfig, path: Path) -> tuple[dict[str, Any], list[str]]:
     """How a network is drawn with, as `Foreign` has it, and sentences on what its tensors do not tell."""
-    name = path.stem.lower()
+    parents = (part for part in path.parts[-4:-1] if part.startswith("models--"))
+    name = " ".join((path.name, *parents)).lower()  # a cache of the Hub has the model's name above a number
     if isinstance(config, MMDiTConfig):
         turbo = "turbo" in name
         few = {"steps": 4, "guidance": 1.0} if turbo else {}
         said = "its name says that it is distilled, a turbo" if turbo else "it is taken for one that is not distilled"
         return {"noise": SD3_NOISE, **few}, [f"no name of a tensor tells a turbo: {said}"] if turbo else []
     if not config.guidance_embedded:
-        return {"noise": SCHNELL_NOISE}, []
+        said = "its name says so" if "schnell" in name else "it is taken for schnell, in four steps"
+        sentence = f"no name of a tensor tells FLUX.1 schnell from others that are not told their guidance: {said}"
+        return {"noise": SCHNELL_NOISE}, [] if "schnell" in name else [sentence]
+    if config.sees(KL_FLUX.latent_channels) == "hint":
+        depth = "depth" in name
+        said = "its name says Depth, guidance 10" if depth else "it is taken for Canny, guidance 30"
+        sentence = f"no name of a tensor tells FLUX.1 Canny from Depth: {said}"
+        return {"noise": FLUX_NOISE} | ({"guidance": 10.0} if depth else {}), [] if "canny" in name else [sentence]
     if config.sees(KL_FLUX.latent_channels):
         return {"noise": FLUX_NOISE}, []
     kontext = "kontext" in name
@@ -239,14 +250,16 @@ def recognise(
         assert given is not None
         codec, layout = codec_config(kind, given, vae or path)
         whole.put("autoencoder.", given, layout)
-        for file in text_encoders:
+        given_clips: list[Held] = []
+        for file in dict.fromkeys(text_encoders):
             inside = parts.read(file)
             more = parts.clips_in(inside, f"{file}/")
-            clips += more
+            given_clips += more
             if any(t5.MARK.fullmatch(name) for name in inside):
                 five = t5.encoder(file)
             elif not more:
                 raise CheckpointMismatch(f"{file} holds no text encoder: there is none of CLIP's kind in it, nor T5")
+        clips = [own for own in clips if all(width_of(own) != width_of(one) for one in given_clips)] + given_clips
         words = put_words(kind, whole, clip_towers(clips, f"{path}{others}"), five, f"{path}{others}", config)
     except KeyError as error:
         raise CheckpointMismatch(f"{path}{others} is like {kind.title}, but not whole: there is no {error}") from error
@@ -293,11 +306,20 @@ TRANSFORMERS = {"SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX}
 
 def is_folder(folder: Path) -> bool:
     """Whether a folder with an index is one of these. Raises FileProblem."""
-    return Settings(folder / INDEX).values.get("_class_name") in PIPELINES
+    return Settings(folder / INDEX).take("_class_name", "") in PIPELINES
 
 
 def of_folder(folder: Path) -> Foreign:
     """What such a folder holds. Raises FileProblem, CheckpointMismatch."""
+    try:
+        return _of_folder(folder)
+    except KeyError as error:
+        raise CheckpointMismatch(f"{folder} is not whole: there is no {error}") from error
+    except (ValueError, TypeError, IndexError, UsageError) as error:
+        raise CheckpointMismatch(f"{folder}: its parts do not fit together ({error})") from error
+
+
+def _of_folder(folder: Path) -> Foreign:
     index = Settings(folder / INDEX)
     kind = PIPELINES[index.values["_class_name"]]
     there = {name for name, value in index.values.items() if isinstance(value, list) and value[-1:] not in ([None], [])}
@@ -313,10 +335,7 @@ def of_folder(folder: Path) -> Foreign:
         config = flux.from_diffusers_config(settings.values, settings.path)
     else:
         config = mmdit.from_diffusers_config(settings.values, settings.path)
-    try:
-        codec = folders.autoencoder_config(Settings(folder / "vae" / "config.json"))
-    except UsageError as error:
-        raise CheckpointMismatch(f"{folder}: {error}") from error
+    codec = folders.autoencoder_config(Settings(folder / "vae" / "config.json"))
     noise, sampler = noise_config(Settings(folder / "scheduler" / "scheduler_config.json"))
     paths = {name: folders.weights(folder / name) for name in ("transformer", "vae", *towers)}
     found = {name: files.read_all(paths[name]) for name in paths}
@@ -350,10 +369,12 @@ def of_folder(folder: Path) -> Foreign:
     side = int(settings.values.get("sample_size") or 128) * codec.factor
     wanted = names(whole.rows)
     needed = {name: tensor for name, tensor in whole.tensors.items() if name in wanted or not superfluous(name)}
+    drawn, assumed = told(config, folder.absolute())
+    drawn |= {"noise": noise, "looks": index.values["_class_name"] == "FluxKontextPipeline"}
     return Foreign(
         source=folder, network=config, autoencoder=codec, text=words, tokenizers=(*tokenizers, reads),
-        noise=noise, prediction="velocity", sampler=sampler, size=side, layout=whole.rows, tensors=needed,
-        looks=index.values["_class_name"] == "FluxKontextPipeline",
+        prediction="velocity", sampler=sampler, size=side, layout=whole.rows, tensors=needed,
+        assumed=tuple(assumed) if isinstance(config, MMDiTConfig) else (), **drawn,
         files=tuple(path for some in paths.values() for path in some),
     )  # fmt: skip
 

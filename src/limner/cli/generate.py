@@ -254,7 +254,7 @@ def paint(
         bool, typer.Option("--compile", help="Compile the network's layers first, for many pictures of one size.")
     ] = False,
     vae: Annotated[
-        Path | None, typer.Option("--vae", help="Another autoencoder of Stable Diffusion: a file, or a folder.")
+        Path | None, typer.Option("--vae", help="Another autoencoder, or that of a network alone: a file, or a folder.")
     ] = None,
     text_encoder: Annotated[
         list[Path] | None,

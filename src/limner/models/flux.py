@@ -149,7 +149,7 @@ class Streams(nn.Module):
         for linear in self.modulations:
             nn.init.zeros_(linear.weight)
 
-    def told_once(self) -> list[nn.Module]:
+    def asked_once(self) -> list[nn.Module]:
         """What is not asked again after `times` and `tell`: more than a quarter of all weights."""
         told = (self.time_in, self.vector_in, self.guidance_in, self.txt_in, *self.modulations)
         return [module for module in told if module is not None]
@@ -192,11 +192,12 @@ class Streams(nn.Module):
         """`rope_table` of so many words and of latents (b, c, h, w), in their order; the last few are kept."""
         sizes = tuple((x.shape[-2] // PATCH, x.shape[-1] // PATCH) for x in pictures)
         key = (text, sizes, pictures[0].device)
-        if key not in self.tables:
+        made = self.tables.get(key)
+        if made is None:
             with torch.inference_mode(False), torch.no_grad():
                 made = rope_table(positions(*key), self.config.axes, self.config.theta)
             self.tables = dict([*self.tables.items(), (key, made)][-TABLES:])
-        return self.tables[key]
+        return made
 
 
 class Flux(Streams):

@@ -6,6 +6,7 @@ Elsewhere the same in torch, which is the definition. Kernels compute in float32
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,10 +18,15 @@ from torch.nn import functional as F
 
 @lru_cache(maxsize=1)
 def kernels() -> Any:
-    """The kernels, None where there is no Triton."""
+    """The kernels, None where there is no Triton, or it cannot build them (it needs a C compiler)."""
     try:
         from limner.nn import kernels as found
-    except ImportError:
+
+        row = torch.zeros(1, 1, 16, dtype=torch.bfloat16, device="cuda")
+        found.gated[(1,)](row, row, row, row, 1, 16, 0, BLOCK=16)
+    except Exception as error:  # whatever Triton, a compiler or a driver raises
+        if not isinstance(error, ImportError):
+            warnings.warn(f"no kernels of Triton ({str(error).strip()[:200]}): torch's do, slower", stacklevel=3)
         return None
     return found
 
@@ -30,6 +36,7 @@ def fuses(*tensors: Tensor) -> bool:
     first = tensors[0]
     return (
         first.is_cuda
+        and first.device.index == torch.cuda.current_device()  # where Triton launches
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and first.dtype in (torch.float16, torch.bfloat16)
@@ -62,9 +69,10 @@ def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 def widens(codes: Tensor, dtype: torch.dtype) -> bool:
     """Whether `widened` has a kernel for codes (rows, columns)."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    plain = codes.is_cuda and not torch.compiler.is_compiling() and codes.is_contiguous()
-    return half and plain and kernels() is not None
+    if not codes.is_cuda or dtype not in (torch.float16, torch.bfloat16) or torch.compiler.is_compiling():
+        return False
+    here = codes.device.index == torch.cuda.current_device() and codes.is_contiguous()
+    return here and torch.cuda.get_device_capability(codes.device) >= (8, 9) and kernels() is not None  # e4m3's first
 
 
 def widened(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -30,6 +30,8 @@ from limner.text.labels import Labels
 from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, unreached
 from limner.types import Conditioning, Control, Defaults, Denoise, Images, Latents, Reference, Request
 
+MOST_TIMES = 100
+"""What is made of so many times at once is kept for a drawing: of a large transformer 2 MB each and row."""
 Clock = Callable[..., Tensor]
 """`(network, rows, cond, ...)` -> what the network is told of the time, as `told_time` says."""
 
@@ -42,10 +44,14 @@ def told_time(
     device = next((weight.device for weight in network.parameters()), None)
     if not hasattr(network, "times"):
         return torch.full((rows,), time, device=device)
-    known: dict[float, Tensor] = cond.keep(("times", network), dict)
+    known: dict[float, Tensor] = cond.keep(("times", network, *map(id, more)), dict)
     if time not in known:  # some samplers ask between the steps too
-        times = [time] if known else list(dict.fromkeys([*walk.values(), time]))
-        known.update(zip(times, network.times(torch.tensor(times, device=device), rows, cond, *more), strict=True))
+        all_times = list(dict.fromkeys([*walk.values(), time]))
+        times = [time] if known or len(all_times) > MOST_TIMES else all_times
+        made = network.times(torch.tensor(times, device=device), rows, cond, *more)
+        if len(times) == 1 and len(all_times) > 1:
+            return made[0]
+        known.update(zip(times, made, strict=True))
     return known[time]
 
 
@@ -228,6 +234,8 @@ class DiffusionSystem(nn.Module):
         alpha = self.interpolant.alpha(level)  # type: ignore[arg-type]
         x = self.interpolant.input_scale(level) * (alpha * x0 + level * eps)
         cond = self.sized(self.text_encoder.encode(captions), x0.shape[3] * self.grid, x0.shape[2] * self.grid)
+        if self.told_guidance is not None:
+            cond = replace(cond, guidance=self.told_guidance(torch.ones(n, device=device)))
         output = self.network(x, t, cond)
         return {"loss": F.mse_loss(output.float(), self.prediction.target(x0, eps, alpha, level))}
 
@@ -315,11 +323,13 @@ class DiffusionSystem(nn.Module):
             )
         if request.tile % self.unit:
             raise UsageError(f"tile is {request.tile}: {self.name} draws in patches of {self.unit} pixels")
-        if self.sees in ("hint", "reference") and request.strength not in (None, 1.0):
-            raise UsageError(
-                f"strength is {request.strength:g}, but {self.name} looks at a picture and does not paint over it: "
-                "leave strength out"
-            )
+        if self.sees in ("hint", "reference") and request.image is not None:
+            over = [name for name, there in (("mask", request.mask is not None), ("strength", request.strength != 1),
+                                             ("hires", request.hires != 1)) if there]  # fmt: skip
+            if over:
+                raise UsageError(
+                    f"{self.name} looks at a picture and does not paint over it: leave {' and '.join(over)} out"
+                )
         if self.sees == "reference" and request.tile:
             raise UsageError(f"tile is {request.tile}, but {self.name} looks at a picture as a whole: leave tile out")
         if self.clip_skip is not None:
