@@ -346,7 +346,7 @@ def test_a_wrong_base_is_refused_by_name_before_any_step(systems, adapter, tmp_p
     upscaler = pipeline.load(stable_diffusion.upscaler(tmp_path / "x4"))
     with pytest.raises(UsageError, match="x4-upscaler takes no ControlNets: it follows the picture that it enlarges"):
         upscaler.upscale(picture(side=8), "a fox", control=[(adapter("full")[1], picture())])
-    with pytest.raises(UsageError, match="only ControlNets of U-Nets guess"):
+    with pytest.raises(UsageError, match="only ControlNets guess"):
         control.open_control(systems["sd1"][1].system, adapter("full")[1], picture(), guess=True)
     with pytest.raises(UsageError, match="knows one kind of picture: leave kind=depth out"):
         control.open_control(systems["sd1"][1].system, adapter("full")[1], picture(), kind="depth")
