@@ -80,8 +80,8 @@ def _model(folder: Path) -> Model:
 
 
 def steps_of(sampler: str) -> int:
-    """So that timesteps are whole where diffusers tells DPM2 a's midpoints of others than the levels they lie at."""
-    return 10 if sampler == "dpm2_a" else 5
+    """So that timesteps are whole where diffusers tells DPM2's midpoints of others than the levels they lie at."""
+    return 10 if sampler.startswith("dpm2") else 5
 
 
 def expected(pipe: Any, sampler: str) -> tuple[torch.Tensor, Image.Image]:
