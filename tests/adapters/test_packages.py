@@ -1,5 +1,6 @@
-"""Adapters against the packages that make them, on one weight, where those are: `pip install --no-deps lycoris-lora toml
-peft accelerate psutil`. With PEFT diffusers loads adapters itself, which other tests do not expect: run these alone."""
+"""Adapters against the packages that make them, on one weight, where those are: `pip install --no-deps lycoris-lora
+toml peft accelerate psutil`. With PEFT diffusers loads adapters itself, as other tests do not expect: run these alone.
+"""
 
 from __future__ import annotations
 
