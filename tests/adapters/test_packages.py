@@ -16,7 +16,7 @@ from limner.adapters.kinds import Scale
 
 from . import zoo
 
-BASE = {"linear": (20, 24), "convolution": (8, 12, 3, 3)}
+BASE = {"linear": (20, 24), "blocks": (32, 24), "convolution": (8, 12, 3, 3)}
 
 
 def layer(shape: tuple[int, ...]) -> nn.Module:
@@ -41,7 +41,8 @@ def ours(tensors: dict[str, Tensor], module: nn.Module, tmp_path) -> Tensor:
 
 
 def lycoris_weight(make: Any, tensors: dict[str, Tensor], module: nn.Module) -> Tensor:
-    """By its functions where its modules would scale twice (LoHa), or cut weights otherwise than they lie (LoKr)."""
+    """By its functions where its modules would scale twice (LoHa), choose other blocks or factors than lie there (OFT,
+    LoKr), or do not read their own files (IA3)."""
     functional = pytest.importorskip("lycoris.functional")
     weight, part = module.weight, tensors.get
     if make in (zoo.loha, zoo.loha_core):
@@ -54,17 +55,26 @@ def lycoris_weight(make: Any, tensors: dict[str, Tensor], module: nn.Module) -> 
         if low:  # its function divides by what is the rank but where there is a core
             scale = tensors["alpha"] / len(low[0]) * next(one for one in divisor if one is not None).shape[1]
         return weight + functional.lokr.diff_weight(*rows, gamma=scale if low else 1.0).view(weight.shape)
+    if make in (zoo.oft, zoo.oft_bounded, zoo.boft):
+        turn = functional.boft if make is zoo.boft else functional.diag_oft
+        bound = float(tensors["alpha"]) * len(weight)
+        return weight + turn.diff_weight(weight, part("oft_blocks"), part("rescale"), constraint=bound or None)
     modules = pytest.importorskip("lycoris.modules")
+    if make is zoo.ia3:
+        return modules.ia3._ia3_weight(weight, tensors["weight"], bool(tensors["on_input"]), 1.0, False)
     stored = {f"lora_unet_it.{name}": tensor.clone() for name, tensor in tensors.items()}
     kind, parts = modules.get_module(stored, "lora_unet_it")
     made = modules.make_module(kind, parts, "lora_unet_it", copy.deepcopy(module))
     return made.get_merged_weight(multiplier=1.0, shape=weight.shape)[0]
 
 
+TURNING = [("blocks", make) for make in (zoo.oft, zoo.oft_bounded, zoo.boft, zoo.ia3)]
 MAKERS = [zoo.lora, zoo.dora, zoo.loha, zoo.lokr, zoo.lokr_factored, zoo.glora, zoo.full]
-CASES = [("linear", make) for make in MAKERS] + [
-    ("convolution", make) for make in (zoo.lora, zoo.loha, zoo.lokr, zoo.lora_core, zoo.loha_core, zoo.lokr_core)
-]
+CASES = (
+    [("linear", make) for make in MAKERS]
+    + TURNING
+    + [("convolution", make) for make in (zoo.lora, zoo.loha, zoo.lokr, zoo.lora_core, zoo.loha_core, zoo.lokr_core)]
+)
 
 
 @pytest.mark.parametrize(("shape", "make"), CASES, ids=lambda one: getattr(one, "__name__", one))
