@@ -165,7 +165,7 @@ def test_a_model_that_reads_plainly_says_so():
         (picture,) = pipeline.generate(system, "a (red:2) fox", steps=1, prompt_dialect="a1111", clip_skip=2, seed=1)
     assert [str(w.message) for w in told][-2:] == [
         "icons-tiny reads prompts plainly, whatever the dialect: brackets and AND are words to it",
-        "clip skip has no effect: icons-tiny does not read prompts with CLIP",
+        "clip skip has no effect: icons-tiny takes nothing from CLIP's layers",
     ]
     assert not {"prompt_dialect", "clip_skip"} & picture.settings.keys()
     assert picture.settings["prompt"] == "a (red:2) fox"
