@@ -11,6 +11,7 @@ those of published single files, after `text_encoders.` and before `.transformer
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -89,7 +90,7 @@ FLUX_DEV_TEXT = FluxTextConfig()
 FLUX_SCHNELL_TEXT = FluxTextConfig(tokens=256)
 
 
-class JoinedText(nn.Module):
+class JoinedText(nn.Module, ABC):
     """What both have. `t5xxl` may be None."""
 
     dialects: tuple[Dialect, ...] = ("plain",)
@@ -98,9 +99,9 @@ class JoinedText(nn.Module):
     clip_l: CLIPTextEncoder
     t5xxl: T5TextEncoder | None
 
+    @abstractmethod
     def encode(self, prompts: list[str], clip_skip: int | None = None) -> Conditioning:
         """Token states of all, without a mask, and the vectors of CLIP."""
-        raise NotImplementedError
 
     def read(
         self, groups: Sequence[Sequence[Text]], dialect: Dialect, clip_skip: int | None, zero: bool = True
