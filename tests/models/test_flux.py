@@ -18,6 +18,7 @@ from limner.errors import UsageError
 from limner.models import flux
 from limner.models.flux import Flux, FluxConfig, Residuals, guidance_embedding, positions, rope_table, rotate
 from limner.types import Conditioning
+from parity import assert_same_gradients, backward, difference, gradients_of
 
 SIZE = (8, 6)
 
@@ -115,11 +116,6 @@ def asked(theirs: Any, x: torch.Tensor, t: torch.Tensor, cond: Conditioning, **m
     return diffusers.FluxPipeline._unpack_latents(out[:, : height * width], 8 * x.shape[-2], 8 * x.shape[-1], 8)
 
 
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
 # ------------------------------------------------------------------ known answers
 
 
@@ -191,17 +187,9 @@ def test_output_and_every_gradient_equal_diffusers(name):
     a, b = ours(x, t, cond), asked(theirs, x, t, cond)
     assert difference(a, b) <= 1e-10
 
-    weight = torch.randn(b.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    (a * weight).sum().backward()
-    (b * weight).sum().backward()
-    gradients = {key: parameter.grad for key, parameter in theirs.named_parameters()}
-    gradients = read(diffusers_layout(config), gradients, "gradients")
-    largest = max(gradient.abs().max().item() for gradient in gradients.values())
-    for key, parameter in ours.named_parameters():
-        assert parameter.grad is not None, key
-        scale = gradients[key].abs().max().item()
-        assert scale > 1e-6 * largest, key
-        assert (parameter.grad - gradients[key]).abs().max() <= 1e-8 * scale, key
+    backward(a, b)
+    gradients = read(diffusers_layout(config), gradients_of(theirs), "gradients")
+    assert_same_gradients(gradients_of(ours), gradients)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -17,6 +17,7 @@ from limner.models import mmdit_controlnet
 from limner.models.mmdit import MMDiTConfig
 from limner.models.mmdit_controlnet import MMDiTControlNet, MMDiTControlNetConfig
 from limner.types import Conditioning
+from parity import difference
 
 _SIZE = MMDiTConfig(
     channels=5, depth=2, num_heads=1, head_width=64, text_width=14, pooled_width=10, pos_embed_max=11, base_grid=7
@@ -91,11 +92,6 @@ def theirs_of(network: nn.Module, config: MMDiTControlNetConfig, x, t, cond, hin
     pooled = torch.zeros_like(cond.pooled) if config.zero_pooled else cond.pooled
     tokens = cond.tokens if config.reads_text else None
     return network(x, hint, 1.0, tokens, pooled, 1000 * t).controlnet_block_samples
-
-
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])

@@ -160,17 +160,11 @@ def recognise(
         raise CheckpointMismatch(
             f"{path} holds no autoencoder, but a {kind} alone: give Stable Diffusion 1's with --vae FILE"
         )
-    try:
+    with parts.whole(f"{path} with {vae}", f"a {kind}"):
         network = config_of(held.shapes, sit)
         dit.check(network)
         given = parts.codec(vae, KL_SD1.scale, str(path))
         codec, rows = parts.codec_config(given, KL_SD1.scale)
-    except KeyError as error:
-        raise CheckpointMismatch(f"{path} with {vae} is like a {kind}, but not whole: there is no {error}") from error
-    except (ValueError, IndexError, UsageError) as error:
-        raise CheckpointMismatch(
-            f"{path} with {vae} is like a {kind}, but its shapes do not fit together ({error})"
-        ) from error
     mine = {held.full(name): tensor for name, tensor in held.tensors.items()}
     named = f"its name says {kind}" if sit else "it is taken for a DiT"
     return Foreign(

@@ -245,7 +245,7 @@ def recognise(
         raise CheckpointMismatch(
             f"{path} is the network of {kind.title} alone: give its autoencoder with --vae FILE{texts}"
         )
-    try:
+    with parts.whole(f"{path}{others}", kind.title):
         given = own if vae is None else parts.codec(vae, kind.codec.scale, str(path))
         assert given is not None
         codec, layout = codec_config(kind, given, vae or path)
@@ -261,12 +261,6 @@ def recognise(
                 raise CheckpointMismatch(f"{file} holds no text encoder: there is none of CLIP's kind in it, nor T5")
         clips = [own for own in clips if all(width_of(own) != width_of(one) for one in given_clips)] + given_clips
         words = put_words(kind, whole, clip_towers(clips, f"{path}{others}"), five, f"{path}{others}", config)
-    except KeyError as error:
-        raise CheckpointMismatch(f"{path}{others} is like {kind.title}, but not whole: there is no {error}") from error
-    except (ValueError, IndexError, UsageError) as error:
-        raise CheckpointMismatch(
-            f"{path}{others} is like {kind.title}, but its shapes do not fit together ({error})"
-        ) from error
     wanted = names(whole.rows)
     needed = {name: tensor for name, tensor in whole.tensors.items() if name in wanted or not superfluous(name)}
     drawn, assumed = told(config, path)
@@ -301,7 +295,6 @@ PIPELINES = {
     "FluxPipeline": FLUX, "FluxImg2ImgPipeline": FLUX, "FluxInpaintPipeline": FLUX, "FluxFillPipeline": FLUX,
     "FluxControlPipeline": FLUX, "FluxKontextPipeline": FLUX,
 }  # fmt: skip
-TRANSFORMERS = {"SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX}
 
 
 def is_folder(folder: Path) -> bool:

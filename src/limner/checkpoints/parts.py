@@ -6,7 +6,8 @@ What each must be follows from the U-Net: names and shapes do not tell CLIP from
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from limner.checkpoints import autoencoder, components, files, folders, text, unet
 from limner.checkpoints.layouts import Layout, Place, early_diffusers
-from limner.errors import CheckpointMismatch, LimnerError
+from limner.errors import CheckpointMismatch, LimnerError, UsageError
 from limner.models.autoencoder import KL_SD1, KL_SDXL, KL_UPSCALER, KLConfig
 from limner.models.unet import UNetConfig
 from limner.text.clip import CLIPTextConfig
@@ -39,6 +40,17 @@ class Held:
 
     def placed(self, layout: Layout) -> dict[str, Place]:
         return {ours: place.named(self.full) for ours, place in layout.items()}
+
+
+@contextmanager
+def whole(source: str, kind: str) -> Iterator[None]:
+    """Raises CheckpointMismatch where what is read within is not a whole one of a `kind`."""
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointMismatch(f"{source} is like {kind}, but not whole: there is no {error}") from error
+    except (ValueError, IndexError, UsageError) as error:
+        raise CheckpointMismatch(f"{source} is like {kind}, but its shapes do not fit together ({error})") from error
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str, file: str = "") -> Held:

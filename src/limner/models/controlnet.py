@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from limner.models.unet import DownPath, EmbeddingMLP, Residuals, Told, UNetConfig, zero
+from limner.models.unet import DownPath, EmbeddingMLP, Residuals, Told, UNetConfig
 from limner.nn.embeddings import sinusoid
+from limner.nn.initialization import zero
 from limner.types import Conditioning
 
 HINT_WIDTHS = (16, 32, 96, 256)

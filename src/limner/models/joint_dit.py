@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from limner.errors import UsageError
 from limner.nn.embeddings import TimeEmbedding, rope_table, rotate
+from limner.nn.fused import modulate
 from limner.nn.linear import Linear
 from limner.types import Conditioning
 
@@ -91,7 +92,7 @@ class JointDiT(nn.Module):
         tokens = tokens[:, text.shape[1] :]
 
         shift, scale = (self.final_modulation + c[:, None]).chunk(2, dim=1)
-        tokens = self.final(modulate(layer_norm(tokens), shift, scale))
+        tokens = self.final(modulate(tokens, shift, scale))
         return rearrange(tokens, "b (h w) c -> b c h w", h=height)
 
     def modulate_by(self, t: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,8 +131,8 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor, modulation: Tensor, table: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.offset + modulation).chunk(6, dim=1)  # each b 1 d
-        tokens = torch.addcmul(tokens, gate1, self.attend(modulate(layer_norm(tokens), shift1, scale1), table))
-        value, gate = self.mlp_in(modulate(layer_norm(tokens), shift2, scale2)).chunk(2, dim=-1)
+        tokens = torch.addcmul(tokens, gate1, self.attend(modulate(tokens, shift1, scale1), table))
+        value, gate = self.mlp_in(modulate(tokens, shift2, scale2)).chunk(2, dim=-1)
         return torch.addcmul(tokens, gate2, self.mlp_out(F.silu(gate) * value))
 
     def attend(self, x: Tensor, table: Tensor) -> Tensor:
@@ -139,11 +140,3 @@ class Block(nn.Module):
         q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
         attended = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.proj(rearrange(attended, "b h n e -> b n (h e)"))
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, x, 1 + scale)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from limner.errors import UsageError
 from limner.nn import fused
 from limner.nn.embeddings import sinusoid
+from limner.nn.initialization import zero
 from limner.nn.linear import Linear
 from limner.types import Conditioning
 
@@ -396,8 +397,3 @@ def check(config: MMDiTConfig) -> None:
         )
     if any(not 0 <= i < config.depth for i in config.dual_blocks):
         raise UsageError(f"dual_blocks={config.dual_blocks}: of depth={config.depth} blocks, the first is 0")
-
-
-def zero(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)

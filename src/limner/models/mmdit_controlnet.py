@@ -23,8 +23,8 @@ from limner.models.mmdit import (
     MMDiTConfig,
     PatchEmbed,
     Trunk,
-    zero,
 )
+from limner.nn.initialization import zero
 from limner.nn.linear import Linear
 from limner.types import Conditioning
 

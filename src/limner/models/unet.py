@@ -29,6 +29,7 @@ from limner.errors import UsageError
 from limner.nn.attention import Attention, SpatialAttention
 from limner.nn.convolution import Downsample, Upsample
 from limner.nn.embeddings import sinusoid
+from limner.nn.initialization import zero
 from limner.nn.linear import Linear
 from limner.types import Conditioning
 
@@ -647,8 +648,3 @@ def check(config: UNetConfig) -> None:
             )
     if not config.text_width and (max(*config.depths, config.mid_depth) > 1 or any(config.text_only)):
         raise UsageError("without text_width, depths are 0 or 1 and text_only is not set")
-
-
-def zero(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)

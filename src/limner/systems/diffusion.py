@@ -45,14 +45,14 @@ def told_time(
     if not hasattr(network, "times"):
         return torch.full((rows,), time, device=device)
     known: dict[float, Tensor] = cond.keep(("times", network, *map(id, more)), dict)
-    if time not in known:  # some samplers ask between the steps too
-        all_times = list(dict.fromkeys([*walk.values(), time]))
-        times = [time] if known or len(all_times) > MOST_TIMES else all_times
-        made = network.times(torch.tensor(times, device=device), rows, cond, *more)
-        if len(times) == 1 and len(all_times) > 1:
-            return made[0]
-        known.update(zip(times, made, strict=True))
-    return known[time]
+    if time in known:
+        return known[time]
+    walked = list(dict.fromkeys([*walk.values(), time]))
+    times = [time] if known or len(walked) > MOST_TIMES else walked  # some samplers ask between the steps too
+    made = dict(zip(times, network.times(torch.tensor(times, device=device), rows, cond, *more), strict=True))
+    if times is walked:
+        known.update(made)
+    return made[time]
 
 
 def controlled(
