@@ -245,7 +245,9 @@ def test_a_twin_in_fp8_draws_nearly_the_same(flux, monkeypatch):
 # ----------------------------------------------------------------- adapters
 
 
-def test_an_adapter_changes_quantised_weights_without_loss_and_comes_off_again(tmp_path, sd1_folder):
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa"])
+def test_an_adapter_changes_quantised_weights_without_loss_and_comes_off_again(kind, tmp_path, sd1_folder):
+    """One of low rank stays beside the codes, which another kind has expanded."""
     stored = single_files.export(folders.recognise(sd1_folder))
     unet = "model.diffusion_model."
     small = {n: t.to(torch.float8_e4m3fn) if n.startswith(unet) else t for n, t in stored.items()}
@@ -258,22 +260,60 @@ def test_an_adapter_changes_quantised_weights_without_loss_and_comes_off_again(t
     layer, plain = system.network.get_submodule(name), wide.network.get_submodule(name)
     assert layer.code == "e4m3"
     out, width = plain.weight.shape
-    lora = {"lora_down": torch.randn(4, width), "lora_up": torch.randn(out, 4)}
+    if kind == "LoRA":
+        made = {"lora_down.weight": torch.randn(4, width), "lora_up.weight": torch.randn(out, 4)}
+    else:
+        made = {f"hada_w{n}_{m}": torch.randn(*((out, 4) if m == "a" else (4, width))) for n in "12" for m in "ab"}
     spelled = "lora_unet_" + name.replace(".", "_")
-    save_file({f"{spelled}.{part}.weight": t for part, t in lora.items()}, tmp_path / "lora.safetensors")
+    save_file({f"{spelled}.{part}": t for part, t in made.items()}, tmp_path / "lora.safetensors")
     x = torch.randn(3, width)
     with torch.no_grad():
         before = layer(x)
         reports = [attaching.stack(one).attach(tmp_path / "lora.safetensors", 0.7) for one in (system, wide)]
         assert str(reports[0]) == str(reports[1])
-        assert torch.equal(layer.weight, plain.weight)
-        assert torch.equal(layer(x), plain(x))
+        if kind == "LoRA":
+            assert layer.weight is None
+            torch.testing.assert_close(layer(x), plain(x), rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(layer.weight, plain.weight)
+            assert torch.equal(layer(x), plain(x))
+        assert not torch.allclose(layer(x), before)
         bare = system.adapters.bare("network")
         assert torch.equal(bare[f"{name}.weight"], wide.adapters.bare("network")[f"{name}.weight"])
         assert bare.keys() == wide.network.state_dict().keys()
         attaching.stack(system).detach()
         assert layer.weight is None
         assert torch.equal(layer(x), before)
+
+
+def test_adapters_of_low_rank_stand_beside_the_rows_they_are_for(flux, tmp_path, monkeypatch):
+    """Two LoRAs, one of a part of a fused matrix and one of all of it, of other ranks, weights and orders."""
+    path = write(tmp_path / "flux.safetensors", "nf4 nested", load_file(flux.files["network"]))
+    small, wide = flux.load(path), flux.load(path, dtype=torch.float32)
+    out, width = small.network.double_blocks[0].img_attn.qkv.codes.shape[0], 256
+    third = "transformer.transformer_blocks.0.attn.to_k.lora_{}.weight"
+    whole = "lora_unet_double_blocks_0_img_attn_qkv.lora_{}.weight"
+    save_file({third.format("A"): torch.randn(3, width), third.format("B"): torch.randn(out // 3, 3)},
+              tmp_path / "third.safetensors")  # fmt: skip
+    save_file({whole.format("down"): torch.randn(5, width), whole.format("up"): torch.randn(out, 5)},
+              tmp_path / "whole.safetensors")  # fmt: skip
+    plain = latents(small, monkeypatch)
+    before = bytes_of(small.network)
+    for system in (small, wide):
+        attaching.stack(system).attach(tmp_path / "third.safetensors", 0.05)
+        attaching.stack(system).attach(tmp_path / "whole.safetensors", -0.02)
+    assert codes(small.network) == {"nf4"}
+    assert bytes_of(small.network) - before == 4 * (3 + 5) * (out + width)
+    made, expected = latents(small, monkeypatch), latents(wide, monkeypatch)
+    assert (made - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (made - plain).abs().max() > 1e-2 * plain.abs().max()
+    attaching.stack(small).detach("third")
+    attaching.stack(wide).detach("third")
+    made, expected = latents(small, monkeypatch), latents(wide, monkeypatch)
+    assert (made - expected).abs().max() <= 1e-5 * expected.abs().max()
+    attaching.stack(small).detach()
+    assert torch.equal(latents(small, monkeypatch), plain)
+    assert bytes_of(small.network) == before
 
 
 # ------------------------------------------------------- what is said of them

@@ -2,8 +2,9 @@
 
 A model with adapters has W + sum of weight * difference in place of W, every difference computed from W itself in
 float32 and the sum rounded once to W's precision: their order does not matter, and one more loses nothing. W is kept,
-and it is that very tensor that comes back. A quantised W is expanded for it, and the sum rounded to what the model
-computes in: while an adapter is on, the matrices that it changes take the room of that.
+and it is that very tensor that comes back. A quantised W stays as it is, and differences of low rank stand beside it,
+as factors in the type that the model computes in. For others it is expanded, and the sum rounded to that type: while
+they are on, the matrices that they change take the room of that.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ class Stack:
         """Held while adapters change, and while something is drawn with them."""
         self.hidden: dict[tuple[str, str], nn.Parameter | None] = {}
         """None is a weight that the module keeps quantised."""
+        self.beside: set[str] = set()
+        """Modules beside whose quantised weights something stands."""
         self.controls: dict[tuple[tuple[str, int], ...], tuple[Any, str]] = {}
         """Networks of ControlNets and hashes of their files, by these and the times of their last change."""
         self.encoders: dict[str, Any] = {}
@@ -183,21 +186,28 @@ class Stack:
         squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # block -> of differences, of weights
         modules = {module for one in on for module in one.adapter.entries}
         made: dict[tuple[str, str], nn.Parameter] = {}
+        beside: dict[str, tuple[Tensor, Tensor]] = {}
         for module in sorted(modules):
+            mine = [
+                (one.adapter, one.strength(module))
+                for one in on
+                if isinstance(one.adapter, Adapter) and module in one.adapter.entries
+            ]
+            if (factors := self._factors(module, mine)) is not None:
+                beside[module] = factors
+                if not any(adapter is new for adapter, _ in mine):
+                    continue
             own = self.own(module)
             sums: dict[str, Tensor] = {}
-            for one in on:
-                if not isinstance(one.adapter, Adapter) or module not in one.adapter.entries:
+            for adapter, strength in mine:
+                if adapter is not new and (not strength or factors is not None):
                     continue
-                strength = one.strength(module)
-                if not strength and one.adapter is not new:
-                    continue
-                for name, delta in difference(one.adapter, module, own).items():
-                    if one.adapter is new:
+                for name, delta in difference(adapter, module, own).items():
+                    if adapter is new:
                         both = squares[block(module)]
                         both[0] += torch.linalg.vector_norm(delta).item() ** 2
                         both[1] += torch.linalg.vector_norm(own[name], dtype=torch.float32).item() ** 2
-                    if strength:
+                    if strength and factors is None:
                         sums[name] = sums[name].add_(delta, alpha=strength) if name in sums else delta * strength
             for name, delta in sums.items():
                 new_weight = (own[name].float() + delta).to(self._rounded_to(module, own[name]))
@@ -220,8 +230,35 @@ class Stack:
         self.hidden = {key: getattr(self.system.get_submodule(key[0]), key[1]) for key in made}
         for (module, name), parameter in made.items():
             setattr(self.system.get_submodule(module), name, parameter)
+        for module in self.beside - beside.keys():
+            self._linear(module).beside(None, None)
+        for module, (up, down) in beside.items():
+            self._linear(module).beside(up, down)
+        self.beside = set(beside)
         self.on = on
         return changes
+
+    def _linear(self, module: str) -> Linear:
+        found = self.system.get_submodule(module)
+        assert isinstance(found, Linear)
+        return found
+
+    def _factors(self, module: str, mine: list[tuple[Adapter, float]]) -> tuple[Tensor, Tensor] | None:
+        """What stands beside the quantised matrix of a module, up (out, rank) and down (rank, in), where all that
+        adapters do to it at their weights is of low rank."""
+        owner = self.system.get_submodule(module)
+        mine = [(adapter, strength) for adapter, strength in mine if strength]
+        if not isinstance(owner, Linear) or not owner.code or not mine:
+            return None
+        ups, downs = [], []
+        for adapter, strength in mine:
+            for entry in adapter.entries[module]:
+                if (found := entry.factors(owner.out_features, owner.codes.device)) is None:
+                    return None
+                ups.append(strength * found[0])
+                downs.append(found[1])
+        dtype = self._rounded_to(module, ups[0])
+        return torch.cat(ups, dim=1).to(dtype), torch.cat(downs).to(dtype)
 
     def _rounded_to(self, module: str, own: Tensor) -> torch.dtype:
         """The type of a changed weight: its own, or of a quantised one what the part that it is in computes in."""

@@ -110,6 +110,18 @@ class Entry:
         made = kinds.difference(self.kind, parts, self.scale, self.theirs(own))
         return {named[name]: self._turned(delta) for name, delta in made.items()}
 
+    def factors(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Of an adapter of low rank on a matrix of so many rows, up (rows, rank) and down (rank, columns), in float32,
+        else None."""
+        found = kinds.factors(
+            self.kind, {name: part.to(device, torch.float32) for name, part in self.parts.items()}, self.scale
+        )
+        if found is None:
+            return None
+        up = found[0].new_zeros(rows, found[0].shape[1])
+        self.part(up).copy_(self._turned(found[0]))
+        return up, found[1]
+
     def part(self, whole: Tensor) -> Tensor:
         """The rows that it is for, as a view."""
         return whole if self.rows is None else whole[slice(*self.rows)]

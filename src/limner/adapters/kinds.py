@@ -172,6 +172,13 @@ def difference(kind: Kind, parts: Parts, scale: Scale, base: Mapping[str, Tensor
     return found
 
 
+def factors(kind: Kind, parts: Parts, scale: Scale) -> tuple[Tensor, Tensor] | None:
+    """Of an adapter that adds nothing but a product of low rank to a matrix, up (o, r) and down (r, i), else None."""
+    if kind.title != "LoRA" or parts.keys() != {"up", "down"} or any(part.dim() != 2 for part in parts.values()):
+        return None
+    return scale(len(parts["down"])) * parts["up"], parts["down"]
+
+
 def _shaped(delta: Tensor, wanted: Tensor) -> Tensor:
     if (
         delta.dim() == 0

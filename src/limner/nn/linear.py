@@ -14,13 +14,16 @@ class Linear(nn.Linear):
     use AVX-512 on AMD's processors and is half as fast there.
 
     One that was told to `keep` a quantised matrix has that in place of `weight`, which is None, and expands it at every
-    product. A weight that is put there after all comes first; taken away, it leaves the quantised one.
+    product. A weight that is put there after all comes first; taken away, it leaves the quantised one. What an adapter
+    of low rank adds to it stands `beside`, so that the matrix stays in few bits.
     """
 
     code = ""
     """What its matrix is kept in (see `limner.nn.quantized`), "" for a plain `weight`."""
     in_fp8 = False
     """Whether products are in 8 bits too, where the GPU can: `limner.nn.quantized.product_fp8`."""
+    down: Tensor | None
+    up: Tensor | None
     codes: Tensor
     scale_bits: Tensor | None
     table: Tensor | None
@@ -36,6 +39,12 @@ class Linear(nn.Linear):
         table = None if q.table is None else q.table.view(torch.int32)
         for name, tensor in (("codes", q.codes), ("scale_bits", bits), ("table", table)):
             self.register_buffer(name, tensor, persistent=False)
+        self.beside(None, None)
+
+    def beside(self, up: Tensor | None, down: Tensor | None) -> None:
+        """Add up (out, rank) times down (rank, in) to the quantised matrix, or None for nothing more."""
+        self.register_buffer("up", up, persistent=False)
+        self.register_buffer("down", down, persistent=False)
 
     @property
     def quantized(self) -> Quantized:
@@ -48,8 +57,14 @@ class Linear(nn.Linear):
         if weight is None:
             q = self.quantized
             if self.in_fp8 and multiplies_fp8(x, q):
-                return product_fp8(x, q, self.bias)
-            weight = q.whole(x.dtype)
+                made = product_fp8(x, q, self.bias)
+            else:
+                made = self.product(x, q.whole(x.dtype))
+            return made if self.up is None or self.down is None else made + F.linear(F.linear(x, self.down), self.up)
+        return self.product(x, weight)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x times a weight, and the bias."""
         single = x.dtype == weight.dtype == torch.float32
         if torch.is_grad_enabled() or x.device.type != "cpu" or not single or not torch.backends.mkldnn.is_available():
             return F.linear(x, weight, self.bias)
