@@ -10,7 +10,7 @@ import copy
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -46,10 +46,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of the weights of every part, and the stages of a drawing."""
+    """Bytes of the weights of every part, and the stages of a drawing. `passing` are bytes of a part that are not there
+    with the rest of it where parts take turns, for a drawing asks them once."""
 
     weights: Mapping[str, int]
     stages: tuple[Stage, ...]
+    passing: Mapping[str, int] = field(default_factory=dict)
 
     def peak(self, offload: bool, recorded: bool = False) -> tuple[int, Stage]:
         """Bytes at the height of the drawing, and its stage then; with `offload` only parts at work are there, and a
@@ -57,7 +59,10 @@ class Plan:
         kept = {s.name: s.made for s in self.stages if recorded and s.parts[0] in ("network", "refiner")}
         rows = []
         for stage in self.stages:
-            weights = sum(self.weights[part] for part in (stage.parts if offload else self.weights))
+            if offload:
+                weights = sum(self.weights[part] - self.passing.get(part, 0) for part in stage.parts)
+            else:
+                weights = sum(self.weights.values())
             others = sum(made for name, made in kept.items() if name != stage.name)
             rows.append((weights + stage.made + others, stage))
         return max(rows, key=lambda row: row[0])
@@ -116,7 +121,7 @@ def plan(system: System, request: Request, count: int) -> Plan:
     stages.append(stage("a step", ("network", *guide, *controls), step))
     if "refiner" in others:
         stages.append(Stage("a step of the refiner", ("refiner",), stages[-1].made))
-    return Plan(weights_of(system, request), (*stages, decoding))
+    return Plan(weights_of(system, request), (*stages, decoding), passing_of(system))
 
 
 def joined(system: DiffusionSystem) -> dict[str, DiffusionSystem]:
@@ -131,6 +136,17 @@ def weights_of(system: Any, request: Request) -> dict[str, int]:
     parts = {part: getattr(system, part) for part in PARTS} | joined(system)
     parts |= {f"control {k}": one.network for k, one in enumerate(request.control, 1)}
     return {name: bytes_of(part) for name, part in parts.items()}
+
+
+def passing_of(system: DiffusionSystem) -> dict[str, int]:
+    """Of parts that have what a drawing asks but once, its bytes; all but the largest, which is there alone."""
+    found = {}
+    for part in PARTS:
+        if hasattr(module := getattr(system, part), "asked_once") and (
+            sizes := [bytes_of(m) for m in module.asked_once()]
+        ):
+            found[part] = sum(sizes) - max(sizes)
+    return found
 
 
 def room(system: Any, request: Request, count: int) -> Room:

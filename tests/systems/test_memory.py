@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from limner import catalog, memory, pipeline
 from limner.errors import UsageError
 from limner.memory import Plan, Stage
+from limner.nn.linear import Linear
 from limner.systems.diffusion import PARTS, DiffusionSystem
 
-from . import stable_diffusion
+from . import flow_models, stable_diffusion
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,47 @@ def test_only_parts_at_work_are_on_the_device(folders):
     assert set(order[:-3]) == {"text_encoder", "refiner's text_encoder"}
     assert [weight.data_ptr() for weight in resting] == list(resting.values())
     assert all(map(torch.equal, resting, before))
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_what_a_drawing_asks_once_is_not_there_with_the_rest(name, tmp_path, monkeypatch):
+    """Of a network that takes turns the modulations, a third of it, come one by one and leave again."""
+    system = pipeline.load(getattr(flow_models, name)(tmp_path), "cpu").system
+    told = {"prompt": "a red fox", "seed": 3, "steps": 3, "width": 32, "height": 32}
+    alone = pipeline.generate(system, **told)[0].image.tobytes()
+    resting = {weight: weight.data_ptr() for weight in system.network.parameters()}
+    once = system.network.asked_once()
+    passing = {weight for module in once for weight in module.parameters()}
+    steps, asked = [], []
+
+    def come():
+        return [weight for weight in resting if weight.data_ptr() != resting[weight]]
+
+    def at_a_step(*_):
+        steps.append((len(come()) == len(resting) - len(passing), any(weight in passing for weight in come())))
+
+    def when_asked(linear, x):
+        if linear.weight in passing:
+            (module,) = (one for one in once if linear in one.modules())
+            asked.append({weight for weight in come() if weight in passing} == set(module.parameters()))
+        return forward(linear, x)
+
+    blocks = system.network.double_blocks if name == "flux" else system.network.joint_blocks
+    blocks[0].register_forward_pre_hook(at_a_step)
+    system.works_on = torch.device("cpu:0")
+    forward = Linear.forward
+    monkeypatch.setattr(Linear, "forward", when_asked)
+    assert pipeline.generate(system, **told)[0].image.tobytes() == alone
+    assert steps == [(True, False)] * 3
+    assert len(asked) >= len([m for m in once if any(isinstance(part, Linear) for part in m.modules())])
+    assert all(asked)
+    assert [weight.data_ptr() for weight in resting] == list(resting.values())
+    assert all("forward" not in vars(module) for module in once)
+    request = pipeline.prepare(system, prompt="a red fox", steps=3, width=32, height=32)
+    found = memory.plan(system, request, 1)
+    sizes = [sum(4 * weight.numel() for weight in module.parameters()) for module in once]
+    step = replace(found, stages=tuple(stage for stage in found.stages if stage.name == "a step"))
+    assert step.peak(True)[0] == step.stages[0].made + found.weights["network"] - sum(sizes) + max(sizes)
 
 
 def test_nothing_takes_turns_on_a_cpu(tiny_model, limner):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -138,6 +138,40 @@ MOST_SMALL_NOISE = 350
 """The highest of the levels that Stable Diffusion's x4 upscaler was trained with."""
 
 
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+@contextlib.contextmanager
+def brought(weights: Iterable[Tensor], device: torch.device) -> Iterator[None]:
+    """Copies of the weights on a device in their place, for as long as this lasts."""
+    resting = [(weight, weight.data) for weight in weights if weight.device != device]
+    try:
+        with torch.inference_mode(False):
+            for weight, data in resting:
+                weight.data = data.to(device, copy=True)
+        yield
+    finally:
+        for weight, data in resting:
+            weight.data = data
+
+
+@contextlib.contextmanager
+def brought_to_be_asked(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A module on a device whenever it is asked something, and no longer, for as long as this lasts."""
+    forward = module.forward
+
+    def asked(*told: Any) -> Any:
+        with brought(tensors_of(module), device):
+            return forward(*told)
+
+    module.forward = asked
+    try:
+        yield
+    finally:
+        del module.forward
+
+
 class DiffusionSystem(nn.Module):
     """Trained with the loss of rectified flow or diffusion on latents, sampled by any solver of `limner.sampling`."""
 
@@ -266,19 +300,22 @@ class DiffusionSystem(nn.Module):
 
     @contextlib.contextmanager
     def at_work(self, part: str) -> Iterator[None]:
-        """One of `PARTS` where it computes, for as long as this lasts."""
-        module = getattr(self, part)
-        weights = [] if self.works_on is None else [*module.parameters(), *module.buffers()]
-        resting = [(weight, weight.data) for weight in weights if weight.device != self.works_on]
-        try:
-            with torch.inference_mode(False):
-                for weight, data in resting:
-                    weight.data = data.to(self.works_on, copy=True)
+        """One of `PARTS` where it computes, for as long as this lasts; of it what a drawing asks but once is there only
+        while it is asked."""
+        if self.works_on is None:
             yield
+            return
+        module, device = getattr(self, part), self.works_on
+        passing = module.asked_once() if hasattr(module, "asked_once") else []
+        apart = {weight for one in passing for weight in tensors_of(one)}
+        try:
+            with contextlib.ExitStack() as there:
+                there.enter_context(brought([weight for weight in tensors_of(module) if weight not in apart], device))
+                for one in passing:
+                    there.enter_context(brought_to_be_asked(one, device))
+                yield
         finally:
-            for weight, data in resting:
-                weight.data = data
-            if resting and self.works_on is not None and self.works_on.type == "cuda":
+            if device.type == "cuda":
                 torch.cuda.empty_cache()  # torch would keep what the part took, beside what the next one takes
 
     # ---------------------------------------------------------------- sampling
