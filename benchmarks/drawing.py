@@ -49,7 +49,7 @@ def main() -> None:
     timed = torch.inference_mode()(lambda call: unet_benchmark.timed(call, device))
     system: Any = made(MODELS[asked.model], device, pipeline.DTYPES[asked.dtype])
     for part in (system.network, system.text_encoder) if asked.fp8 else ():
-        quantize_(part, "fp8")
+        quantize_(part)
     if asked.offload:
         system.offload()
     if device.type == "cuda":

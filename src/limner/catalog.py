@@ -40,7 +40,7 @@ from limner.models.unet import (
     UNetConfig,
 )
 from limner.nn.linear import Linear
-from limner.nn.quantized import Quantized, of_bytes
+from limner.nn.quantized import Quantized, of_bytes, quantize_
 from limner.sampling import interpolants, predictions
 from limner.sampling.interpolants import SMALL_NOISE, EDMConfig, FlowConfig, VPConfig, discrete
 from limner.systems import previews
@@ -583,14 +583,16 @@ def load(
     ready to draw. `prediction` is for models of other programs whose files do not say, or not truly, what they predict;
     `dtype` is what the network computes in, else for models of other programs what is fastest, half precision on a GPU
     and bfloat16 on a processor that has it, and float32 for the rest; without it, matrices that a file of another
-    program has in 8 bits or fewer stay so and are expanded when they are multiplied. `vae` is another autoencoder,
+    program has in 8 bits or fewer stay so and are expanded when they are multiplied; with torch.float8_e4m3fn all do
+    so, as `limner.nn.quantized.to_fp8` makes them. `vae` is another autoencoder,
     `text_encoders` are files with other text towers; of a single file that is a U-Net alone, they are what it lacks.
     With `offload` "always", or "auto" and more weights than the device has memory for, the parts rest on the CPU while
     not at work.
 
     Raises UsageError, UnknownName, FileProblem, CheckpointMismatch.
     """
-    path = find(source)
+    path, shrinks = find(source), dtype == torch.float8_e4m3fn
+    dtype = None if shrinks else dtype
     codec, texts = None if vae is None else parts.codec_in(Path(vae)), [Path(file) for file in text_encoders]
     found = recognise(path, prediction, codec, texts)
     for sentence in () if found is None else found.assumed:
@@ -602,7 +604,8 @@ def load(
         if dtype is None:
             kept = keep_small(system, tensors)
             tensors = {name: tensor for name, tensor in tensors.items() if name not in kept}
-            brain = any(name.startswith("network.") for name in kept) and not isinstance(found.network, UNetConfig)
+            small = shrinks or any(name.startswith("network.") for name in kept)
+            brain = small and not isinstance(found.network, UNetConfig)
             dtype = _best(torch.bfloat16 if brain else first.dtype, torch.device(device))
     else:
         tensors, stored = files.load(path)
@@ -621,6 +624,11 @@ def load(
     beside.shutdown(wait=False)
     system.requires_grad_(False).eval()
     device = torch.device(device)
+    if shrinks and isinstance(system, DiffusionSystem):
+        quantize_(system.network, device)
+        quantize_(system.text_encoder, device)
+    elif shrinks:
+        raise UsageError(f"{system.name} has no network to keep in 8 bits: leave dtype out")
     if offload == "always" or (offload == "auto" and bytes_of(system) > free_of(device) and device.type == "cuda"):
         _rest(system, device)
     else:

@@ -20,7 +20,7 @@ from limner.checkpoints import folders, parts, single_files
 from limner.devices import bytes_of
 from limner.errors import CheckpointMismatch, UsageError
 from limner.nn.linear import Linear
-from limner.nn.quantized import Quantized, quantize_
+from limner.nn.quantized import Quantized
 from quantized_files import blocks, fp8, gguf, int8, nf4
 
 from . import flow_models
@@ -233,13 +233,31 @@ def test_widening_leaves_what_is_kept(flux, tmp_path):
     assert torch.equal(layer.quantized.whole(), before)
 
 
-def test_a_twin_in_fp8_draws_nearly_the_same(flux, monkeypatch):
-    system = flux.load(flux.files["network"], dtype=torch.float32)
-    expected = latents(system, monkeypatch)
-    assert quantize_(system.network) > 20
-    assert codes(system.network) == {"e4m3"}
-    error = (latents(system, monkeypatch) - expected).norm() / expected.norm()
+def test_a_model_of_any_file_may_be_kept_in_fp8(flux, monkeypatch, limner, tmp_path):
+    wide, small = (pipeline.load(flux.folder, "cpu", dtype=dtype).system for dtype in ("fp32", "fp8"))
+    assert codes(small.network) - {""} == codes(small.text_encoder) - {""} == {"e4m3"}
+    assert bytes_of(small.network) < 0.35 * bytes_of(wide.network)
+    assert "weights in e4m3" in pipeline.computes(small)
+    expected = latents(wide, monkeypatch)
+    error = (latents(small, monkeypatch) - expected).norm() / expected.norm()
     assert 0 < error < 0.1
+    size = ["-W", 32, "-H", 32, "--steps", 1]
+    done = limner("a red fox", "-m", flux.folder, "--dtype", "fp8", *size, "-o", tmp_path / "a.png")
+    assert done.code == 0, done.err
+    with pytest.raises(UsageError, match="fp8-fast, which needs a GPU"):
+        pipeline.load(flux.folder, "cpu", dtype="fp8-fast")
+
+
+@pytest.mark.gpu
+def test_products_in_fp8_draw_nearly_the_same(flux, monkeypatch):
+    wide, fast = (pipeline.load(flux.folder, "cuda", dtype=dtype).system for dtype in ("bf16", "fp8-fast"))
+    in_fp8 = [layer for layer in fast.network.modules() if getattr(layer, "in_fp8", False)]
+    once = {part for one in fast.network.asked_once() for part in one.modules()}
+    assert in_fp8
+    assert once.isdisjoint(in_fp8)
+    expected = latents(wide, monkeypatch)
+    error = (latents(fast, monkeypatch) - expected).norm() / expected.norm()
+    assert 0 < error < 0.2
 
 
 # ----------------------------------------------------------------- adapters
