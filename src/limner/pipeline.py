@@ -22,7 +22,6 @@ from limner.adapters import asking, attaching, makers, references
 from limner.adapters import control as controls
 from limner.errors import Assumed, FileProblem, Ignored, UnknownName, UsageError
 from limner.models import tiling
-from limner.nn.quantized import has_fp8, multiply_fp8_
 from limner.sampling import compat as programs
 from limner.sampling import samplers, schedules
 from limner.sampling.guidance import WAYS
@@ -145,14 +144,13 @@ class Pipeline:
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-FAST = "fp8-fast"
 
 
 def load(
     source: str | Path = "icons",
     device: str = "auto",
     prediction: Literal["eps", "v", "x0"] | None = None,
-    dtype: Literal["auto", "fp32", "fp16", "bf16", "fp8", "fp8-fast"] = "auto",
+    dtype: Literal["auto", "fp32", "fp16", "bf16", "fp8"] = "auto",
     vae: str | Path | None = None,
     refiner: str | Path | None = None,
     guide_model: str | Path | None = None,
@@ -163,8 +161,7 @@ def load(
     """A pipeline by model name, weight file of ours or of Stable Diffusion, folder of a run or of diffusers. `device`
     "auto" takes a CUDA device when there is one; `prediction` is for files that do not say what they predict; `dtype`
     is what the network computes in, by default what is fastest on the device without harm; with "fp8" matrices of the
-    network and the text encoders are kept in 8 bits, half the memory, and computed with in that, with "fp8-fast"
-    multiplied in 8 bits, too, where a GPU can, for less likeness; `vae` is
+    network and the text encoders are kept in 8 bits, half the memory, and expanded when they are multiplied; `vae` is
     a file or folder with another autoencoder, `refiner` a model that does the last steps, `guide_model` a weaker one
     that guidance leads away from in place of the negative prompt (autoguidance), `text_encoder` one or several files
     with other text towers. A file with a U-Net alone needs `vae` and `text_encoder`.
@@ -179,11 +176,9 @@ def load(
         raise UsageError(f"the model is {type(source).__name__}, not a name or a path: try limner.load('icons')")
     if prediction not in (None, "eps", "v", "x0"):
         raise UnknownName("prediction", str(prediction), ("eps", "v", "x0"))
-    if dtype not in (known := ("auto", *DTYPES, FAST)):
+    if dtype not in (known := ("auto", *DTYPES)):
         raise UnknownName("dtype", str(dtype), known)
-    if dtype == FAST and not has_fp8(find_device(device)):
-        raise UsageError("dtype is fp8-fast, which needs a GPU that multiplies in 8 bits (H100 or newer): say fp8")
-    told = DTYPES["fp8" if dtype == FAST else dtype] if dtype != "auto" else None
+    told = DTYPES.get(dtype)
     if offload not in ("auto", "never", "always"):
         raise UnknownName("offload", str(offload), ("auto", "never", "always"))
     texts = [text_encoder] if isinstance(text_encoder, str | Path) else list(text_encoder)
@@ -194,9 +189,6 @@ def load(
         catalog.put_guide(system, guide_model, find_device(device), told)
     if isinstance(system, DiffusionSystem):
         system.stays = offload == "never"
-        for one in (system, system.refiner, system.guide) if dtype == FAST else ():
-            if one is not None:
-                multiply_fp8_(one.network)
         if system.works_on is not None:
             system.offload()  # with what joined it
         if compile:

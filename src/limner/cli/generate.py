@@ -216,8 +216,7 @@ def paint(
         typer.Option(
             "--dtype",
             help="What the network computes in: fp32, fp16 or bf16; auto is the fastest, and keeps weights of 8 bits "
-            "or fewer as they are. fp8 keeps all matrices in 8 bits, for half the memory; fp8-fast multiplies in 8 "
-            "bits, too.",
+            "or fewer as they are. fp8 keeps all matrices in 8 bits, for half the memory.",
         ),
     ] = "auto",
     tile: Annotated[

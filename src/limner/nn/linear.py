@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from limner.nn.quantized import Quantized, multiplies_fp8, product_fp8
+from limner.nn.quantized import Quantized
 
 
 class Linear(nn.Linear):
@@ -20,8 +20,6 @@ class Linear(nn.Linear):
 
     code = ""
     """What its matrix is kept in (see `limner.nn.quantized`), "" for a plain `weight`."""
-    in_fp8 = False
-    """Whether products are in 8 bits too, where the GPU can: `limner.nn.quantized.product_fp8`."""
     down: Tensor | None
     up: Tensor | None
     codes: Tensor
@@ -55,11 +53,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if weight is None:
-            q = self.quantized
-            if self.in_fp8 and multiplies_fp8(x, q):
-                made = product_fp8(x, q, self.bias)
-            else:
-                made = self.product(x, q.whole(x.dtype))
+            made = self.product(x, self.quantized.whole(x.dtype))
             return made if self.up is None or self.down is None else made + F.linear(F.linear(x, self.down), self.up)
         return self.product(x, weight)
 
