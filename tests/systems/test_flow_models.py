@@ -430,3 +430,14 @@ def test_inspect_says_what_it_is(folders, split, tmp_path, name):
     whole = exchange.inspect(flow_models.one_file(folders(name), tmp_path / "whole.safetensors"))
     assert [whole["model"], whole["predicts"]] == [NAMES.get(name, "flux-fill"), "velocity"]
     assert ("sees" in whole) == (name == "fill")
+
+
+def test_a_negative_prompt_that_nobody_asks_for_is_not_read(folders, monkeypatch):
+    for name, guidance, count in (("dev", 3.0, 1), ("sd3", 1.0, 1), ("sd3", 3.0, 2)):
+        system = catalog.load(folders(name), dtype=torch.float32)
+        read, rows = system.text_encoder.read, []
+        monkeypatch.setattr(
+            system.text_encoder, "read", lambda turn, *a, rows=rows, read=read: (rows.append(turn), read(turn, *a))[1]
+        )
+        pipeline.generate(system, "a red fox", batch=2, guidance=guidance, seed=3, steps=1, **SIZE)
+        assert [len(row) for row in rows[0]] == [count, count]

@@ -441,15 +441,19 @@ class DiffusionSystem(nn.Module):
 
         def told(system: DiffusionSystem, turn: tuple[tuple[Text, ...], ...]) -> Prompts:
             empty = {"zero": False} if request.compat == "comfyui" else {}
+            each = 1 if most == 1 and system.unguided(request) else most + 1  # nobody asks for the negative prompt then
             with system.at_work("text_encoder"):
-                read = system.text_encoder.read(turn, system.dialect(request), request.clip_skip, **empty)
+                read = system.text_encoder.read(
+                    tuple(row[:each] for row in turn), system.dialect(request), request.clip_skip, **empty
+                )
+            count, device = len(prompts) * each, system.device
             if system.small_noise is not None:
-                levels = torch.full((len(prompts) * (most + 1),), request.noise_level, device=read.tokens.device)
-                read = replace(read, labels=levels)
+                read = replace(read, labels=torch.full((count,), request.noise_level, device=device))
             if system.told_guidance is not None:
-                scale = torch.full((len(prompts) * (most + 1),), request.guidance, device=read.tokens.device)
+                scale = torch.full((count,), request.guidance, device=device)
                 read = replace(read, guidance=system.told_guidance(scale))
-            *parts, uncond = (read.map(lambda v, k=k: v[k :: most + 1]) for k in range(most + 1))
+            parts = [read.map(lambda v, k=k: v[k::each]) for k in range(each)]
+            parts, uncond = parts[:most], parts[-1]
             width, height = (min(n, request.tile or n) for n in (request.width, request.height))
             guide = None if system.guide is None else told(system.guide, turn)
             sized = tuple(system.sized(part, width, height) for part in parts)
