@@ -802,7 +802,7 @@ def _bare(
         with torch.device("meta"):
             return build(bare(config), tokenizers)
     except UsageError as error:
-        raise CheckpointMismatch(f"{path}: its configuration is of no system ({error})") from error
+        raise CheckpointMismatch(f"{path}: its parts do not fit together ({error})") from error
 
 
 def config_of(found: Foreign) -> DiffusionConfig:
@@ -895,6 +895,8 @@ def find(source: str | Path) -> Path:
         if not found and (path / "checkpoints").is_dir():
             raise FileProblem(f"{path} is a run that did not finish: go on with `limner train --resume {path}`")
         if len(found) != 1:
+            if not found and sum((path / name).is_dir() for name in ("transformer", "unet", "vae", "text_encoder")) > 1:
+                raise FileProblem(f"{path} holds parts of a model as diffusers has it, but model_index.json is missing")
             what = "no .safetensors file" if not found else f"{len(found)} .safetensors files"
             raise FileProblem(f"{folder} holds {what}: give the path of one")
         return found[0]

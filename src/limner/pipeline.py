@@ -508,7 +508,9 @@ def prepare(system: System, **values: Any) -> Request:
         values["control"] = controls.opened(system, values["control"])
     request = check(system.defaults, getattr(system, "unit", system.grid), **values)
     if request.compat and (system.clip_skip is None or not isinstance(getattr(system, "interpolant", None), EDM)):
-        raise UsageError(f"{request.compat} does not draw with {system.name}: leave compat out")
+        raise UsageError(
+            f"what {request.compat} does is known for Stable Diffusion 1, 2 and XL, not {system.name}: leave compat out"
+        )
     sees = getattr(system, "sees", "")
     if request.image_guidance != 1 and sees != "picture":
         raise UsageError(

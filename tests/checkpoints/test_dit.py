@@ -121,7 +121,7 @@ def test_a_network_is_found_under_the_names_of_trainings(prefix):
     ],
 )  # fmt: skip
 def test_a_name_says_sit_as_a_word(tmp_path, name, sit):
-    assert checkpoints.says_sit(tmp_path / name) == sit
+    assert checkpoints.says(tmp_path / name, "sit") == sit
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_a_picture_remembers_the_parts_and_asks_for_them_again(sd1, limner, here
     assert again.code == 0, again.err
     assert (here / "again.png").read_bytes() == (here / "fox.png").read_bytes()
     asked = limner("-C", "fox.png", *told[:4])
-    assert "was painted with text encoders (words): add --text-encoder FILE" in asked.err
+    assert "was painted with the text encoders 'words' (add --text-encoder FILE" in asked.err
     inspected = limner("inspect", files["network"])
     assert "give its autoencoder with --vae FILE" in inspected.out
 

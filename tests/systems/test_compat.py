@@ -125,7 +125,7 @@ def test_what_cannot_be_is_refused_and_what_differs_is_told(sd1, tiny_model):
         pipeline.prepare(sd1, prompt="x", compat="comfyui", noise_delta=1)
     with pytest.raises(UsageError, match="place is that of a picture in ComfyUI's batch"):
         pipeline.prepare(sd1, prompt="x", place=1)
-    with pytest.raises(UsageError, match="a1111 does not draw with icons-tiny"):
+    with pytest.raises(UsageError, match="what a1111 does is known for Stable Diffusion 1, 2 and XL, not icons-tiny"):
         pipeline.prepare(pipeline.load(tiny_model, "cpu").system, prompt="x", compat="a1111")
     with pytest.warns(Ignored, match="unipc is Limner's: a1111 has other formulas for it, or none"):
         pipeline.generate(sd1, "x", compat="a1111", sampler="unipc", steps=1, seed=1)

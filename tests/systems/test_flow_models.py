@@ -306,7 +306,7 @@ def test_a_turbo_is_told_by_the_name_of_its_folder(folders, tmp_path):
 
 
 def test_other_programs_draw_flows_otherwise(folders):
-    with pytest.raises(UsageError, match="comfyui does not draw with sd3-medium: leave compat out"):
+    with pytest.raises(UsageError, match="Stable Diffusion 1, 2 and XL, not sd3-medium: leave compat out"):
         pipeline.generate(catalog.load(folders("sd3")), "a fox", compat="comfyui", **SIZE)
 
 

@@ -230,7 +230,7 @@ def test_a_picture_names_its_guide(folders, weak, limner, here):
     assert settings["guide_model"] == "sd1"
     assert settings["guide_model_hash"] != settings["model_hash"]
     done = limner("generate", "-C", "a.png", "-m", folders["sd1"])
-    assert (done.code, "with the guide 'sd1': add --guide-model FILE" in done.err) == (2, True)
+    assert (done.code, "with the guide 'sd1' (add --guide-model FILE" in done.err) == (2, True)
     again = ("generate", "-C", "a.png", "-m", folders["sd1"], "--guide-model")
     assert limner(*again, weak, "-o", "b.png").code == 0
     assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes()

@@ -63,7 +63,7 @@ def test_a_picture_names_its_refiner(folders, limner, here):
     assert "Refiner switch at: 0.6" in text
     assert metadata.from_infotext(text)["refiner_hash"] == settings["refiner_hash"]
     done = limner("generate", "-C", "a.png", "-m", folders[0])
-    assert (done.code, "with the refiner 'sdxl-refiner': add --refiner FILE" in done.err) == (2, True)
+    assert (done.code, "with the refiner 'sdxl-refiner' (add --refiner FILE" in done.err) == (2, True)
     assert limner("generate", "-C", "a.png", "-m", folders[0], *given, "-o", "b.png").code == 0
     assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes()
 

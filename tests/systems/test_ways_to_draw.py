@@ -215,7 +215,7 @@ def test_a_picture_names_its_autoencoder_and_strict_takes_warnings_for_errors(li
     assert limner("generate", "fox", *told, "--vae", "other.safetensors", "-o", "a.png").code == 0
     assert metadata.read_settings(here / "a.png")["vae"] == "other"
     done = limner("generate", "-C", "a.png", "-m", folder)
-    assert (done.code, "painted with the autoencoder 'other': add --vae FILE" in done.err) == (2, True)
+    assert (done.code, "painted with the autoencoder 'other' (add --vae FILE" in done.err) == (2, True)
     assert limner("generate", "-C", "a.png", "-m", folder, "--vae", "other.safetensors", "-o", "b.png").code == 0
     assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes()
     vain = ("generate", "fox", *told, "-n", "cat", "--guidance", 1, "-o", "c.png")

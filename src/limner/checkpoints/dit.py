@@ -37,7 +37,7 @@ PREFIXES = ("ema.", "", "model.", "module.")
 PIPELINE = "DiTPipeline"
 TRANSFORMERS = ("DiTTransformer2DModel", "Transformer2DModel")
 """The class in diffusers, and that of folders from before it had a name of its own."""
-ASSUMED = "no name of a tensor tells a SiT from a DiT: {}; a SiT has sit in the name of its file, a DiT does not"
+ASSUMED = "no name of a tensor tells a SiT from a DiT: it is taken for a DiT; a SiT has sit in the name of its file"
 TABLE = "pos_embed"
 EMBEDDED = {  # in diffusers' blocks, each of which has a copy
     "t_embedder.mlp.0": "timestep_embedder.linear_1",
@@ -137,8 +137,8 @@ def prefix_of(names: Mapping[str, Tensor]) -> str | None:
     return next((p for p in PREFIXES if all(f"{p}{mark}" in names for mark in MARKS)), None)
 
 
-def says_sit(path: Path) -> bool:
-    return re.search(r"(?:^|[^a-z])sit(?:$|[^a-z])", path.stem.lower()) is not None
+def says(path: Path, kind: str) -> bool:
+    return re.search(rf"(?:^|[^a-z]){kind}(?:$|[^a-z])", path.stem.lower()) is not None
 
 
 def recognise(
@@ -151,7 +151,7 @@ def recognise(
     this name beside it; `prediction` says that it is no SiT. Raises FileProblem, CheckpointMismatch."""
     prefix = prefix_of(tensors)
     assert prefix is not None
-    sit = prediction is None and says_sit(path)
+    sit = prediction is None and says(path, "sit")
     held = parts.under(tensors, prefix)
     kind = "SiT" if sit else "DiT"
     beside = path.parent / "vae"
@@ -166,7 +166,7 @@ def recognise(
         given = parts.codec(vae, KL_SD1.scale, str(path))
         codec, rows = parts.codec_config(given, KL_SD1.scale)
     mine = {held.full(name): tensor for name, tensor in held.tensors.items()}
-    named = f"its name says {kind}" if sit else "it is taken for a DiT"
+    told = prediction is not None or says(path, kind.lower())
     return Foreign(
         source=path, network=network, autoencoder=codec, text=LabelsConfig(num_classes=network.num_classes),
         tokenizers=(), noise="flow" if sit else NOISE, prediction="velocity" if sit else prediction or "eps",
@@ -174,7 +174,7 @@ def recognise(
         tensors=mine | {given.full(name): tensor for name, tensor in given.tensors.items()},
         files=(path,), size=network.size * codec.factor,
         beside=Counter(name.split(".")[0] for name in tensors if name not in mine),
-        assumed=() if prediction else (ASSUMED.format(named),),
+        assumed=() if told else (ASSUMED,),
         unsaid=not sit,
     )  # fmt: skip
 

@@ -10,8 +10,10 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,21 @@ def save(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
     write_atomically(path, serialise(whole, metadata))
 
 
+def _reason(path: Path, error: Exception) -> str:
+    """Why safetensors does not read a file, and what to do."""
+    reason = str(error).splitlines()[0][:200]
+    with suppress(OSError):
+        with path.open("rb") as file:
+            start = file.read(64).lstrip()
+        if start.startswith(b"version https://git-lfs"):
+            return "but a pointer of Git LFS: run git lfs pull, or download it anew"
+        if start.startswith(b"<"):
+            return "but a page of the web: log in where it is, or accept its license, and download it anew"
+    if unknown := re.search(r"unknown variant `(\w+)`", reason):
+        return f"it has numbers of a type {unknown[1]!r}, which is not read: get it in another"
+    return f"{reason}: download or train it again"
+
+
 def read(path: Path, most: int | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of any safetensors file, or the tensors of a torch checkpoint or a GGUF file. They
     are mapped: read from the disk when first looked at. None of a safetensors file of more than `most`. Raises
@@ -72,8 +89,7 @@ def read(path: Path, most: int | None = None) -> tuple[dict[str, Tensor], dict[s
             wanted = names if most is None or len(names) <= most else []
             return {name: file.get_tensor(name) for name in wanted}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise FileProblem(f"{path} is not a whole safetensors file ({reason}): download or train it again") from error
+        raise FileProblem(f"{path} is not a whole safetensors file ({_reason(path, error)})") from error
 
 
 def read_all(paths: Iterable[Path]) -> dict[str, Tensor]:

@@ -212,9 +212,12 @@ def told(config: FluxConfig | MMDiTConfig, path: Path) -> tuple[dict[str, Any], 
         return {"noise": FLUX_NOISE} | ({"guidance": 10.0} if depth else {}), [] if "canny" in name else [sentence]
     if config.sees(KL_FLUX.latent_channels):
         return {"noise": FLUX_NOISE}, []
-    kontext = "kontext" in name
-    sentence = "no name of a tensor tells FLUX.1 dev, Krea and Kontext apart: its name says Kontext"
-    return {"noise": FLUX_NOISE, "looks": kontext}, [sentence] if kontext else []
+    sentence = (
+        "no name of a tensor tells FLUX.1 dev from Kontext: it is taken for dev; a Kontext has kontext in the name of "
+        "its file"
+    )
+    named = any(known in name for known in ("kontext", "dev", "krea"))
+    return {"noise": FLUX_NOISE, "looks": "kontext" in name}, [] if named else [sentence]
 
 
 # -------------------------------------------------------------------- files
@@ -261,6 +264,11 @@ def recognise(
                 raise CheckpointMismatch(f"{file} holds no text encoder: there is none of CLIP's kind in it, nor T5")
         clips = [own for own in clips if all(width_of(own) != width_of(one) for one in given_clips)] + given_clips
         words = put_words(kind, whole, clip_towers(clips, f"{path}{others}"), five, f"{path}{others}", config)
+        if isinstance(config, FluxConfig) and words.pooled_width != config.pooled_width:
+            said = (
+                f"vectors of {config.pooled_width} from CLIP-L, but those of its text encoder have {words.pooled_width}"
+            )
+            raise CheckpointMismatch(f"{path}{others}: {kind.title} reads {said}: give another with --clip-l FILE")
     wanted = names(whole.rows)
     needed = {name: tensor for name, tensor in whole.tensors.items() if name in wanted or not superfluous(name)}
     drawn, assumed = told(config, path)

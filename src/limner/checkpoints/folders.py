@@ -221,7 +221,12 @@ def weights(folder: Path) -> list[Path]:
             return [file]
         if index.is_file():
             return _shards(index)
-    raise FileProblem(f"{folder} holds no weights: a file such as diffusion_pytorch_model.safetensors is missing")
+    name = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
+    if shards := sorted(folder.glob("*-of-*.safetensors")):
+        raise FileProblem(
+            f"{folder} holds {len(shards)} shards, but {name}.safetensors.index.json, which lists them, is missing"
+        )
+    raise FileProblem(f"{folder} holds no weights: a file such as {name}.safetensors is missing")
 
 
 def _shards(index: Path) -> list[Path]:

@@ -110,7 +110,11 @@ def read(path: Path) -> dict[str, Tensor]:
         mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         found = {name: _tensor(mapped[start:], shapes, name, *row) for name, row in rows.items()}
     except (struct.error, ValueError, KeyError, OSError, RuntimeError) as error:
-        reason = f"no such type as {error}" if isinstance(error, KeyError) else str(error).splitlines()[0][:200]
+        if isinstance(error, KeyError):
+            raise CheckpointMismatch(
+                f"{path} has numbers of a type {error}, which is not read: get it in another"
+            ) from error
+        reason = str(error).splitlines()[0][:200]
         raise FileProblem(f"{path} is not a whole GGUF file ({reason}): get it again") from error
     if any(name.startswith("enc.blk.") for name in found):
         found = {t5_name(name): tensor for name, tensor in found.items()}

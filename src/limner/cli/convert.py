@@ -10,7 +10,9 @@ import typer
 
 
 def convert_command(
-    source: Annotated[Path, typer.Argument(help="A Stable Diffusion: a single file or a folder.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(help="A Stable Diffusion 1, 2 or XL: a single file or a folder.", show_default=False)
+    ],
     target: Annotated[Path, typer.Argument(help="NAME.safetensors, or the name of a new folder.", show_default=False)],
 ) -> None:
     """Write a model in the other layout.

@@ -352,31 +352,27 @@ def paint(
     asked.setdefault("seed", secrets.randbelow(2**32))  # drawn here, so that it can be told before painting
     name = asked.pop("model", DEFAULT_MODEL)
 
-    painted_vae, vae_hash = asked.pop("vae", None), asked.pop("vae_hash", None)
-    if painted_vae and vae is None:
-        raise UsageError(f"{str(settings)!r} was painted with the autoencoder {painted_vae!r}: add --vae FILE")
-    refined, refiner_hash = asked.pop("refiner", None), asked.pop("refiner_hash", None)
-    if refined and refiner is None:
-        raise UsageError(f"{str(settings)!r} was painted with the refiner {refined!r}: add --refiner FILE")
-    guided, guide_hash = asked.pop("guide_model", None), asked.pop("guide_model_hash", None)
-    if guided and guide_model is None:
-        raise UsageError(f"{str(settings)!r} was painted with the guide {guided!r}: add --guide-model FILE")
     tell = _told if not strict else _refused
     text_encoder = [*(text_encoder or []), *_towers(clip_l, clip_g, t5)]
-    painted_texts, texts_hash = asked.pop("text_encoder", None), asked.pop("text_encoder_hash", None)
-    if painted_texts and not text_encoder:
-        raise UsageError(f"{str(settings)!r} was painted with text encoders ({painted_texts}): add --text-encoder FILE")
+    parts: dict[str, tuple[str, Any, str]] = {
+        "vae": ("autoencoder", vae, "--vae FILE"),
+        "refiner": ("refiner", refiner, "--refiner FILE"),
+        "guide_model": ("guide", guide_model, "--guide-model FILE"),
+        "text_encoder": ("text encoders", text_encoder, "--text-encoder FILE, or --clip-l, --clip-g and --t5"),
+    }
+    hashes = {part: asked.pop(f"{part}_hash", None) for part in parts}
+    names = {part: asked.pop(part, None) for part in parts}
+    if missing := [part for part, (_, given, _) in parts.items() if names[part] and not given]:
+        needs = " and ".join(f"the {parts[part][0]} {names[part]!r} (add {parts[part][2]})" for part in missing)
+        raise UsageError(f"{str(settings)!r} was painted with {needs}")
     predicted = asked.pop("prediction", None)
     prediction = prediction or _predicted(predicted, painted_with, name, vae, text_encoder)
     pipe = _load(name, device, prediction, dtype, vae, refiner, guide_model, text_encoder, offload, compile, tell)
-    if texts_hash and texts_hash != pipe.system.vae["text_encoder_hash"]:
-        tell(f"the text encoders are not those painted with (hash {texts_hash}): expect another picture")
-    if guide_hash and guide_hash != pipe.system.guide.model_hash:  # type: ignore[attr-defined]
-        tell(f"{guide_model} is not the guide painted with (hash {guide_hash}): expect another picture")
-    if refiner_hash and refiner_hash != pipe.system.refiner.model_hash:  # type: ignore[attr-defined]
-        tell(f"{refiner} is not the refiner painted with (hash {refiner_hash}): expect another picture")
-    if vae_hash and vae_hash != pipe.system.vae["vae_hash"]:
-        tell(f"{vae} is not the autoencoder painted with (hash {vae_hash}): expect another picture")
+    system: Any = pipe.system
+    for part, wanted in hashes.items():
+        joined = {"refiner": "refiner", "guide_model": "guide"}.get(part)
+        if wanted and wanted != (getattr(system, joined).model_hash if joined else system.vae[f"{part}_hash"]):
+            tell(f"{settings} was painted with another {parts[part][0]} (hash {wanted}): expect another picture")
     from limner import pictures, pipeline
 
     folders = (adapter_folder or Path(), *([settings.parent] if settings else []))

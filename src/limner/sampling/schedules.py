@@ -129,7 +129,8 @@ def align_your_steps(levels: Sequence[float]) -> Schedule:
     linear for other numbers; the last becomes 0."""
 
     def schedule(steps: int, interpolant: Interpolant) -> list[float]:
-        timed("align_your_steps", interpolant, steps)
+        if isinstance(timed("align_your_steps", interpolant, steps), Shifted):
+            raise UsageError("the schedule 'align_your_steps' was made for Stable Diffusion 1 and XL: take 'uniform'")
         places = [i * (len(levels) - 1) / steps for i in range(steps)]
         logs = [math.log(level) for level in levels]
         return [math.exp(_between(logs, place)) for place in places] + [0.0]
