@@ -125,7 +125,8 @@ class Pipeline:
         self, file: str | Path, weight: float = 1.0, blocks: Mapping[str, float] | None = None
     ) -> attaching.Report:
         """Add a LoRA or another adapter to the model, by `weight` (-100 to 100); `blocks` are factors of blocks, such
-        as {"mid_block": 0.5}. Returns what it does to the model; warns (Ignored) of what of it will not show.
+        as {"mid_block": 0.5}. Returns what it does to the model; warns (Ignored) of what of it will not show, and
+        (Assumed) of what its file does not tell.
 
         Raises FileProblem, CheckpointMismatch for an adapter of another model, UsageError.
         """
@@ -134,6 +135,8 @@ class Pipeline:
             report = adapters.attach(file, weight, blocks)
         for sentence in report.ignored(weight):
             warnings.warn(sentence, Ignored, stacklevel=2)
+        for sentence in report.assumed:
+            warnings.warn(sentence, Assumed, stacklevel=2)
         return report
 
     def detach(self, name: str | None = None) -> None:

@@ -190,14 +190,8 @@ class DiffusionSystem(nn.Module):
         self.grid = self.autoencoder.factor
         self.unit: int = self.grid * getattr(network.config, "patch", 1)
         """What widths and heights are multiples of, in pixels."""
+        self.looks = looks
         config: Any = network.config
-        channels = self.autoencoder.channels
-        self.beside = getattr(config, "latents_in", getattr(config, "in_channels", channels)) - channels
-        """Channels that the network sees beside the latents."""
-        seeing = hasattr(config, "sees") and small_noise is None
-        self.sees: str = "reference" if looks else config.sees(channels) if seeing else ""
-        """What they are, as `sees` of the network's configuration says; "" for an upscaler, whose `small_noise` does;
-        "reference" where it looks at pictures that are not beside the latents, but behind them."""
         self.told_guidance: Callable[[Tensor], Tensor] | None = None
         """What the network is told of the scale of guidance, instead of being guided; None for most."""
         if getattr(config, "guidance_width", 0):
@@ -212,6 +206,21 @@ class DiffusionSystem(nn.Module):
     @property
     def model_hash(self) -> str:
         return self.weights_hash()
+
+    @property
+    def beside(self) -> int:
+        """Channels that the network sees beside the latents."""
+        config, channels = self.network.config, self.autoencoder.channels
+        return getattr(config, "latents_in", getattr(config, "in_channels", channels)) - channels
+
+    @property
+    def sees(self) -> str:
+        """What they are, as `sees` of the network's configuration says; "" for an upscaler, whose `small_noise` does;
+        "reference" where it looks at pictures that are not beside the latents, but behind them."""
+        if self.looks:
+            return "reference"
+        seeing = hasattr(self.network.config, "sees") and self.small_noise is None
+        return self.network.config.sees(self.autoencoder.channels) if seeing else ""
 
     # ---------------------------------------------------------------- training
 
