@@ -44,6 +44,7 @@ CONTROL_LORA = "control-LoRA of FLUX.1"
 INPUT = "network.img_in"
 """What a control-LoRA widens, so that the network sees a picture beside the latents."""
 NORM = re.compile(r"(.+[._](?:(?:query|key)_norm|norm_(?:added_)?[qk]))\.(?:scale|weight)")
+"""A norm of queries or keys, which control-LoRAs hold whole."""
 SCALARS = {"on_input", "k1"}  # parts that may be one number
 
 

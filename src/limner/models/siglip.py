@@ -37,7 +37,7 @@ class SigLIPConfig:
             raise UsageError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
 
 
-SO400M_384 = SigLIPConfig()  # 413M parameters; Redux's
+SO400M_384 = SigLIPConfig()  # 413M parameters, 428M with the pooling; Redux's
 SIGLIP_TINY = SigLIPConfig(width=48, depth=2, num_heads=3, hidden=80, size=28, patch=7)
 
 

@@ -119,11 +119,10 @@ class Prompts:
         if key not in self.kept:
             told = [*self.parts, self.uncond]
             if references:
-                seen, none = (torch.cat([getattr(r, name) for r in references], dim=1) for name in ("words", "nothing"))
-                if references[0].behind:
-                    seen = torch.cat([r.weight * r.words for r in references], dim=1)
-                told = [*(_shown(c, seen, references[0].behind) for c in self.parts)]
-                told.append(_shown(self.uncond, none, references[0].behind))
+                behind = references[0].behind
+                seen = torch.cat([r.weight * r.words if behind else r.words for r in references], dim=1)
+                none = torch.cat([r.nothing for r in references], dim=1)
+                told = [*(_shown(c, seen, behind) for c in self.parts), _shown(self.uncond, none, behind)]
             told = [replace(c.map(lambda v: v.to(dtype) if v.is_floating_point() else v), kept={}) for c in told]
             every = replace(Conditioning.cat(told + told[-1:] * pictured), kept={}) if self.alone else told[0]
             self.kept[key] = told, every
@@ -199,6 +198,7 @@ class DiffusionSystem(nn.Module):
         self.unit: int = self.grid * getattr(network.config, "patch", 1)
         """What widths and heights are multiples of, in pixels."""
         self.looks = looks
+        """As for `limner.catalog.DiffusionConfig`."""
         config: Any = network.config
         self.told_guidance: Callable[[Tensor], Tensor] | None = None
         """What the network is told of the scale of guidance, instead of being guided; None for most."""
