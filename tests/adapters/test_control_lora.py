@@ -295,7 +295,7 @@ def test_one_is_enough_and_neither_refiner_nor_guide_sees_what_it_shows(system, 
     ("own", "spell"),
     [
         ("sd1", "img_in.lora_{}.weight"), ("flux-schnell", "img_in.lora_{}.weight"),
-        ("flux-kontext", "transformer.x_embedder.lora_{}.weight"),
+        ("flux-kontext", "transformer.x_embedder.lora_{}.weight"), ("flux-control", "img_in.lora_{}.weight"),
     ],
 )  # fmt: skip
 def test_it_is_for_flux_dev_alone(own, spell, tmp_path):

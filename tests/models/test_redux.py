@@ -103,6 +103,9 @@ def test_what_is_not_whole_is_refused_by_its_key():
         redux.read_encoder(Path("eyes"), own, {"num_attention_heads": 3})
     with pytest.raises(CheckpointMismatch, match=r"num_heads=0; is the config\.json of transformers beside it"):
         redux.read_encoder(Path("eyes"), own, {})
+    flat = {"vision_model.embeddings.patch_embedding.weight": torch.ones(48, 3, 0, 0)}
+    with pytest.raises(CheckpointMismatch, match="size=0 is not a patch of 0"):
+        redux.read_encoder(Path("eyes"), dict(theirs(SIGLIP_TINY).state_dict()) | flat, {"num_attention_heads": 3})
     with pytest.raises(CheckpointMismatch, match="is no SigLIP tower of pictures: there is no"):
         redux.read_encoder(Path("eyes"), {"a": torch.ones(1)}, {})
     words = dict(Redux(ReduxConfig(width=48, text_width=32)).state_dict())

@@ -267,7 +267,9 @@ def read(path: str | Path, system: nn.Module) -> Adapter:
     """
     contents = contents_of(path)
     adapter, misfit = survey(contents, system)
-    if misfit or len(adapter.unknown) > MOST_UNKNOWN * adapter.total or not adapter.entries:
+    # one that was trained on a network as wide has no norms whole
+    astray = widens(contents) and not _takes_control(system) and any("whole" in entry.parts for entry in adapter.all)
+    if astray or misfit or len(adapter.unknown) > MOST_UNKNOWN * adapter.total or not adapter.entries:
         raise CheckpointMismatch(_refusal(contents, adapter, misfit, system))
     return adapter
 

@@ -33,6 +33,8 @@ class SigLIPConfig:
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.width % self.num_heads:
             raise UsageError(f"width={self.width} is not in equal parts over num_heads={self.num_heads}")
+        if not 0 < self.patch <= self.size:
+            raise UsageError(f"size={self.size} is not a patch of {self.patch}")
         if self.activation not in ACTIVATIONS:
             raise UsageError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
 
