@@ -214,7 +214,7 @@ _SD3: dict[str, Any] = {
     "interpolant": flows.SD3_NOISE,
 }
 _SD3_DEFAULTS = replace(_FLUX, guidance=5.0, schedule="normal")
-_BESIDE: dict[str, dict[str, Any]] = {
+BESIDE: dict[str, dict[str, Any]] = {
     "hint": {"strength": 1.0, "steps": 50, "guidance": 30.0}, "reference": {"strength": 1.0, "guidance": 2.5},
     "mask": {"strength": 1.0}, "picture": {"strength": 1.0, "image_guidance": 1.5}, "depth": {"strength": 0.8},
     "else": {"strength": 1.0},
@@ -297,12 +297,12 @@ CATALOG = {
             "instruct-pix2pix",
             "edits a picture as it is told: InstructPix2Pix of Stable Diffusion 1 (limner edit)",
             network=SD1_EDIT,
-            defaults=replace(_SD, **_BESIDE["picture"]),
+            defaults=replace(_SD, **BESIDE["picture"]),
         ),
         _stable_diffusion(
             "instruct-pix2pix-xl",
             "the same of Stable Diffusion XL; CosXL-Edit",
-            **_SDXL | {"defaults": replace(_SDXL["defaults"], **_BESIDE["picture"])},
+            **_SDXL | {"defaults": replace(_SDXL["defaults"], **BESIDE["picture"])},
             network=SDXL_EDIT,
             text_encoder=SDXL_TEXT,
         ),
@@ -310,7 +310,7 @@ CATALOG = {
             "sd2-depth",
             "512 px, Stable Diffusion 2 after a depth map (--depth)",
             **_SD2 | {"network": SD2_DEPTH},
-            defaults=replace(_SD, **_BESIDE["depth"]),
+            defaults=replace(_SD, **BESIDE["depth"]),
         ),
         _stable_diffusion(
             "x4-upscaler",
@@ -341,13 +341,13 @@ CATALOG = {
             "flux-control",
             "1024 px, FLUX.1 Canny and Depth, which follow the edges or the depth of a picture (-i)",
             network=FLUX_CONTROL,
-            defaults=replace(_FLUX, **_BESIDE["hint"]),
+            defaults=replace(_FLUX, **BESIDE["hint"]),
         ),
         _flow(
             "flux-kontext",
             "1024 px, FLUX.1 Kontext, which edits a picture as it is told (limner edit)",
             looks=True,
-            defaults=replace(_FLUX, **_BESIDE["reference"]),
+            defaults=replace(_FLUX, **BESIDE["reference"]),
         ),
         _flow("sd3-medium", "1024 px, Stable Diffusion 3", **_SD3, network=SD3_MEDIUM, defaults=_SD3_DEFAULTS),
         _flow(
@@ -824,7 +824,7 @@ def config_of(found: Foreign) -> DiffusionConfig:
     else:
         name = "sd1" if not network.linear_projection else "sd2-v" if found.prediction == "v" else "sd2"
     sees = network.sees(found.autoencoder.latent_channels)
-    return _like(CATALOG[_SEEING.get((name, sees), name)].config, found, **_BESIDE.get(sees, {}))
+    return _like(CATALOG[_SEEING.get((name, sees), name)].config, found, **BESIDE.get(sees, {}))
 
 
 def _flux_config(found: Foreign) -> DiffusionConfig:

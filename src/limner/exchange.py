@@ -19,7 +19,7 @@ from limner import catalog
 from limner.adapters import control, words
 from limner.adapters import files as adapters
 from limner.adapters.names import block
-from limner.checkpoints import components, estimators, files, folders, single_files
+from limner.checkpoints import components, estimators, files, flows, folders, single_files
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.quantization import gathered
 from limner.errors import CheckpointMismatch, FileProblem, UsageError
@@ -183,8 +183,6 @@ def _adapter(path: Path) -> dict[str, Any]:
     contents = adapters.contents_of(path)
     if not adapters.is_adapter(contents):
         return {}
-    if adapters.widens(contents):
-        return {"problem": f"it is {adapters.CONTROL_LORA}"}
     try:
         found = adapters.bases(contents)
     except CheckpointMismatch as error:
@@ -192,8 +190,9 @@ def _adapter(path: Path) -> dict[str, Any]:
     if not found:
         return {"problem": "it fits no model that Limner knows"}
     best = found[0][1]
+    beside = {"sees": SEES["hint"], "assumed": flows.followed(path)[1]} if best.widens else {}
     return {
-        "kind": "/".join(best.kinds),
+        "kind": adapters.CONTROL_LORA if best.widens else "/".join(best.kinds),
         "spelling": "/".join(best.programs),
         "base": [name for name, _ in found],
         "modules": len(best.entries),
@@ -202,6 +201,7 @@ def _adapter(path: Path) -> dict[str, Any]:
         "keys": f"{best.matched} of {best.total} known",
         "blocks": sorted({block(module) for module in best.entries}),
         "hash": best.hash,
+        **beside,
     }
 
 

@@ -98,7 +98,12 @@ def plan(system: System, request: Request, count: int) -> Plan:
     controls = [f"control {k}" for k, _ in enumerate(request.control, 1)]
     plain: dict[str, Any] = {"start": 0.0, "end": 1.0, "maker": "", "finder": None}
     told = tuple(replace(one, network=ghost_of(one.network), **plain) for one in request.control)
-    request = replace(request, control=told, ip_adapter=(), compat="", hires=1.0, on_step=_enough)
+    behind = tuple(
+        replace(one, words=one.words.to("meta"), nothing=one.nothing.to("meta"))
+        for one in request.ip_adapter
+        if one.behind
+    )
+    request = replace(request, control=told, ip_adapter=behind, compat="", hires=1.0, on_step=_enough)
     prompts = [*request.prompts, *[request.prompt] * count][:count]
     negatives = [*request.negatives, *[request.negative] * count][:count]
     cond = ghost.condition(prompts, request, negatives)

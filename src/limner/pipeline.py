@@ -71,7 +71,9 @@ class Pipeline:
         if values.get("ip_adapter"):
             values["ip_adapter"] = references.opened(self.system, values["ip_adapter"], encoder)
         elif encoder is not None:
-            raise UsageError("image_encoder is what an IP-Adapter sees with, and none was given: give ip_adapter")
+            raise UsageError(
+                "image_encoder is what an IP-Adapter or Redux sees with, and none was given: give ip_adapter"
+            )
         one_file = [[given] if isinstance(given, str | Path) else list(given) for given in (lora, embedding)]
         asked = [*one_file[0], *one_file[1]]
         tags: list[Any] = []
@@ -125,7 +127,8 @@ class Pipeline:
         self, file: str | Path, weight: float = 1.0, blocks: Mapping[str, float] | None = None
     ) -> attaching.Report:
         """Add a LoRA or another adapter to the model, by `weight` (-100 to 100); `blocks` are factors of blocks, such
-        as {"mid_block": 0.5}. Returns what it does to the model; warns (Ignored) of what of it will not show.
+        as {"mid_block": 0.5}. Returns what it does to the model; warns (Ignored) of what of it will not show, and
+        (Assumed) of what its file does not tell.
 
         Raises FileProblem, CheckpointMismatch for an adapter of another model, UsageError.
         """
@@ -134,6 +137,8 @@ class Pipeline:
             report = adapters.attach(file, weight, blocks)
         for sentence in report.ignored(weight):
             warnings.warn(sentence, Ignored, stacklevel=2)
+        for sentence in report.assumed:
+            warnings.warn(sentence, Assumed, stacklevel=2)
         return report
 
     def detach(self, name: str | None = None) -> None:
@@ -241,8 +246,8 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     where preview() gives small pictures of what is being drawn, made only if it is called; with a Pipeline also lora
     and embedding (files, or (file, weight), for this time only), adapter_folder, where `<lora:name:weight>` of the
     prompt is looked for, control (ControlNets and T2I-Adapters, each what --control takes, keywords of
-    `limner.adapters.control.open_control`, or its file, image and weight), ip_adapter (the same of IP-Adapters) and
-    image_encoder. What is left out is the model's default.
+    `limner.adapters.control.open_control`, or its file, image and weight), ip_adapter (the same of IP-Adapters and
+    Redux) and image_encoder. What is left out is the model's default.
 
     Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
     """
@@ -590,7 +595,7 @@ def check(
             raise UsageError(
                 f"the {name} has {len(text)} characters; at most {defaults.max_prompt_chars} are read: shorten it"
             )
-    if not prompt.strip() and image is None:
+    if not prompt.strip() and image is None and not ip_adapter:
         raise UsageError("the prompt is empty: say what to draw")
     if strength is not None and image is None:
         raise UsageError("strength means how far to move from a picture, but no picture was given: add -i IMAGE")

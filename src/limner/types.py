@@ -144,9 +144,10 @@ class Control:
 
 @dataclass(frozen=True)
 class Reference:
-    """A picture that a U-Net is told of as words (IP-Adapter): `network` by `weight` adds `words` (1, n, d) to those of
-    the prompt and `nothing`, of no picture, to those of the negative prompt. `blocks` are factors of blocks, of which
-    the longest name that a module begins with counts; `image_hash` is that of the picture."""
+    """A picture that a network is told of as words. A U-Net attends to them apart (IP-Adapter): `network` by `weight`
+    adds `words` (1, n, d) to those of the prompt and `nothing`, of no picture, to those of the negative prompt.
+    `blocks` are factors of blocks, of which the longest name that a module begins with counts. Where there is no
+    `network`, `weight` times `words` stand behind those of the prompt (Redux). `image_hash` is that of the picture."""
 
     network: Any = field(compare=False)
     words: Tensor = field(compare=False)
@@ -156,6 +157,11 @@ class Reference:
     hash: str = ""
     blocks: Mapping[str, float] = field(default_factory=dict)
     image_hash: str = ""
+
+    @property
+    def behind(self) -> bool:
+        """Whether its words stand behind those of the prompt."""
+        return self.network is None
 
     def weight_in(self, module: str) -> float:
         """How much it counts in a module of the network."""

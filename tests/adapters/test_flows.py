@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from limner import catalog, exchange
+from limner import catalog
 from limner.adapters import files
 from limner.adapters.attaching import stack
 from limner.errors import CheckpointMismatch
@@ -363,19 +363,6 @@ def test_what_does_not_fit_rows_is_told_with_them(load, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointMismatch, match="mean the same"):
         stack(system).attach(tmp_path / "x.safetensors")
-
-
-@pytest.mark.parametrize("spell", ["img_in.lora_{}.weight", "transformer.x_embedder.lora_{}.weight"])
-def test_a_control_lora_is_refused_by_what_it_is(load, spell, tmp_path):
-    tensors = {spell.format("A"): torch.ones(128, 128), spell.format("B"): torch.ones(3072, 128)}
-    tensors |= {"double_blocks.0.img_attn.norm.key_norm.scale": torch.ones(128)}
-    save_file(tensors, tmp_path / "depth.safetensors")
-    for system in (load("flux"), files.bare("sd1")):
-        with pytest.raises(
-            CheckpointMismatch, match=r"depth.safetensors is a control-LoRA of FLUX.1 \(Canny or Depth\)"
-        ):
-            files.read(tmp_path / "depth.safetensors", system)
-    assert "control-LoRA" in exchange.inspect(tmp_path / "depth.safetensors")["problem"]
 
 
 def test_a_learned_word_is_refused_where_none_is_learned(load, tmp_path):

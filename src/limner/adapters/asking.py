@@ -191,7 +191,7 @@ def attach(stack: Stack, asked: Sequence[Asked]) -> tuple[list[str], list[str]]:
             weight = 1.0 if one.weight is None else one.weight
             report = stack.attach(one.path, weight, one.blocks)
             done.append(str(report))
-            vain += report.ignored(weight)
+            vain += [*report.assumed, *report.ignored(weight)]
     except BaseException:
         stack.restore(before)
         raise

@@ -4,7 +4,8 @@ A model with adapters has W + sum of weight * difference in place of W, every di
 float32 and the sum rounded once to W's precision: their order does not matter, and one more loses nothing. W is kept,
 and it is that very tensor that comes back. A quantised W stays as it is, and differences of low rank stand beside it,
 as factors in the type that the model computes in. For others it is expanded, and the sum rounded to that type: while
-they are on, the matrices that they change take the room of that.
+they are on, the matrices that they change take the room of that. A control-LoRA adds columns to the W of FLUX.1's
+input, zeros before its difference: while it is on, the system sees a picture beside the latents.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from limner import metadata
+from limner import catalog, metadata
 from limner.adapters import files, words
 from limner.adapters.files import Adapter
 from limner.adapters.names import block
 from limner.adapters.words import Words
+from limner.checkpoints import flows
 from limner.errors import FileProblem, UsageError
 from limner.nn.linear import Linear
 from limner.text.prompts import ENDINGS
@@ -41,7 +43,8 @@ LONGEST_NAME = metadata.ADAPTER["name"][2]
 @dataclass(frozen=True)
 class Report:
     """What an adapter does to a model. `changes` is, for each block, the norm of the difference at weight 1 by that of
-    the weights it is added to; `matched` of `total` keys of the file mean something, `unknown` are the others."""
+    the weights it is added to; `matched` of `total` keys of the file mean something, `unknown` are the others.
+    `assumed` are sentences on what the file does not tell."""
 
     name: str
     hash: str
@@ -52,6 +55,7 @@ class Report:
     total: int
     unknown: tuple[str, ...]
     changes: Mapping[str, float]
+    assumed: tuple[str, ...] = ()
 
     def ignored(self, weight: float = 1.0) -> list[str]:
         """A sentence for each thing that will not show."""
@@ -100,7 +104,7 @@ class Attached:
 class Stack:
     """The adapters on one system, in `on`, and the weights they hide."""
 
-    def __init__(self, system: nn.Module) -> None:
+    def __init__(self, system: Any) -> None:
         self.system = system
         self.on: list[Attached] = []
         self.lock = threading.RLock()
@@ -115,6 +119,9 @@ class Stack:
         """Towers of pictures, by their place."""
         self.finders: dict[str, tuple[Any, Any]] = {}
         """What makers of control pictures look through, by maker: its files, and it."""
+        self.plain: tuple[Any, int, Any] | None = None
+        """While a control-LoRA is on: the network's configuration, the width of its input, and the system's defaults
+        without it."""
 
     def attach(self, path: str | Path, weight: float = 1.0, blocks: Mapping[str, float] | None = None) -> Report:
         """Add the adapter in a file, `weight` (-100 to 100) times what it does; `blocks` are factors of blocks, such as
@@ -131,6 +138,10 @@ class Stack:
         if any(other.adapter.name == adapter.name for other in self.on):
             raise UsageError(f"an adapter {adapter.name!r} is attached already: detach it first")
         blocks = dict(blocks or {})
+        assumed: tuple[str, ...] = ()
+        if isinstance(adapter, Adapter) and adapter.widens:
+            self._check_control(adapter)
+            assumed = tuple(f"{path}: {sentence}" for sentence in flows.followed(adapter.path)[1])
         if isinstance(adapter, Words):
             if weight != 1 or blocks:
                 raise UsageError(f"{adapter.name} is a learned word, which has no weight but what the prompt gives it")
@@ -141,7 +152,7 @@ class Stack:
         changes = self._change([*self.on, Attached(adapter, float(weight), blocks)], new=adapter)
         return Report(
             adapter.name, adapter.hash, adapter.kinds, adapter.programs, adapter.ranks, adapter.matched, adapter.total,
-            adapter.unknown, changes,
+            adapter.unknown, changes, assumed,
         )  # fmt: skip
 
     def detach(self, name: str | None = None) -> None:
@@ -207,17 +218,24 @@ class Stack:
                         both = squares[block(module)]
                         both[0] += torch.linalg.vector_norm(delta).item() ** 2
                         both[1] += torch.linalg.vector_norm(own[name], dtype=torch.float32).item() ** 2
-                    if strength and factors is None:
-                        sums[name] = sums[name].add_(delta, alpha=strength) if name in sums else delta * strength
+                    if not strength or factors is not None:
+                        continue
+                    if name in sums:
+                        longest = max(delta.shape[-1], sums[name].shape[-1])
+                        delta, sums[name] = files.widened(delta, longest), files.widened(sums[name], longest)
+                        sums[name].add_(delta, alpha=strength)
+                    else:
+                        sums[name] = delta * strength
             for name, delta in sums.items():
-                new_weight = (own[name].float() + delta).to(self._rounded_to(module, own[name]))
+                new_weight = files.widened(own[name].float(), delta.shape[-1]).add(delta)
+                new_weight = new_weight.to(self._rounded_to(module, own[name]))
                 made[module, name] = nn.Parameter(new_weight, requires_grad=own[name].requires_grad)
         changes = {name: math.sqrt(d / max(w, 1e-30)) for name, (d, w) in sorted(squares.items()) if d}
         if new is not None and not changes:
             raise FileProblem(f"{new.path} would do nothing: every difference that it makes is 0; was it trained?")
         learned = [one.adapter for one in on if isinstance(one.adapter, Words)]
         if learned or self._learned():
-            rows = [f"text_encoder.{i}.{TABLE}" for i in range(len(self.system.text_encoder))]  # type: ignore[arg-type]
+            rows = [f"text_encoder.{i}.{TABLE}" for i in range(len(self.system.text_encoder))]
             tables = [made.get((row, "weight"), self.own(row)["weight"]) for row in rows]
             put = words.put(self.system, learned, tables)
             made |= {
@@ -236,6 +254,7 @@ class Stack:
             self._linear(module).beside(up, down)
         self.beside = set(beside)
         self.on = on
+        self._look()
         return changes
 
     def _linear(self, module: str) -> Linear:
@@ -253,12 +272,45 @@ class Stack:
         ups, downs = [], []
         for adapter, strength in mine:
             for entry in adapter.entries[module]:
-                if (found := entry.factors(owner.out_features, owner.codes.device)) is None:
+                if entry.columns or (found := entry.factors(owner.out_features, owner.codes.device)) is None:
                     return None
                 ups.append(strength * found[0])
                 downs.append(found[1])
         dtype = self._rounded_to(module, ups[0])
         return torch.cat(ups, dim=1).to(dtype), torch.cat(downs).to(dtype)
+
+    def _look(self) -> None:
+        """Have the system see a picture beside the latents while the input of its network is widened for one, and draw
+        with the defaults of whole models that do."""
+        system, key = self.system, (files.INPUT, "weight")
+        if self.plain is not None:
+            system.network.config, system.network.img_in.in_features, system.defaults = self.plain
+            self.plain = None
+        own = self.hidden.get(key)
+        if own is None or (columns := system.network.img_in.weight.shape[1]) == own.shape[1]:
+            return
+        network, defaults = system.network, system.defaults
+        self.plain = network.config, network.img_in.in_features, defaults
+        follows = next(one.adapter.path for one in self.on if isinstance(one.adapter, Adapter) and one.adapter.widens)
+        network.config = replace(network.config, in_channels=columns)
+        network.img_in.in_features = columns
+        system.defaults = replace(defaults, **catalog.BESIDE["hint"] | {"guidance": flows.followed(follows)[0]})
+
+    def _check_control(self, adapter: Adapter) -> None:
+        """Raises UsageError for a control-LoRA beside what sees no picture, or another one."""
+        name = self.system.name
+        for one in self.on:
+            if isinstance(one.adapter, Adapter) and one.adapter.widens:
+                raise UsageError(
+                    f"{adapter.name} and {one.adapter.name} are both control-LoRAs, and {name} sees one picture beside "
+                    "the latents: give one of them"
+                )
+        for does in ("refiner", "guide"):
+            if getattr(self.system, does) is not None:
+                raise UsageError(
+                    f"{adapter.name} has {name} see a picture beside the latents, which its {does} does not: leave the "
+                    f"{does} out"
+                )
 
     def _rounded_to(self, module: str, own: Tensor) -> torch.dtype:
         """The type of a changed weight: its own, or of a quantised one what the part that it is in computes in."""

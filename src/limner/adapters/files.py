@@ -11,16 +11,18 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Container, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from limner import catalog
 from limner.adapters import kinds
@@ -28,7 +30,7 @@ from limner.adapters.kinds import Kind, Scale
 from limner.adapters.names import WEIGHTS, Spelled, spellings
 from limner.checkpoints import files
 from limner.errors import CheckpointMismatch, FileProblem
-from limner.models.flux import FLUX_CONTROL
+from limner.models.flux import FLUX_CONTROL, FLUX_DEV, Flux
 from limner.nn.linear import Linear
 
 LARGEST_RANK, LARGEST_ALPHA, LARGEST_JSON = 16_384, 1e6, 4_000_000
@@ -38,10 +40,11 @@ BASES = (
     "sd1", "sd2", "sdxl", "sdxl-refiner", "flux-dev", "sd3-medium", "sd3.5-medium", "sd3.5-large", "dit", "icons",
 )  # fmt: skip
 PEFT_FILE, PEFT_CONFIG, DIFFUSERS_CONFIG = "adapter_model.safetensors", "adapter_config.json", "lora_adapter_metadata"
-CONTROL_LORA = (
-    "a control-LoRA of FLUX.1 (Canny or Depth), which makes the network see a picture beside the latents: that takes a "
-    "wider network, so draw with the whole model, FLUX.1-Canny-dev or FLUX.1-Depth-dev"
-)
+CONTROL_LORA = "control-LoRA of FLUX.1"
+INPUT = "network.img_in"
+"""What a control-LoRA widens, so that the network sees a picture beside the latents."""
+NORM = re.compile(r"(.+[._](?:(?:query|key)_norm|norm_(?:added_)?[qk]))\.(?:scale|weight)")
+"""A norm of queries or keys, which control-LoRAs hold whole."""
 SCALARS = {"on_input", "k1"}  # parts that may be one number
 
 
@@ -93,6 +96,8 @@ class Entry:
     scale: Scale
     rows: tuple[int, int] | None = None
     swapped: bool = False
+    columns: int = 0
+    """How wide the module must be made for it, 0 where it fits as it is."""
 
     @property
     def rank(self) -> int:
@@ -101,11 +106,12 @@ class Entry:
 
     def theirs(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of the `own` weight and bias of the module, what the program that made the file has for a module."""
-        return {"weight" if name in WEIGHTS else name: self._turned(self.part(t)) for name, t in own.items()}
+        found = {"weight" if name in WEIGHTS else name: self._turned(self.part(t)) for name, t in own.items()}
+        return found | {"weight": widened(found["weight"], self.columns)}
 
     def difference(self, parts: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is added to `part` of the module's `own` weight and bias; `parts` are those of the entry, in float32.
-        Raises as `kinds.difference`."""
+        """What is added to `part` of the module's `own` weight and bias, or to what `widened` makes of the weight;
+        `parts` are those of the entry, in float32. Raises as `kinds.difference`."""
         named = {"weight" if name in WEIGHTS else name: name for name in own}
         made = kinds.difference(self.kind, parts, self.scale, self.theirs(own))
         return {named[name]: self._turned(delta) for name, delta in made.items()}
@@ -130,6 +136,11 @@ class Entry:
         return torch.cat(tensor.chunk(2)[::-1]) if self.swapped else tensor
 
 
+def widened(weight: Tensor, columns: int) -> Tensor:
+    """A matrix with columns of zeros behind its own, where it has fewer than so many."""
+    return F.pad(weight, (0, columns - weight.shape[-1])) if weight.shape[-1] < columns else weight
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A file read for a model: `entries` by module, several where they are for different rows of it, and the keys that
@@ -146,6 +157,11 @@ class Adapter:
     @property
     def all(self) -> tuple[Entry, ...]:
         return tuple(itertools.chain(*self.entries.values()))
+
+    @property
+    def widens(self) -> bool:
+        """Whether it is a control-LoRA."""
+        return any(entry.columns for entry in self.entries.get(INPUT, ()))
 
     @property
     def matched(self) -> int:
@@ -178,8 +194,11 @@ class Contents:
 
     @cached_property
     def parts(self) -> dict[str, tuple[str, str]]:
-        """What `split` says of every key."""
-        return {key: split(key, self.tensors) for key in self.tensors}
+        """What `split` says of every key; and beside a LoRA norms are what they are to be."""
+        found = {key: split(key, self.tensors) for key in self.tensors}
+        if any(part == "down" for _, part in found.values()):
+            found |= {key: (norm[1], "whole") for key in found if (norm := NORM.fullmatch(key))}
+        return found
 
     def scale(self, program_path: str, alpha: float | None) -> Scale:
         """Of a module as the file spells it: its own alpha, or what the settings of PEFT say of it."""
@@ -260,7 +279,9 @@ def read(path: str | Path, system: nn.Module) -> Adapter:
     """
     contents = contents_of(path)
     adapter, misfit = survey(contents, system)
-    if misfit or len(adapter.unknown) > MOST_UNKNOWN * adapter.total or not adapter.entries:
+    # one that was trained on a network as wide has no norms whole
+    astray = widens(contents) and not _takes_control(system) and any("whole" in entry.parts for entry in adapter.all)
+    if astray or misfit or len(adapter.unknown) > MOST_UNKNOWN * adapter.total or not adapter.entries:
         raise CheckpointMismatch(_refusal(contents, adapter, misfit, system))
     return adapter
 
@@ -290,7 +311,12 @@ def survey(contents: Contents, system: nn.Module, table: Mapping[str, Spelled] |
     owners = dict(system.named_modules())
     for place, keys in groups.items():
         entry = _entry(contents, place, keys)
-        problem = _problem(entry, base(owners[entry.module]))
+        own = base(owners[entry.module])
+        if entry.module == INPUT:
+            own |= {"weight": _unwidened(system)}
+            if widens(contents) and _takes_control(system):
+                entry = replace(entry, columns=FLUX_CONTROL.in_channels)
+        problem = _problem(entry, own)
         if problem:
             unknown += keys.values()
             misfit = misfit or problem
@@ -351,7 +377,7 @@ def _entry(contents: Contents, place: tuple[str, Any, bool], keys: dict[str, str
         key = keys.get(part, keys.get("weight", part))
         if not tensor.is_floating_point():
             raise CheckpointMismatch(f"{path}: {key} is of {tensor.dtype}, which are no fractions")
-    spelling = split(next(iter(keys.values())), contents.tensors)[0].removeprefix("base_model.model.unet.")
+    spelling = contents.parts[next(iter(keys.values()))][0].removeprefix("base_model.model.unet.")
     module, rows, swapped = place
     entry = Entry(module, kind, parts, keys, contents.scale(spelling, alpha), rows, swapped)
     if kind.rank and not 0 < entry.rank <= LARGEST_RANK and not (kind.title == "LoKr" and entry.rank == 0):
@@ -414,12 +440,28 @@ def widens(contents: Contents) -> bool:
     )
 
 
+def _unwidened(system: Any) -> Tensor:
+    """The weight of `INPUT` without adapters, one of which may have made it wider."""
+    hidden = {} if system.adapters is None else system.adapters.hidden
+    return hidden.get((INPUT, "weight"), system.network.img_in.weight)
+
+
+def _takes_control(system: Any) -> bool:
+    """Whether control-LoRAs are for a system: FLUX.1 dev and Krea."""
+    if not isinstance(network := getattr(system, "network", None), Flux) or system.looks:
+        return False
+    return network.config.guidance_embedded and _unwidened(system).shape[-1] == FLUX_DEV.in_channels
+
+
 def _refusal(contents: Contents, adapter: Adapter, misfit: str, system: nn.Module) -> str:
     """One line: what a file that does not fit is, or the first thing in it that does not."""
-    if widens(contents):
-        return f"{contents.path} is {CONTROL_LORA}"
-    fits = [name for name, _ in bases(contents)]
     own = str(getattr(system, "name", "this model"))
+    if widens(contents) and not _takes_control(system):
+        return (
+            f"{contents.path} is a {CONTROL_LORA} (Canny or Depth), with which the network sees a picture beside the "
+            f"latents: that is for FLUX.1 dev, not for {own}"
+        )
+    fits = [name for name, _ in bases(contents)]
     begin = f"{contents.path} does not fit {own}"
     if fits and own not in fits:
         names = " or ".join(f"{name} ({catalog.entry(name).family})" for name in fits)
@@ -432,7 +474,7 @@ def _refusal(contents: Contents, adapter: Adapter, misfit: str, system: nn.Modul
             f"{contents.path} is no adapter: of its {adapter.total} keys (first: {files.shown(first)}) none is of one"
         )
     first = adapter.unknown[0]
-    spelling, part = split(first, contents.tensors)
+    spelling, part = contents.parts[first]
     near = difflib.get_close_matches(spelling, spellings(system), n=1, cutoff=0.6)
     hint = f"; nearest: {near[0]}{first[len(spelling) :]}" if near and part else ""
     return (

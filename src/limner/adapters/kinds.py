@@ -10,7 +10,7 @@ has matrices; s is alpha / rank, 1 where a file has no alpha. All is computed in
     OFT     R W - W, R of orthogonal blocks             arXiv:2306.07280; BOFT, butterflies of them, arXiv:2311.06243
     GLoRA   s (W A + B)                                 arXiv:2306.07967
     IA3     W l, row by row or column by column         arXiv:2205.05638
-    norm, full: the difference itself
+    norm, full: the difference itself; of norms also what they are to be, less what they are
 
 The core of a convolution's A may be kept apart (Tucker; CP in LyCORIS' words): a small convolution among the ranks.
 """
@@ -139,6 +139,7 @@ KINDS = (
     Kind("GLoRA", tuple((part,) for part in GLORA), ("diff_b",), glora, (("a2", 0),)),
     Kind("IA3", (("rows", "columns", "factor"),), (), ia3),
     Kind("norm", (("w_norm", "b_norm"),), (), added("w_norm")),
+    Kind("norm", (("whole",),), (), lambda p, scale, weight: p["whole"].reshape(weight.shape) - weight),
     Kind("full", (("diff", "diff_b"),), (), added("diff")),
 )
 

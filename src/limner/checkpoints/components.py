@@ -60,6 +60,7 @@ MARKS: list[tuple[Component, Callable[[Collection[str]], bool]]] = [  # the firs
         Component("ControlNet as its authors write it", MODEL),
         _with("control_model.input_hint_block.0.weight", "input_hint_block.0.weight"),
     ),
+    (Component("Redux of FLUX.1", f"{MODEL} and an image encoder of SigLIP's kind"), _with("redux_up.weight")),
     (Component("IP-Adapter", f"{MODEL} and an image encoder of CLIP"), _with("ip_adapter.1.to_k_ip.weight")),
     (
         Component("T2I-Adapter as diffusers writes it", MODEL),
@@ -103,6 +104,8 @@ def _part(shapes: Shapes) -> Component | None:
         return Component(f"autoencoder of {family}, whose scale no name tells", MODEL)
     if find("vision_model.embeddings.class_embedding"):
         return Component("image encoder of CLIP's kind", "an IP-Adapter")
+    if find("vision_model.embeddings.patch_embedding.bias"):
+        return Component("image encoder of SigLIP's kind", "Redux")
     if find("text_model.embeddings.token_embedding.weight") or find("transformer.resblocks.0.ln_1.weight"):
         return Component("text encoder of CLIP's kind", MODEL)
     if query := find("encoder.block.0.layer.0.SelfAttention.q.weight"):

@@ -194,8 +194,7 @@ def put_words(
 
 def told(config: FluxConfig | MMDiTConfig, path: Path) -> tuple[dict[str, Any], list[str]]:
     """How a network is drawn with, as `Foreign` has it, and sentences on what its tensors do not tell."""
-    parents = (part for part in path.parts[-4:-1] if part.startswith("models--"))
-    name = " ".join((path.name, *parents)).lower()  # a cache of the Hub has the model's name above a number
+    name = called(path)
     if isinstance(config, MMDiTConfig):
         turbo = "turbo" in name
         few = {"steps": 4, "guidance": 1.0} if turbo else {}
@@ -206,10 +205,8 @@ def told(config: FluxConfig | MMDiTConfig, path: Path) -> tuple[dict[str, Any], 
         sentence = f"no name of a tensor tells FLUX.1 schnell from others that are not told their guidance: {said}"
         return {"noise": SCHNELL_NOISE}, [] if "schnell" in name else [sentence]
     if config.sees(KL_FLUX.latent_channels) == "hint":
-        depth = "depth" in name
-        said = "its name says Depth, guidance 10" if depth else "it is taken for Canny, guidance 30"
-        sentence = f"no name of a tensor tells FLUX.1 Canny from Depth: {said}"
-        return {"noise": FLUX_NOISE} | ({"guidance": 10.0} if depth else {}), [] if "canny" in name else [sentence]
+        guidance, assumed = followed(path)
+        return {"noise": FLUX_NOISE, "guidance": guidance}, assumed
     if config.sees(KL_FLUX.latent_channels):
         return {"noise": FLUX_NOISE}, []
     sentence = (
@@ -218,6 +215,21 @@ def told(config: FluxConfig | MMDiTConfig, path: Path) -> tuple[dict[str, Any], 
     )
     named = any(known in name for known in ("kontext", "dev", "krea"))
     return {"noise": FLUX_NOISE, "looks": "kontext" in name}, [] if named else [sentence]
+
+
+def called(path: Path) -> str:
+    """The name of a model's file, in small letters: a cache of the Hub has the model's name above a number."""
+    parents = (part for part in path.parts[-4:-1] if part.startswith("models--"))
+    return " ".join((path.name, *parents)).lower()
+
+
+def followed(path: Path) -> tuple[float, list[str]]:
+    """The guidance of a FLUX.1 that follows edges or depth, by the name of its file, and a sentence where that says no
+    edges."""
+    depth = "depth" in called(path)
+    said = "its name says Depth, guidance 10" if depth else "it is taken for Canny, guidance 30"
+    sentence = f"no name of a tensor tells FLUX.1 Canny from Depth: {said}"
+    return 10.0 if depth else 30.0, [] if "canny" in called(path) else [sentence]
 
 
 # -------------------------------------------------------------------- files

@@ -198,11 +198,12 @@ def paint(
         typer.Option(
             "--ip-adapter",
             metavar="FILE=IMAGE[:WEIGHT]",
-            help="An IP-Adapter and a picture, as words of the prompt; may be given again. FILE=IMAGE:0.6,mid_block=0",
+            help="An IP-Adapter, or FLUX.1's Redux, and a picture, as words of the prompt; may be given again. "
+            "FILE=IMAGE:0.6,mid_block=0",
         ),
     ] = None,
     image_encoder: Annotated[
-        Path | None, typer.Option("--image-encoder", help="What an IP-Adapter sees with. [default: beside it]")
+        Path | None, typer.Option("--image-encoder", help="What an IP-Adapter or Redux sees with. [default: beside it]")
     ] = None,
     adapter_folder: Annotated[
         Path | None,
@@ -337,7 +338,7 @@ def paint(
     painted_with, adapters = remembered.pop("model_hash", None), remembered.pop("adapters", [])
     controlled = remembered.pop("control", [])
     asked = remembered | {k: v for k, v in flags.items() if v is not None}
-    if "prompt" not in asked and image is None:
+    if "prompt" not in asked and image is None and not ip_adapter:
         raise UsageError('no prompt: say what to paint, such as limner "a red fox"')
     asked.setdefault("prompt", "")
     for text in (prompt, negative):
@@ -400,7 +401,7 @@ def paint(
         for sentence in controls.differing(given["ip_adapter"], shown):
             tell(sentence)
     elif image_encoder is not None:
-        raise UsageError("--image-encoder is what an IP-Adapter sees with: add --ip-adapter FILE=IMAGE")
+        raise UsageError("--image-encoder is what an IP-Adapter or Redux sees with: add --ip-adapter FILE=IMAGE")
     if expand is not None or keep_size:
         assert image is not None
         given["image"], given["mask"] = pipeline.canvas(image, expand, mask)

@@ -1,8 +1,9 @@
-"""The layers of CLIP's towers, of texts and of pictures, under the names of transformers' files."""
+"""The layers of CLIP's towers, of texts and of pictures, and of SigLIP's, under the names of transformers' files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,7 +16,9 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}  # fmt: skip
 
 
 class Shape(Protocol):

@@ -119,14 +119,21 @@ class Prompts:
         if key not in self.kept:
             told = [*self.parts, self.uncond]
             if references:
-                seen, none = (torch.cat([getattr(r, name) for r in references], dim=1) for name in ("words", "nothing"))
-                count = len(self.weights[0])
-                told = [replace(c, images=seen.expand(count, -1, -1)) for c in self.parts]
-                told.append(replace(self.uncond, images=none.expand(count, -1, -1)))
+                behind = references[0].behind
+                seen = torch.cat([r.weight * r.words if behind else r.words for r in references], dim=1)
+                none = torch.cat([r.nothing for r in references], dim=1)
+                told = [*(_shown(c, seen, behind) for c in self.parts), _shown(self.uncond, none, behind)]
             told = [replace(c.map(lambda v: v.to(dtype) if v.is_floating_point() else v), kept={}) for c in told]
             every = replace(Conditioning.cat(told + told[-1:] * pictured), kept={}) if self.alone else told[0]
             self.kept[key] = told, every
         return self.kept[key]
+
+
+def _shown(cond: Conditioning, words: Tensor, behind: bool) -> Conditioning:
+    """`cond` with pictures as words (1, n, d), for attention of their own or `behind` those of the prompt."""
+    assert cond.tokens is not None
+    words = words.to(cond.tokens.device).expand(len(cond.tokens), -1, -1)
+    return replace(cond, tokens=torch.cat([cond.tokens, words], dim=1)) if behind else replace(cond, images=words)
 
 
 Turns = list[tuple[int, Callable[[], Prompts], "DiffusionSystem"]]
@@ -224,14 +231,9 @@ class DiffusionSystem(nn.Module):
         self.grid = self.autoencoder.factor
         self.unit: int = self.grid * getattr(network.config, "patch", 1)
         """What widths and heights are multiples of, in pixels."""
+        self.looks = looks
+        """As for `limner.catalog.DiffusionConfig`."""
         config: Any = network.config
-        channels = self.autoencoder.channels
-        self.beside = getattr(config, "latents_in", getattr(config, "in_channels", channels)) - channels
-        """Channels that the network sees beside the latents."""
-        seeing = hasattr(config, "sees") and small_noise is None
-        self.sees: str = "reference" if looks else config.sees(channels) if seeing else ""
-        """What they are, as `sees` of the network's configuration says; "" for an upscaler, whose `small_noise` does;
-        "reference" where it looks at pictures that are not beside the latents, but behind them."""
         self.told_guidance: Callable[[Tensor], Tensor] | None = None
         """What the network is told of the scale of guidance, instead of being guided; None for most."""
         if getattr(config, "guidance_width", 0):
@@ -246,6 +248,21 @@ class DiffusionSystem(nn.Module):
     @property
     def model_hash(self) -> str:
         return self.weights_hash()
+
+    @property
+    def beside(self) -> int:
+        """Channels that the network sees beside the latents."""
+        config, channels = self.network.config, self.autoencoder.channels
+        return getattr(config, "latents_in", getattr(config, "in_channels", channels)) - channels
+
+    @property
+    def sees(self) -> str:
+        """What they are, as `sees` of the network's configuration says; "" for an upscaler, whose `small_noise` does;
+        "reference" where it looks at pictures that are not beside the latents, but behind them."""
+        if self.looks:
+            return "reference"
+        seeing = hasattr(self.network.config, "sees") and self.small_noise is None
+        return self.network.config.sees(self.autoencoder.channels) if seeing else ""
 
     # ---------------------------------------------------------------- training
 
@@ -340,7 +357,7 @@ class DiffusionSystem(nn.Module):
     def check(self, request: Request) -> None:
         if self.small_noise is not None:
             self.check_small(request)
-        elif not all(prompt.strip() for prompt in request.prompts):
+        elif not all(prompt.strip() or any(r.behind for r in request.ip_adapter) for prompt in request.prompts):
             raise UsageError("the prompt is empty: say what to draw")
         if self.sees == "picture" and request.image is None:
             raise UsageError(f"{self.name} edits a picture, but none was given: limner edit IMAGE, or -i IMAGE")
@@ -767,14 +784,15 @@ class DiffusionSystem(nn.Module):
             return newest
 
         dtype = next(self.network.parameters()).dtype
-        references = [(one.network.to(self.device, dtype), one.weight_in) for one in request.ip_adapter]
+        apart = [one for one in request.ip_adapter if not one.behind]
+        references = [(one.network.to(self.device, dtype), one.weight_in) for one in apart]
         with contextlib.ExitStack() as attached:
             attached.enter_context(there)
             for system in seeing:
                 attached.enter_context(ip_adapter.attached(system.network, references))
             x = sampler(denoise, x, sigmas, self.interpolant, noise=draw, on_step=on_step)
         if self.works_on is not None:
-            for network in (*(c.network for c in request.control), *(r.network for r in request.ip_adapter)):
+            for network in (*(c.network for c in request.control), *(r.network for r in apart)):
                 network.cpu()
         return self.interpolant.input_scale(sigmas[-1]) * x if sigmas[-1] else x
 
