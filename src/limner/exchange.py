@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,11 +20,13 @@ from limner import catalog
 from limner.adapters import control, words
 from limner.adapters import files as adapters
 from limner.adapters.names import block
-from limner.checkpoints import components, estimators, files, flows, folders, single_files
+from limner.checkpoints import components, estimators, files, flows, folders, layouts, single_files
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.quantization import gathered
 from limner.errors import CheckpointMismatch, FileProblem, UsageError
 from limner.models.dit import DiTConfig
+from limner.models.flux import Flux, FluxConfig
+from limner.models.mmdit import MMDiT
 from limner.models.unet import UNetConfig
 from limner.nn.quantized import Quantized
 from limner.sampling.interpolants import EDMConfig, FlowConfig, VPConfig
@@ -37,6 +40,7 @@ SEES = {
     "mask": "a mask and what is around it (--mask)",
     "else": "a small picture to enlarge (-i)",
 }
+CONVERTED = "{} is of {}: only files of Stable Diffusion 1, 2 and XL are made into one another"
 
 
 def inspect(source: str | Path) -> dict[str, Any]:
@@ -78,7 +82,8 @@ def inspect(source: str | Path) -> dict[str, Any]:
             return told | {"kind": f"model that finds {maker} in pictures", "needs": needs}
         if part is None:
             return told | {"kind": "unknown", "first": sorted(tensors)[:3], "problem": str(error)}
-        return told | {"kind": part.what, "needs": part.needs or "a program that draws with it", "problem": str(error)}
+        told |= {"kind": part.what, "needs": part.needs or "a program that draws with it", "problem": str(error)}
+        return told | _network(path, tensors)
 
 
 def convert(source: str | Path, target: str | Path) -> tuple[Path, Mapping[str, int]]:
@@ -88,7 +93,12 @@ def convert(source: str | Path, target: str | Path) -> tuple[Path, Mapping[str, 
     Raises UsageError, FileProblem.
     """
     path, target = catalog.find(source), Path(target)
-    found = catalog.recognise(path)
+    try:
+        found = catalog.recognise(path)
+    except CheckpointMismatch:  # for want of its other parts, perhaps, which would not help
+        if path.is_file() and (alone := flows.alone(files.read(path)[0], path)):
+            raise UsageError(CONVERTED.format(path, catalog.config_of(alone).family)) from None
+        raise
     if found is None:
         raise UsageError(f"{path} is a file of Limner's own: give a model of another program")
     if target.exists():
@@ -96,8 +106,7 @@ def convert(source: str | Path, target: str | Path) -> tuple[Path, Mapping[str, 
     if any(isinstance(tensor, Quantized) for tensor in found.tensors.values()):
         raise UsageError(f"{path} is quantised ({_precision(found.tensors)}): give the file that it was made from")
     if not isinstance(found.network, UNetConfig):
-        family = catalog.config_of(found).family
-        raise UsageError(f"{path} is of {family}: only files of Stable Diffusion 1, 2 and XL are made into one another")
+        raise UsageError(CONVERTED.format(path, catalog.config_of(found).family))
     catalog.fitted(found)
     if target.suffix == ".safetensors":
         tensors = single_files.export(found)
@@ -113,12 +122,32 @@ def convert(source: str | Path, target: str | Path) -> tuple[Path, Mapping[str, 
 
 def _model(found: Foreign) -> dict[str, Any]:
     """Of a whole model: what it is like, how large it is and what it draws with."""
-    config = catalog.config_of(found)
     try:
         catalog.fitted(found)
         problem = {}
     except CheckpointMismatch as error:
         problem = {"problem": str(error)}
+    return _drawn(found) | {"beside": found.beside} | problem
+
+
+def _network(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of the network of a Stable Diffusion 3 or a FLUX.1 without its other parts; nothing of any other file."""
+    try:
+        found = flows.alone(tensors, path)
+        if found is None:
+            return {}
+        with torch.device("meta"):
+            network: Any = (Flux if isinstance(found.network, FluxConfig) else MMDiT)(found.network)
+        whole = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+        layouts.fit(found.layout, whole, found.tensors, f"{path}, read as {catalog.config_of(found).name}")
+    except CheckpointMismatch as error:
+        return {"problem": str(error)}
+    return _drawn(found)
+
+
+def _drawn(found: Foreign) -> dict[str, Any]:
+    """What a model is, how large, and how it is drawn with."""
+    config = catalog.config_of(found)
     sizes: Counter[str] = Counter()
     for name, place in found.layout.items():
         held = [found.tensors[one] for one in place.names if one in found.tensors]
@@ -127,7 +156,7 @@ def _model(found: Foreign) -> dict[str, Any]:
     return {
         "model": config.name,
         "family": config.family,
-        "parameters": {part: sizes[part] for part in PARTS},
+        "parameters": {part: sizes[part] for part in PARTS if sizes[part]},
         "precision": _precision(found.tensors),
         "predicts": found.prediction,
         **_sees(found),
@@ -139,8 +168,6 @@ def _model(found: Foreign) -> dict[str, Any]:
         "sampler": defaults.sampler,
         "schedule": defaults.schedule,
         "assumed": list(found.assumed),
-        "beside": found.beside,
-        **problem,
     }
 
 

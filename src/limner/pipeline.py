@@ -27,7 +27,7 @@ from limner.sampling import samplers, schedules
 from limner.sampling.guidance import WAYS
 from limner.sampling.interpolants import EDM
 from limner.systems.diffusion import DiffusionSystem
-from limner.text.prompts import AND, DIALECTS, Wildcards, expand
+from limner.text.prompts import AND, DIALECTS, SYNTAX, Wildcards, expand
 from limner.types import Control, Defaults, GeneratedImage, Latents, OnStep, Reference, Request, System
 
 MAX_SEED = 2**63 - 1
@@ -169,7 +169,8 @@ def load(
     network and the text encoders are kept in 8 bits, half the memory, and expanded when they are multiplied; `vae` is
     a file or folder with another autoencoder, `refiner` a model that does the last steps, `guide_model` a weaker one
     that guidance leads away from in place of the negative prompt (autoguidance), `text_encoder` one or several files
-    with other text towers. A file with a U-Net alone needs `vae` and `text_encoder`.
+    with other text towers, in any order. A file with a network alone needs `vae` and `text_encoder`, such as
+    `load("flux1-dev.safetensors", vae="ae.safetensors", text_encoder=["clip_l.safetensors", "t5xxl.safetensors"])`.
     `offload` says whether the parts of a model take turns on a GPU and rest on the CPU: "auto" if it cannot hold them
     and what a drawing makes. `compile` has torch compile the network's layers when it first draws, which takes seconds
     and a C++ compiler, or on GPUs Triton: for many pictures of one size.
@@ -753,8 +754,10 @@ def ignored(system: System, request: Request) -> list[str]:
             for words in system.words_unreached(text, request)
         ]
     dialect = request.prompt_dialect or system.dialects[0]
-    if dialect not in system.dialects:
-        told.append(f"{system.name} reads prompts plainly, whatever the dialect: brackets and AND are words to it")
+    meant = [found[0] for _, text in said + against if (found := SYNTAX.search(text))]
+    if dialect not in system.dialects or (system.dialects == ("plain",) and meant and not request.prompt_dialect):
+        what = f"{meant[0]!r:.60} is" if meant else "brackets and AND are"
+        told.append(f"{system.name} reads prompts plainly, whatever the dialect: {what} words to it")
     elif dialect == "a1111" and any(AND.search(text) for _, text in against):
         told.append("AND composes prompts, not negative ones: it is a word of the negative prompt")
     if request.tile and (not in_tiles(request) or system.task == "autoencoding"):

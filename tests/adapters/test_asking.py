@@ -40,7 +40,7 @@ def test_a_lora_changes_the_picture_and_the_picture_remembers_it(limner, here, t
     limner("fox", "-m", tiny_model, *TOLD, "-o", "plain.png")
     done = limner("fox", "-m", tiny_model, *TOLD, "--lora", f"{style}:0.5", "-o", "styled.png")
     assert done.code == 0, done.err
-    assert done.err.startswith("limner: style: LoRA as its own names writes it, rank 2, 2 of 2 keys; changes 1 blocks")
+    assert done.err.startswith("limner: style: LoRA in the names of the model, rank 2, 2 of 2 keys; changes 1 block,")
     assert pixels("plain.png") != pixels("styled.png")
     settings = metadata.read_settings(here / "styled.png")
     assert settings["adapters"] == [{"name": "style", "hash": files.digest(style), "weight": 0.5}]

@@ -269,7 +269,7 @@ def test_the_report_measures_each_block(system, style):
     weight = sum(own[key].square().sum().item() for key in keys)
     assert report.changes["mid_block"] == pytest.approx((change / weight) ** 0.5 / 0.25, rel=1e-4)
     assert (report.kinds, report.programs, report.ranks) == (("LoRA",), ("kohya",), (3,))
-    assert str(report).startswith("style: LoRA as kohya writes it, rank 3, ")
+    assert str(report).startswith("style: LoRA in the names of kohya, rank 3, ")
 
 
 def test_icons_take_lora_by_its_own_names(tiny_model, tmp_path):

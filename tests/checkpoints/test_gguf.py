@@ -137,7 +137,6 @@ BYTES = {
     "a name of 10^15 characters": header(tail=struct.pack("<Q", 10**15) + tensor()),
     "a name of no UTF-8": header(tail=tensor(name=b"\xff\xfe")),
     "a row of half a block": header(tail=tensor(shape=(48,))),
-    "a type of no number": header(tail=tensor(kind=77)),
     "9 axes": header(tail=tensor(shape=(32,) * 9)),
     "a shape of 2^62": header(tail=tensor(shape=(2**31, 2**31))),
     "a place beyond": header(tail=tensor(place=2**40)),
@@ -162,6 +161,11 @@ BYTES = {
 def test_a_header_that_lies_is_refused(name, tmp_path):
     (tmp_path / "x.gguf").write_bytes(BYTES[name])
     refused(tmp_path / "x.gguf", "not a whole GGUF file")
+
+
+def test_a_type_that_is_not_known_is_named(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(header(tail=tensor(kind=77)))
+    refused(tmp_path / "x.gguf", "quantised as type 77 of GGUF, which is not read here")
 
 
 def test_the_header_that_does_not_lie_is_read(tmp_path):

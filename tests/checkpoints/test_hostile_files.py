@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from limner import catalog
-from limner.checkpoints import folders, single_files
+from limner.checkpoints import files, folders, single_files
 from limner.errors import FileProblem
 
 
@@ -125,6 +125,30 @@ def test_a_header_that_lies_is_refused(name, tmp_path):
     entries["b"] |= ENTRY[name]
     write(tmp_path / "model.safetensors", entries, size=48)
     refused(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("start", "told"),
+    [
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "a pointer of Git LFS: run git lfs pull",
+        ),
+        ("\n<!doctype html><title>log in</title>", "a page of the web: log in"),
+    ],
+)
+def test_what_was_downloaded_in_place_of_a_file_is_named(start, told, tmp_path):
+    (tmp_path / "model.safetensors").write_text(start)
+    with pytest.raises(FileProblem, match=told):
+        files.read(tmp_path / "model.safetensors")
+
+
+def test_a_type_that_is_not_read_is_named(tmp_path):
+    entries = header({"a": [4, 4], "b": [8]})
+    entries["b"]["dtype"] = "BF17"
+    write(tmp_path / "model.safetensors", entries, size=48)
+    with pytest.raises(FileProblem, match="numbers of a type 'BF17', which is not read"):
+        files.read(tmp_path / "model.safetensors")
 
 
 # ------------------------------------------------------------------- tensors

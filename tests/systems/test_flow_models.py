@@ -324,12 +324,12 @@ def test_half_a_network_is_refused_by_the_key_that_is_missing(split, tmp_path, n
 def test_what_no_name_tells_is_taken_from_the_files_and_said(split, tmp_path):
     files = split("dev")
     told: Any = {"vae": files["autoencoder"], "text_encoders": [files["t5xxl"], files["clip_l"]]}
-    kontext = tmp_path / "flux1-kontext-dev.safetensors"
-    shutil.copy(files["network"], kontext)
-    with pytest.warns(Assumed, match="its name says Kontext"):
-        assert catalog.load(kontext, **told).name == "flux-kontext"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    for title, name in (("flux1-kontext-dev", "flux-kontext"), ("flux1-dev", "flux-dev"), ("my-krea", "flux-dev")):
+        shutil.copy(files["network"], tmp_path / f"{title}.safetensors")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert catalog.load(tmp_path / f"{title}.safetensors", **told).name == name
+    with pytest.warns(Assumed, match="no name of a tensor tells FLUX.1 dev from Kontext: it is taken for dev"):
         assert catalog.load(files["network"], **told).name == "flux-dev"
     with pytest.raises(UsageError, match="predicts a velocity, as all of its kind"):
         catalog.load(files["network"], prediction="v", **told)
@@ -441,3 +441,42 @@ def test_a_negative_prompt_that_nobody_asks_for_is_not_read(folders, monkeypatch
         )
         pipeline.generate(system, "a red fox", batch=2, guidance=guidance, seed=3, steps=1, **SIZE)
         assert [len(row) for row in rows[0]] == [count, count]
+
+
+def test_a_schedule_of_other_models_levels_is_refused(folders):
+    with pytest.raises(UsageError, match="'align_your_steps' was made for Stable Diffusion 1 and XL: take 'uniform'"):
+        pipeline.generate(catalog.load(folders("sd3")), "a fox", schedule="align_your_steps_xl", **SIZE)
+
+
+@pytest.mark.parametrize("prompt", ["a (red:1.3) fox", "a fox AND a dog", "a fox BREAK a dog"])
+def test_syntax_of_prompts_that_is_read_as_words_is_told(folders, prompt):
+    system = catalog.load(folders("dev"))
+    with pytest.warns(Ignored, match="flux-dev reads prompts plainly, whatever the dialect: '.*' is words to it"):
+        pipeline.generate(system, prompt, steps=1, **SIZE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Ignored)
+        pipeline.generate(system, "a fox (red, or brown: 2 of them)", steps=1, **SIZE)
+        pipeline.generate(system, prompt, steps=1, prompt_dialect="plain", **SIZE)
+
+
+def test_another_clip_is_refused_by_its_size(split, tmp_path):
+    dev, other = split("dev"), split("sd3")["clip_g"]
+    with pytest.raises(CheckpointMismatch, match=r"reads vectors of 64 from CLIP-L, but .* have 128: .* --clip-l FILE"):
+        catalog.load(dev["network"], vae=dev["autoencoder"], text_encoders=[dev["t5xxl"], other])
+
+
+def test_a_network_alone_is_inspected_and_cannot_be_converted(split, tmp_path):
+    told = exchange.inspect(split("fill")["network"])
+    assert [told[name] for name in ("model", "guidance", "sees")] == [
+        "flux-fill",
+        30.0,
+        "a mask and what is around it (--mask)",
+    ]
+    assert told["parameters"].keys() == {"network"}
+    assert "--vae FILE" in told["problem"]
+    with pytest.raises(UsageError, match=r"is of FLUX\.1: only files of Stable Diffusion 1, 2 and XL"):
+        exchange.convert(split("dev")["network"], tmp_path / "folder")
+    tensors = load_file(split("sd3")["network"])
+    name = next(name for name in tensors if name.endswith("x_block.mlp.fc1.bias"))
+    save_file(tensors | {name: torch.zeros(3)}, tmp_path / "odd.safetensors")
+    assert name in exchange.inspect(tmp_path / "odd.safetensors")["problem"]

@@ -234,4 +234,4 @@ def test_a_picture_names_its_guide(folders, weak, limner, here):
     again = ("generate", "-C", "a.png", "-m", folders["sd1"], "--guide-model")
     assert limner(*again, weak, "-o", "b.png").code == 0
     assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes()
-    assert "is not the guide painted with" in limner(*again, folders["sd1"], "-o", "c.png").err
+    assert "was painted with another guide" in limner(*again, folders["sd1"], "-o", "c.png").err

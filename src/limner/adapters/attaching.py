@@ -74,9 +74,10 @@ class Report:
         ranks = f", rank {' '.join(map(str, self.ranks))}" if self.ranks else ""
         most = sorted(self.changes.items(), key=lambda row: -row[1])[:3]
         told = ", ".join(f"{name} by {change:.2%}" for name, change in most)
+        count = "1 block" if len(self.changes) == 1 else f"{len(self.changes)} blocks"
         return (
-            f"{self.name}: {'/'.join(self.kinds)} as {'/'.join(self.programs)} writes it{ranks}, {self.matched} of "
-            f"{self.total} keys; changes {len(self.changes)} blocks, most {told}"
+            f"{self.name}: {'/'.join(self.kinds)} in the names of {'/'.join(self.programs)}{ranks}, {self.matched} of "
+            f"{self.total} keys; changes {count}, most {told}"
         )
 
 

@@ -42,7 +42,7 @@ class Spelled:
 
 
 KOHYA, LYCORIS, DIFFUSERS, EARLY, PEFT, ONETRAINER, XLABS, COMFYUI, OWN = (
-    "kohya", "LyCORIS", "diffusers", "early diffusers", "PEFT", "OneTrainer", "XLabs", "ComfyUI", "its own names",
+    "kohya", "LyCORIS", "diffusers", "early diffusers", "PEFT", "OneTrainer", "XLabs", "ComfyUI", "the model",
 )  # fmt: skip
 NETWORK = {  # prefixes before a path with dots, and before one with underscores
     ".": {

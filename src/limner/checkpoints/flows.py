@@ -291,6 +291,23 @@ def recognise(
     )  # fmt: skip
 
 
+def alone(tensors: Mapping[str, Tensor], path: Path) -> Foreign | None:
+    """The network in a file without what else a model has, as if that were as published; None where there is none.
+    Raises CheckpointMismatch."""
+    found = network(tensors)
+    if found is None:
+        return None
+    kind, held = found
+    config, rows = network_config(kind, held, path)
+    drawn, assumed = told(config, path)
+    return Foreign(
+        source=path, network=config, autoencoder=kind.codec, text=SD3TextConfig() if kind is SD3 else FluxTextConfig(),
+        tokenizers=(), prediction="velocity", layout=prefixed(rows, "network.", ""),
+        tensors={held.full(name): tensor for name, tensor in held.tensors.items()}, files=(path,),
+        assumed=tuple(assumed), **drawn,
+    )  # fmt: skip
+
+
 def held_by(file: Path) -> set[str]:
     """Whether a file holds text encoders of CLIP's kind, "CLIP", and "T5". Raises FileProblem."""
     tensors = parts.read(file)

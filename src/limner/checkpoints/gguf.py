@@ -110,11 +110,7 @@ def read(path: Path) -> dict[str, Tensor]:
         mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         found = {name: _tensor(mapped[start:], shapes, name, *row) for name, row in rows.items()}
     except (struct.error, ValueError, KeyError, OSError, RuntimeError) as error:
-        if isinstance(error, KeyError):
-            raise CheckpointMismatch(
-                f"{path} has numbers of a type {error}, which is not read: get it in another"
-            ) from error
-        reason = str(error).splitlines()[0][:200]
+        reason = f"no such type as {error}" if isinstance(error, KeyError) else str(error).splitlines()[0][:200]
         raise FileProblem(f"{path} is not a whole GGUF file ({reason}): get it again") from error
     if any(name.startswith("enc.blk.") for name in found):
         found = {t5_name(name): tensor for name, tensor in found.items()}
@@ -147,7 +143,8 @@ def _header(header: _Header, path: Path) -> tuple[dict[str, Row], dict[str, list
             raise ValueError(f"{name!r:.100} has {axes} axes, or is there twice")
         shape = tuple(header.number("Q") for _ in range(axes))[::-1]
         rows[name] = header.number("I"), shape, header.number("Q")
-    unread = sorted({OTHERS[kind] for kind, _, _ in rows.values() if kind in OTHERS})
+    kinds = {kind for kind, _, _ in rows.values()} - CODES.keys() - PLAIN.keys()
+    unread = sorted(OTHERS.get(kind, f"type {kind}") for kind in kinds)
     if unread:
         raise CheckpointMismatch(
             f"{path} is quantised as {' and '.join(unread)} of GGUF, which is not read here: get it in Q8_0, Q6_K, "

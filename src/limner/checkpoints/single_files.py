@@ -172,7 +172,7 @@ def _no_network(path: Path, tensors: Mapping[str, Tensor]) -> CheckpointMismatch
         needs = f", and needs {component.needs}" if component.needs else ""
         return CheckpointMismatch(f"{path} is no whole model that can be drawn with: it is {component.what}{needs}")
     return CheckpointMismatch(
-        f"{path} holds no U-Net of Stable Diffusion (the first of its {len(tensors)} tensors is "
+        f"{path} holds no network that is known (the first of its {len(tensors)} tensors is "
         f"{min(tensors, default='none')!r:.80}): give a file with all of a model"
     )
 

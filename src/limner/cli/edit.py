@@ -45,6 +45,8 @@ def edit_command(**options: Any) -> None:
     Prints the path of the PNG. With --mask only where that is white; with --expand beyond its edges. What is not
     painted is kept, bit for bit. --only-masked looks closely: what is around the mask is drawn at the model's size, and
     put back into a picture of any. A model that edits (InstructPix2Pix) does to IMAGE what PROMPT says.
+
+    What no option says, the model's defaults do; those below are of icons.
     """
     paint(**options, keep_size=True)
 

@@ -50,7 +50,12 @@ def paint(
     prompt: Annotated[str | None, typer.Argument(help="What to paint.", show_default=False)] = None,
     output: Annotated[
         str | None,
-        typer.Option("-o", "--output", help="PNG file or folder; - is standard output. [default: prompt-SEED.png]"),
+        typer.Option(
+            "-o",
+            "--output",
+            help="PNG file or folder; - is standard output. A file that is there stays, and the name gets a number. "
+            "[default: prompt-SEED.png]",
+        ),
     ] = None,
     model: Annotated[
         str | None,

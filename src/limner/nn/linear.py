@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from limner.nn.quantized import Quantized
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
 
 class Linear(nn.Linear):
     """torch's, except that float32 without gradients on a CPU goes through oneDNN: torch would ask MKL, which does not
@@ -60,8 +62,7 @@ class Linear(nn.Linear):
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x times a weight, and the bias."""
         single = x.dtype == weight.dtype == torch.float32
-        if not single or torch.is_grad_enabled() or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-            return F.linear(x, weight, self.bias)
-        if torch.compiler.is_compiling():  # which chooses itself
+        compiled = torch.compiler.is_compiling()  # which chooses itself
+        if compiled or not single or torch.is_grad_enabled() or x.device.type != "cpu" or not HAS_ONEDNN:
             return F.linear(x, weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")

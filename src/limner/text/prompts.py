@@ -38,6 +38,8 @@ NUMBER = r"[+-]?(?:\d++\.?\d*+|\.\d++)(?:e[+-]?\d++)?|[+-]?(?:nan|inf)"  # posse
 ENDINGS = (".safetensors", ".pt", ".bin", ".ckpt")
 """Of files of adapters."""
 AND = re.compile(r"\bAND\b")
+SYNTAX = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|\b(AND|BREAK)\b")
+"""What a prompt has that is meant for programs that weigh words, most likely."""
 
 
 @dataclass(frozen=True)
