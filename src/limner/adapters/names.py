@@ -7,14 +7,16 @@ is generated from the model, and a file's names are looked up. Where another pro
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from limner.checkpoints import dit, flux, mmdit
-from limner.checkpoints.layouts import Layout
+from limner.checkpoints.layouts import Layout, Place
 from limner.checkpoints.unet import ldm_layout
 from limner.models.dit import DiT
 from limner.models.flux import Flux
@@ -74,6 +76,54 @@ def spellings(system: nn.Module) -> dict[str, Spelled]:
         if known is not None and known.place != found.place:
             table[spelling] = None
     return {spelling: found for spelling, found in table.items() if found is not None}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a program calls a module, or `rows` of one, in its files; a 1 x 1 convolution there if `convolution`."""
+
+    name: str
+    rows: tuple[int, int] | None = None
+    convolution: bool = False
+
+
+def written(system: Any, program: str) -> dict[str, list[Written]]:
+    """How kohya's programs, diffusers or ComfyUI name each module that adapters change, to write a file: one name, or
+    one for each rows of what they keep apart."""
+    network, encoder = system.network, system.text_encoder
+    of_unet = isinstance(network, UNet)
+    layout = {ours.removesuffix(".weight"): p for ours, p in _layout(network).items() if ours.endswith(".weight")}
+    original = program == COMFYUI or (program == KOHYA and of_unet and bool(network.config.vector_width))
+    start = {KOHYA: "lora_unet_", COMFYUI: "diffusion_model.", DIFFUSERS: "unet." if of_unet else "transformer."}
+    found: dict[str, list[Written]] = {}
+    for name in modules(network):
+        place = layout.get(name)
+        rows = [Written(name, convolution=place is not None and place.kept == "1x1")]
+        if of_unet and original:
+            rows = [] if place is None else [replace(rows[0], name=place.name.removesuffix(".weight"))]
+        elif not of_unet and program == DIFFUSERS:
+            rows = [] if place is None or place.kept == "swapped" or place.parts > 1 else _apart(place)
+        if rows:
+            found[f"network.{name}"] = [replace(row, name=start[program] + row.name) for row in rows]
+    towers = list(encoder) if isinstance(encoder, CLIPTowers) else []
+    for i, tower in enumerate(towers):
+        number = "" if len(towers) == 1 else str(i + 1)
+        comfyui = f"text_encoders.{('clip_l', 'clip_g')[i]}.transformer."
+        start = {KOHYA: f"lora_te{number}_", COMFYUI: comfyui, DIFFUSERS: "text_encoder_2." if i else "text_encoder."}
+        for name in modules(tower):
+            found[f"text_encoder.{i}.{name}"] = [Written(start[program] + name)]
+    if program == KOHYA:
+        found = {name: [replace(row, name=row.name.replace(".", "_")) for row in rows] for name, rows in found.items()}
+    return found
+
+
+def _apart(place: Place) -> list[Written]:
+    """The modules of another program that are one of ours."""
+    names = [name.removesuffix(".weight") for name in place.names]
+    if not place.then:
+        return [Written(names[0])]
+    ends = list(itertools.accumulate(place.rows))
+    return [Written(name, (end - rows, end)) for name, rows, end in zip(names, place.rows, ends, strict=True)]
 
 
 def modules(module: nn.Module) -> dict[str, nn.Module]:

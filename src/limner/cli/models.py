@@ -37,8 +37,8 @@ def recipes_command(
     rows = [
         {
             "name": name,
-            "family": c.system.family,
-            "task": tasks[c.system.kind],
+            "family": c.system.family if c.system else f"any, such as {c.model}",
+            "task": tasks[c.system.kind] if c.system else "adapter",
             "steps": c.steps,
             "images": c.batch_size,
         }

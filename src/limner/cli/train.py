@@ -15,6 +15,12 @@ def train_command(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Changes, such as steps=2000 lr=3e-4.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="What an adapter is trained for: a name, a file or a folder.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("-d", "--data", help="Folder of pictures with captions; short for its fields.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the new run.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda; with torchrun one a process.")] = "auto",
@@ -22,8 +28,11 @@ def train_command(
         float | None, typer.Option("--stop-after", metavar="SECONDS", min=0, help="Save and stop after this time.")
     ] = None,
 ) -> None:
-    """Train a recipe, or go on with a run. The weights end up in RUN/final/NAME.safetensors."""
-    if resume is not None and (recipe or overrides or out is not None):
+    """Train a recipe, or go on with a run.
+
+    The weights end up in RUN/final/NAME.safetensors, an adapter in RUN/NAME.safetensors.
+    """
+    if resume is not None and (recipe or overrides or out is not None or model is not None or data is not None):
         raise UsageError("--resume takes the run's folder and nothing else: its recipe and fields stay as they were")
     if resume is None and not recipe:
         raise UsageError("no recipe: limner train RECIPE --out RUN, or limner train --resume RUN")
@@ -43,6 +52,8 @@ def train_command(
             return
     else:
         assert out is not None
-        config, run = parse_overrides(recipes.get(recipe), overrides or []), out
+        given = [f"model={model}"] * (model is not None)
+        given += ["data.source=folder", f"data.folder={data}"] if data is not None else []
+        config, run = parse_overrides(recipes.get(recipe), [*given, *(overrides or [])]), out
     if train(config, run, resume=resume is not None, device=device, stop_after=stop_after) == INTERRUPTED:
         raise KeyboardInterrupt

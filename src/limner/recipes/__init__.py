@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from limner.errors import UnknownName
-from limner.recipes import icons, stable_diffusion
+from limner.recipes import adapters, icons, stable_diffusion
 from limner.training.config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
@@ -19,6 +19,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "icons-tiny": icons.icons_tiny,
     "sd1": stable_diffusion.sd1,
     "sd1-tiny": stable_diffusion.sd1_tiny,
+    "lora": adapters.lora,
+    "lora-tiny": adapters.lora_tiny,
 }
 
 

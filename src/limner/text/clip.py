@@ -193,7 +193,6 @@ class CLIPTextEncoder(CLIPText):
         )
         return [(part, next(words) if ids is None else ids) for part, ids in zip(parts, known, strict=True)]
 
-    @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         """Token states and the pooled vectors, without a mask: published networks were trained to attend to all tokens,
         those after EOT too."""

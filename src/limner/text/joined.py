@@ -145,7 +145,6 @@ class SD3Text(JoinedText):
         """The layer whose states are taken, counted from the last, as in `CLIPTowers`."""
         self.clip_skips = range(1, min(config.clip_l.depth, config.clip_g.depth) + 1)
 
-    @torch.no_grad()
     def encode(self, prompts: list[str], clip_skip: int | None = None) -> Conditioning:
         """Raises UsageError for a clip skip not in `clip_skips`."""
         skip = self.checked(clip_skip) - 1
@@ -185,7 +184,6 @@ class FluxText(JoinedText):
         self.clip_l = CLIPTextEncoder(config.clip_l, first)
         self.t5xxl = T5TextEncoder(config.t5xxl, t5 or unigram.shipped(), config.tokens)
 
-    @torch.no_grad()
     def encode(self, prompts: list[str], clip_skip: int | None = None) -> Conditioning:
         """`clip_skip` has no effect: no states of CLIP's are taken."""
         return Conditioning(tokens=self.t5xxl.encode(prompts).tokens, pooled=self.clip_l.encode(prompts).pooled)

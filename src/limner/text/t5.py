@@ -113,7 +113,6 @@ class T5TextEncoder(T5Encoder):
         marked = [*ids[: self.tokens - 1], self.tokenizer.eos]
         return marked + [self.tokenizer.pad] * (self.tokens - len(marked))
 
-    @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         """Token states (b, tokens, d), without a mask: published networks were trained to attend to padding too."""
         ids = sent(self.tokenize(prompts), self.shared.weight.device)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from limner.adapters.trainable import AdapterConfig
 from limner.catalog import SystemConfig
 from limner.data.batches import DataConfig
 from limner.errors import FileProblem, UnknownName, UsageError, complaint, wanted
@@ -34,7 +35,13 @@ class TrainConfig:
 
     name: Name
     """Of the recipe; the final weights are RUN/final/NAME.safetensors."""
-    system: SystemConfig
+    system: SystemConfig | None = None
+    """What is trained from nothing, or from `init_from`."""
+    model: str = ""
+    """Or a model that is there, by name, file or folder, whose weights stay as they are: `adapter` is trained."""
+    adapter: AdapterConfig | None = None
+    keep_model_in: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """What the weights of `model` are kept in while they stay as they are."""
     data: DataConfig
     steps: Count
     batch_size: Count

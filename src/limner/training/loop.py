@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from limner.data.batches import open_batches
 from limner.data.images import Batches
 from limner.data.latents import LatentBatches
 from limner.errors import TrainingDiverged, UsageError
+from limner.training import adapting
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
 from limner.training.memory import check_batch, check_parameters
@@ -71,9 +72,9 @@ def train(
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
         torch.manual_seed(config.seed)
-        check_pretrained(config)
-        check_parameters(config, processes.device)
-        system: Any = catalog.build(config.system)
+        system: Any = built(config, processes.device) if config.system else loaded(config, processes.device)
+        if not config.data.size:
+            config = replace(config, data=replace(config.data, size=system.defaults.width))
         pipeline.check(system.defaults, system.grid, prompt="any")  # the defaults, before anything is spent
         for prompt in config.sample_prompts:
             pipeline.prepare(system, prompt=prompt)
@@ -90,13 +91,32 @@ def train(
         if config.compile:
             system.compile(dynamic=False)
         notes = vain(config, side)
-        return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes)
+        how: Any = {"draw": adapting.draw, "export": adapting.export} if config.adapter else {}
+        return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes, **how)
+
+
+def built(config: TrainConfig, device: torch.device) -> Any:
+    """The system of `config.system` with fresh weights. Raises UsageError, OutOfMemory."""
+    assert config.system is not None
+    check_pretrained(config)
+    check_parameters(config, device)
+    return catalog.build(config.system)
+
+
+def loaded(config: TrainConfig, device: torch.device) -> Any:
+    """The model of `config.model` with what is trained of it. Raises UsageError, FileProblem."""
+    if not config.model:
+        raise UsageError(f"{config.name} is for a model that is there: give model=NAME or FILE")
+    if config.adapter is None:
+        raise UsageError(f"{config.name} says nothing to train of {config.model}: give adapter.kind=lora or another")
+    base = catalog.load(config.model, device, dtype=pipeline.DTYPES[config.keep_model_in])
+    return adapting.Adapting(base, config.adapter, config.seed)
 
 
 def check_pretrained(config: TrainConfig) -> None:
     """Raises UsageError if nobody says what trained a network that stays as it is."""
     system = config.system
-    if system.kind != "diffusion" or config.init_from:
+    if system is None or system.kind != "diffusion" or config.init_from:
         return
     parts = {"autoencoder_from": system.autoencoder_from}
     parts |= {"text_encoder_from": system.text_encoder_from} if system.text_encoder != "minilm" else {}
@@ -112,7 +132,7 @@ def check(config: TrainConfig, grid: int, size: int) -> None:
     data = config.data
     if data.other_sizes and not data.latent_views:
         raise UsageError("data.other_sizes are sizes of kept latents: give data.latent_views=1 or more")
-    if config.system.kind == "autoencoding":
+    if config.system is not None and config.system.kind == "autoencoding":
         grid *= 2  # it learns from latents of half the size too
         if data.latent_views:
             raise UsageError("data.latent_views are latents, an autoencoder learns from pictures: give 0")
@@ -150,6 +170,7 @@ def draw_prompts(system: Any, config: TrainConfig) -> list[Image.Image]:
 
 
 def save_weights(system: Any, config: TrainConfig, path: Path) -> None:
+    assert config.system is not None
     catalog.save(system, config.system, path)
 
 

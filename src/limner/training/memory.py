@@ -25,8 +25,9 @@ COMPILED = 3.0
 def check_parameters(config: TrainConfig, device: torch.device) -> None:
     """Raises UsageError for counts beyond any use, OutOfMemory if weights, gradients, moments and averages alone are
     more than the device's memory."""
-    check_counts(config.system, "system")
     system = config.system
+    assert system is not None
+    check_counts(system, "system")
     with torch.device("meta"):
         built = catalog.build(catalog.bare(system))
     count = sum(p.numel() for p in built.parameters() if p.requires_grad)

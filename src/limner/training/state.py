@@ -68,7 +68,8 @@ class TrainState:
         self.ema = Ema(system)
         own = tensors_of(system)
         frozen = {name for name, p in system.named_parameters() if not p.requires_grad}
-        self.frozen = hashlib.sha256(_pack({n: t for n, t in own.items() if n in frozen})).hexdigest()
+        whose = str(getattr(system, "identity", "")).encode()  # of weights that are no part of it
+        self.frozen = hashlib.sha256(_pack({n: t for n, t in own.items() if n in frozen}) + whose).hexdigest()
         self.tensors = {n: t for n, t in own.items() if n not in frozen}
 
     def only(self, phase: str) -> None:
@@ -265,11 +266,17 @@ def config_of(run: Path) -> TrainConfig:
 
 def final_file(run: Path, config: TrainConfig) -> Path:
     """Where a finished run leaves its weights."""
-    return run / "final" / f"{config.name}.safetensors"
+    name = f"{config.name}.safetensors"
+    return run / name if config.adapter else run / "final" / name
 
 
 def write_final(path: Path, export: Callable[[Path], object]) -> None:
-    """Let `export` write a file of this name, and show it with its folder only when it is whole. Raises FileProblem."""
+    """Let `export` write a file of this name, and show it only when it is whole, with its folder if that is `final`.
+    Raises FileProblem."""
+    if path.parent.name != "final":
+        with writing(path):
+            export(path)
+        return
     with writing(path), _made_aside(path.parent) as temporary:
         export(temporary / path.name)
         _sync(temporary / path.name)
