@@ -101,7 +101,7 @@ def plan(system: System, request: Request, count: int) -> Plan:
     behind = tuple(
         replace(one, words=one.words.to("meta"), nothing=one.nothing.to("meta"))
         for one in request.ip_adapter
-        if one.behind
+        if one.behind and one.weight
     )
     request = replace(request, control=told, ip_adapter=behind, compat="", hires=1.0, on_step=_enough)
     prompts = [*request.prompts, *[request.prompt] * count][:count]

@@ -165,8 +165,8 @@ def load(
 ) -> Pipeline:
     """A pipeline by model name, weight file of ours or of Stable Diffusion, folder of a run or of diffusers. `device`
     "auto" takes a CUDA device when there is one; `prediction` is for files that do not say what they predict; `dtype`
-    is what the network computes in, by default what is fastest on the device without harm; with "fp8" matrices of the
-    network and the text encoders are kept in 8 bits, half the memory, and expanded when they are multiplied; `vae` is
+    is what the network computes in, by default what is fastest on the device without harm; with "fp8" matrices of
+    transformers and of T5 are kept in 8 bits, half the memory, and expanded when they are multiplied; `vae` is
     a file or folder with another autoencoder, `refiner` a model that does the last steps, `guide_model` a weaker one
     that guidance leads away from in place of the negative prompt (autoguidance), `text_encoder` one or several files
     with other text towers, in any order. A file with a network alone needs `vae` and `text_encoder`, such as

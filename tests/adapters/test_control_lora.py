@@ -3,6 +3,7 @@ own loader of them."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -218,29 +219,44 @@ def test_quantised_weights_take_it_as_their_expanded_ones_do(folder, stored):
     linears = {name: one for name, one in small.network.named_modules() if isinstance(one, Linear)}
     for one in linears.values():
         one.keep(of_bytes(one.weight.to(torch.float8_e4m3fn)))
+    before = {name: one.bias.data.clone() for name, one in linears.items()}
     stack(small).attach(stored["bfl"])
     for name, one in linears.items():
-        wanted = one.quantized.whole() + tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
-        torch.testing.assert_close(one.weight.data, wanted)
+        down, up, bias = (tensors[f"{name}.lora_{part}"] for part in ("A.weight", "B.weight", "B.bias"))
+        wanted = one.quantized.whole()
+        if name == "img_in":
+            wanted = nn.functional.pad(wanted, (0, 64)) + up @ down
+            torch.testing.assert_close(one.weight.data, wanted)
+            continue
+        x = torch.randn(3, wanted.shape[1])
+        with torch.no_grad():
+            assert one.weight is None
+            torch.testing.assert_close(one(x), x @ (wanted + up @ down).T + before[name] + bias, rtol=1e-4, atol=1e-4)
     assert (small.sees, ours(small, steps=1).isfinite().all()) == ("hint", True)
     stack(small).detach()
     assert small.sees == ""
-    assert all(one.weight is None for one in linears.values())
+    assert all(one.weight is None and torch.equal(one.bias, before[name]) for name, one in linears.items())
 
 
 # ------------------------------------------------------------------- names, and what is refused
 
 
 def test_depth_is_told_by_its_name_and_what_is_no_name_is_said(system, stored, tmp_path):
-    for name, guidance, sentence in (
-        ("flux1-depth-dev-lora", 10.0, "its name says Depth, guidance 10"),
-        ("mine", 30.0, "it is taken for Canny, guidance 30"),
-    ):
+    for name, guidance in (("flux1-depth-dev-lora", 10.0), ("flux1-canny-dev-lora", 30.0), ("mine", 30.0)):
         (tmp_path / f"{name}.safetensors").write_bytes(stored["bfl"].read_bytes())
-        with pytest.warns(Assumed, match=sentence):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", Assumed)
             pipeline.Pipeline(system, "dev").attach(tmp_path / f"{name}.safetensors")
+        said = ["no name of a tensor tells FLUX.1 Canny from Depth: it is taken for Canny, guidance 30"]
+        assert [str(one.message) for one in told] == (said if name == "mine" else [])
         assert system.defaults.guidance == guidance
         stack(system).detach()
+
+
+def test_a_control_that_would_see_nothing_is_refused(system, stored):
+    with pytest.raises(UsageError, match="sees its picture through img_in, whose weight is 0"):
+        stack(system).attach(stored["bfl"], 1.0, {"img_in": 0.0})
+    assert system.sees == ""
 
 
 def test_the_published_names_are_read_whole(tmp_path, monkeypatch):

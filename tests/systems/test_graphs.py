@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from limner import catalog, memory
-from limner.nn.graphs import MOST, Graphs
+from limner.nn.graphs import MOST, Graphs, Recording
 from limner.types import Conditioning
 
 from .test_kept import LONG, WAYS, drawn, made, pipelines  # noqa: F401 (a fixture)
@@ -84,6 +84,33 @@ def test_a_recording_serves_other_words_but_not_other_weights(made, recorded):  
     assert pipe.generate("a blue fish", **asked, lora=[made["lora"]])[0].image.tobytes() == with_lora
     graphs.clear()
     assert not recorded()
+
+
+def test_an_address_alone_is_no_sign_of_the_same_weights():
+    """What was freed may lie where another shape lies now, as factors of adapters of other ranks do."""
+
+    class Low(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+            return x + self.up.sum()
+
+    memory, network, graphs, recorded = torch.ones(12), Low(), Graphs(), []
+    graphs.on, graphs.devices = True, ("cpu",)
+    graphs.record = lambda *told: (
+        recorded.append(told)
+        or Recording(  # type: ignore[method-assign,func-returns-value]
+            weakref.ref(network), told[1], told[2], told[3], told[2].tree()[0], _Replayed(), {}, weakref.ref(told[4])
+        )
+    )
+    for rank in (3, 4):
+        network.register_buffer("up", memory[: 3 * rank].view(3, rank))
+        for _ in range(3):
+            graphs(network, torch.zeros(2), torch.zeros(1), Conditioning(tokens=torch.zeros(1, 1, 1), kept={}))
+    assert len(recorded) == 2
+
+
+class _Replayed:
+    def replay(self) -> None:
+        pass
 
 
 class Sum(nn.Module):

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from limner import catalog, memory, pipeline
+from limner.adapters.attaching import stack
 from limner.errors import UsageError
 from limner.memory import Plan, Stage
 from limner.nn.linear import Linear
@@ -156,6 +158,22 @@ def test_what_a_drawing_asks_once_is_not_there_with_the_rest(name, tmp_path, mon
     sizes = [sum(4 * weight.numel() for weight in module.parameters()) for module in once]
     step = replace(found, stages=tuple(stage for stage in found.stages if stage.name == "a step"))
     assert step.peak(True)[0] == step.stages[0].made + found.weights["network"] - sum(sizes) + max(sizes)
+
+
+def test_weights_that_adapters_hide_rest_too(tmp_path, monkeypatch):
+    """What comes back when an adapter goes is where the others are, in this stand-in of their type."""
+    system = pipeline.load(stable_diffusion.sd1(tmp_path / "sd1"), "cpu").system
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = system.network.get_submodule(name).weight.shape[0]
+    lora = {"lora_down": torch.randn(2, width), "lora_up": torch.randn(width, 2)}
+    spelled = f"lora_unet_{name.replace('.', '_')}"
+    save_file({f"{spelled}.{part}.weight": t for part, t in lora.items()}, tmp_path / "lora.safetensors")
+    stack(system).attach(tmp_path / "lora.safetensors")
+    monkeypatch.setattr(DiffusionSystem, "cpu", lambda self: self.to(torch.float64))
+    system.offload()
+    assert [one.adapter.name for one in system.adapters.on] == ["lora"]
+    stack(system).detach()
+    assert {weight.dtype for weight in system.parameters()} == {torch.float64}
 
 
 def test_nothing_takes_turns_on_a_cpu(tiny_model, limner):

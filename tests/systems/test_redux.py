@@ -25,7 +25,7 @@ from .test_flow_models import drawn
 
 STEPS = 2
 VISION = {
-    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 28,
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 30,
     "patch_size": 7,
 }  # fmt: skip
 
@@ -50,7 +50,7 @@ def made(tmp_path_factory) -> dict[str, Any]:
     names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     prior = diffusers.FluxPriorReduxPipeline(
         image_encoder=tower, image_embedder=words,
-        feature_extractor=SiglipImageProcessorPil(size={"height": 28, "width": 28}),
+        feature_extractor=SiglipImageProcessorPil(size={"height": 30, "width": 30}),
         **{name: getattr(theirs, name) for name in names},
     )  # fmt: skip
     theirs.set_progress_bar_config(disable=True)
@@ -157,6 +157,9 @@ def test_what_cannot_be_is_told_in_a_line(system, made, tmp_path):
     told = references.opened(system, [(file, picture(0), 0.0)])
     request = pipeline.prepare(system, prompt="a fox", ip_adapter=told, width=32, height=32)
     assert pipeline.ignored(system, request) == ["flux1-redux-dev has weight 0, and shows nothing"]
+    assert torch.equal(ours(system, made, (picture(0), 0.0)), ours(system, made))
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        pipeline.generate(system, "", ip_adapter=told, width=32, height=32)
 
 
 def test_inspect_knows_it_and_what_it_sees_with(made):

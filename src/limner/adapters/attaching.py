@@ -150,6 +150,8 @@ class Stack:
             self._change([*self.on, Attached(adapter, 1.0, {})])
             return Report(adapter.name, adapter.hash, (TEXTUAL,), (), (), count, count, (), {})
         check_weights(adapter.name, weight, blocks, adapter.entries)
+        if adapter.widens and weight and not Attached(adapter, float(weight), blocks).strength(files.INPUT):
+            raise UsageError(f"{adapter.name} sees its picture through img_in, whose weight is 0: give it another")
         changes = self._change([*self.on, Attached(adapter, float(weight), blocks)], new=adapter)
         return Report(
             adapter.name, adapter.hash, adapter.kinds, adapter.programs, adapter.ranks, adapter.matched, adapter.total,
@@ -206,7 +208,12 @@ class Stack:
                 if isinstance(one.adapter, Adapter) and module in one.adapter.entries
             ]
             if (factors := self._factors(module, mine)) is not None:
-                beside[module] = factors
+                up, down, added = factors
+                beside[module] = up, down
+                if added is not None:
+                    was = self.own_bias(module)
+                    changed = (was.float() + added).to(was.dtype)
+                    made[module, "bias"] = nn.Parameter(changed, requires_grad=was.requires_grad)
                 if not any(adapter is new for adapter, _ in mine):
                     continue
             own = self.own(module)
@@ -263,22 +270,30 @@ class Stack:
         assert isinstance(found, Linear)
         return found
 
-    def _factors(self, module: str, mine: list[tuple[Adapter, float]]) -> tuple[Tensor, Tensor] | None:
-        """What stands beside the quantised matrix of a module, up (out, rank) and down (rank, in), where all that
-        adapters do to it at their weights is of low rank."""
+    def own_bias(self, module: str) -> Tensor:
+        """That of a module without any adapter."""
+        found = self.hidden.get((module, "bias")) if (module, "bias") in self.hidden else self._linear(module).bias
+        assert found is not None
+        return found
+
+    def _factors(self, module: str, mine: list[tuple[Adapter, float]]) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """What stands beside the quantised matrix of a module, up (out, rank) and down (rank, in), and what is added to
+        its bias (out,), where all that adapters do to it at their weights is of low rank."""
         owner = self.system.get_submodule(module)
         mine = [(adapter, strength) for adapter, strength in mine if strength]
         if not isinstance(owner, Linear) or not owner.code or not mine:
             return None
-        ups, downs = [], []
+        ups, downs, biases = [], [], []
         for adapter, strength in mine:
             for entry in adapter.entries[module]:
                 if entry.columns or (found := entry.factors(owner.out_features, owner.codes.device)) is None:
                     return None
                 ups.append(strength * found[0])
                 downs.append(found[1])
+                biases += [] if found[2] is None else [strength * found[2]]
         dtype = self._rounded_to(module, ups[0])
-        return torch.cat(ups, dim=1).to(dtype), torch.cat(downs).to(dtype)
+        added = sum(biases[1:], biases[0]) if biases else None
+        return torch.cat(ups, dim=1).to(dtype), torch.cat(downs).to(dtype), added
 
     def _look(self) -> None:
         """Have the system see a picture beside the latents while the input of its network is widened for one, and draw

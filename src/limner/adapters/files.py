@@ -116,17 +116,20 @@ class Entry:
         made = kinds.difference(self.kind, parts, self.scale, self.theirs(own))
         return {named[name]: self._turned(delta) for name, delta in made.items()}
 
-    def factors(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    def factors(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Of an adapter of low rank on a matrix of so many rows, up (rows, rank) and down (rank, columns), in float32,
-        else None."""
+        and what it adds to the bias (rows,), where it does; else None."""
         found = kinds.factors(
             self.kind, {name: part.to(device, torch.float32) for name, part in self.parts.items()}, self.scale
         )
         if found is None:
             return None
-        up = found[0].new_zeros(rows, found[0].shape[1])
+        up, bias = found[0].new_zeros(rows, found[0].shape[1]), None
         self.part(up).copy_(self._turned(found[0]))
-        return up, found[1]
+        if found[2] is not None:
+            bias = found[2].new_zeros(rows)
+            self.part(bias).copy_(self._turned(found[2]))
+        return up, found[1], bias
 
     def part(self, whole: Tensor) -> Tensor:
         """The rows that it is for, as a view."""

@@ -173,11 +173,14 @@ def difference(kind: Kind, parts: Parts, scale: Scale, base: Mapping[str, Tensor
     return found
 
 
-def factors(kind: Kind, parts: Parts, scale: Scale) -> tuple[Tensor, Tensor] | None:
-    """Of an adapter that adds nothing but a product of low rank to a matrix, up (o, r) and down (r, i), else None."""
-    if kind.title != "LoRA" or parts.keys() != {"up", "down"} or any(part.dim() != 2 for part in parts.values()):
+def factors(kind: Kind, parts: Parts, scale: Scale) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Of an adapter that adds nothing but a product of low rank to a matrix, up (o, r) and down (r, i), and what it
+    adds to the bias (o,); else None."""
+    if kind.title != "LoRA" or not {"up", "down"} <= parts.keys() <= {"up", "down", "up_bias"}:
         return None
-    return scale(len(parts["down"])) * parts["up"], parts["down"]
+    scaled = scale(len(parts["down"]))
+    bias = scaled * parts["up_bias"] if "up_bias" in parts else None
+    return scaled * parts["up"].flatten(1), parts["down"].flatten(1), bias
 
 
 def _shaped(delta: Tensor, wanted: Tensor) -> Tensor:

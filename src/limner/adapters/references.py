@@ -92,13 +92,21 @@ def _redux(
 ) -> torch.Tensor:
     """What a Redux says of a picture, (1, n, text_width)."""
     made = redux.read(path, tensors, network.config.text_width)
-    tower = _tower(known, _beside(path, given)[0], redux.read_encoder)
-    if tower.config.width != made.config.width:
-        raise CheckpointMismatch(
+    problem: CheckpointMismatch | None = None
+    for beside in _beside(path, given):
+        try:
+            tower = _tower(known, beside, redux.read_encoder)
+        except CheckpointMismatch as error:  # CLIP's, of an IP-Adapter that lies there too
+            problem = problem or error
+            continue
+        if tower.config.width == made.config.width:
+            return made(tower(siglip.prepared(picture, tower.config.size)))
+        problem = CheckpointMismatch(
             f"{path} is told {made.config.width} numbers of each part of a picture, not {tower.config.width}: give "
             "--image-encoder FILE with another (SigLIP's So400m says 1152)"
         )
-    return made(tower(siglip.prepared(picture, tower.config.size)))
+    assert problem is not None
+    raise problem
 
 
 def _words(adapter: IPAdapter, encoder: CLIPVision, seen: torch.Tensor | None) -> torch.Tensor:

@@ -224,12 +224,11 @@ def called(path: Path) -> str:
 
 
 def followed(path: Path) -> tuple[float, list[str]]:
-    """The guidance of a FLUX.1 that follows edges or depth, by the name of its file, and a sentence where that says no
-    edges."""
-    depth = "depth" in called(path)
-    said = "its name says Depth, guidance 10" if depth else "it is taken for Canny, guidance 30"
-    sentence = f"no name of a tensor tells FLUX.1 Canny from Depth: {said}"
-    return 10.0 if depth else 30.0, [] if "canny" in called(path) else [sentence]
+    """The guidance of a FLUX.1 that follows edges or depth, by the name of its file, and a sentence where that does not
+    say which."""
+    says = [kind for kind in ("depth", "canny") if kind in called(path)]
+    sentence = "no name of a tensor tells FLUX.1 Canny from Depth: it is taken for Canny, guidance 30"
+    return 10.0 if says == ["depth"] else 30.0, [] if len(says) == 1 else [sentence]
 
 
 # -------------------------------------------------------------------- files

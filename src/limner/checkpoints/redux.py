@@ -55,14 +55,19 @@ def read_encoder(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[st
     }
     shapes = {name.removeprefix("vision_model."): tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
-        width, patch = shapes["embeddings.patch_embedding.weight"][0], shapes["embeddings.patch_embedding.weight"][2]
+        width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
+        side = round(shapes["embeddings.position_embedding.weight"][0] ** 0.5)
+        # pictures need not be whole patches wide: those of So400m/14-384 have 27 and 6 pixels more
+        size = int(settings.get("image_size", 384 if (patch, side) == (14, 27) else patch * side))
+        if size // patch != side:
+            raise ValueError(f"pictures of {size} pixels have no {side} x {side} patches of {patch}")
         config = SigLIPConfig(
             width=width,
             depth=next(k for k in itertools.count() if f"encoder.layers.{k}.layer_norm1.weight" not in shapes),
             num_heads=int(settings.get("num_attention_heads", HEADS.get(width, 0))),
             hidden=shapes["encoder.layers.0.mlp.fc1.weight"][0],
             activation=settings.get("hidden_act", SigLIPConfig.activation),
-            size=patch * round(shapes["embeddings.position_embedding.weight"][0] ** 0.5),
+            size=size,
             patch=patch,
             norm_eps=float(settings.get("layer_norm_eps", SigLIPConfig.norm_eps)),
         )

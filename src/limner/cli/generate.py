@@ -222,7 +222,7 @@ def paint(
         typer.Option(
             "--dtype",
             help="What the network computes in: fp32, fp16 or bf16; auto is the fastest, and keeps weights of 8 bits "
-            "or fewer as they are. fp8 keeps all matrices in 8 bits, for half the memory.",
+            "or fewer as they are. fp8 keeps matrices of transformers in 8 bits, for half the memory.",
         ),
     ] = "auto",
     tile: Annotated[

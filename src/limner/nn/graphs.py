@@ -32,7 +32,7 @@ class Recording:
     that nor the network is kept alive by it."""
 
     network: weakref.ref[nn.Module]
-    weights: tuple[int, ...]
+    weights: tuple[Any, ...]
     inputs: Leaves
     words: Leaves
     output: Any
@@ -107,7 +107,8 @@ class Graphs:
             if made.cond() is cond:
                 return made.replay(inputs)
         words = Leaves((cond.tensors(), told(network, cond)))
-        weights = tuple(w.data_ptr() for w in (*network.parameters(), *network.buffers()))
+        # an address alone may be that of one freed, which had another shape
+        weights = tuple((w.data_ptr(), w.shape, w.dtype) for w in (*network.parameters(), *network.buffers()))
         for made in mine:
             if made.weights == weights and made.words.kind == words.kind:
                 made.words.put(words)
@@ -124,7 +125,7 @@ class Graphs:
         return self.made[-1].replay(inputs)
 
     def record(
-        self, network: nn.Module, weights: tuple[int, ...], inputs: Leaves, words: Leaves, cond: Conditioning
+        self, network: nn.Module, weights: tuple[Any, ...], inputs: Leaves, words: Leaves, cond: Conditioning
     ) -> Recording:
         with torch.inference_mode(False), torch.no_grad():
             inputs, words = inputs.own(), words.own()

@@ -115,6 +115,7 @@ class Prompts:
     ) -> tuple[list[Conditioning], Conditioning]:
         """What networks of a `dtype` are told, made once: each part and `uncond`, with pictures as words, and, where
         there is nothing to compose, all of them as rows of one, `uncond` twice if `pictured`."""
+        references = [one for one in references if one.weight or not one.behind]  # which would be words of nothing
         key = (dtype, bool(references), pictured)
         if key not in self.kept:
             told = [*self.parts, self.uncond]
@@ -313,7 +314,8 @@ class DiffusionSystem(nn.Module):
             if system is not None and system.works_on is None:
                 system.works_on = system.device
                 system.graphs.clear()
-                system.cpu()
+                with system.bare():
+                    system.cpu()
 
     @contextlib.contextmanager
     def at_work(self, part: str) -> Iterator[None]:
@@ -345,19 +347,27 @@ class DiffusionSystem(nn.Module):
         parts = (self.network, self.text_encoder)
         if all(p.dtype == torch.float32 for part in parts for p in part.parameters()):
             return False
+        with self.bare():
+            for part in parts:
+                part.float()
+        return True
+
+    @contextlib.contextmanager
+    def bare(self) -> Iterator[None]:
+        """Without adapters, which hide weights of its own, for as long as this lasts."""
         on = list(self.adapters.on) if self.adapters else []
         if on:
             self.adapters.restore([])
-        for part in parts:
-            part.float()
+        yield
         if on:
             self.adapters.restore(on)
-        return True
 
     def check(self, request: Request) -> None:
         if self.small_noise is not None:
             self.check_small(request)
-        elif not all(prompt.strip() or any(r.behind for r in request.ip_adapter) for prompt in request.prompts):
+        elif not all(
+            prompt.strip() or any(r.behind and r.weight for r in request.ip_adapter) for prompt in request.prompts
+        ):
             raise UsageError("the prompt is empty: say what to draw")
         if self.sees == "picture" and request.image is None:
             raise UsageError(f"{self.name} edits a picture, but none was given: limner edit IMAGE, or -i IMAGE")

@@ -38,7 +38,7 @@ NUMBER = r"[+-]?(?:\d++\.?\d*+|\.\d++)(?:e[+-]?\d++)?|[+-]?(?:nan|inf)"  # posse
 ENDINGS = (".safetensors", ".pt", ".bin", ".ckpt")
 """Of files of adapters."""
 AND = re.compile(r"\bAND\b")
-SYNTAX = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|\b(AND|BREAK)\b")
+SYNTAX = re.compile(r"\([^():\d][^():]*+:\s*+(?:\d++\.?\d*+|\.\d++)\s*+\)|\b(?:AND|BREAK)\b")
 """What a prompt has that is meant for programs that weigh words, most likely."""
 
 
