@@ -608,11 +608,7 @@ def load(
             brain = small and not isinstance(found.network, UNetConfig)
             dtype = _best(torch.bfloat16 if brain else first.dtype, torch.device(device))
     else:
-        tensors, stored = files.load(path)
-        config = parse(stored, path)
-        # a file that ships has the catalogue's defaults, as `limner generate --help` does
-        row = next((row for row in entries() if row.file is not None and path.resolve() == row.file.resolve()), None)
-        config = config if row is None else replace(config, defaults=row.config.defaults)
+        tensors, config, row = _stored(path)
         system = _bare(config, path)
         if row is not None and row.latent_rgb is not None:
             system.latent_rgb = torch.tensor(row.latent_rgb)
@@ -648,6 +644,20 @@ def load(
         paths = sorted((path for file in texts for path in parts.weights(file)), key=lambda path: path.stat().st_size)
         system.vae = system.vae | {"text_encoder": names, "text_encoder_hash": files.digest(*paths)}
     return system
+
+
+def _stored(path: Path) -> tuple[dict[str, Tensor], AutoencodingConfig | DiffusionConfig, Entry | None]:
+    """The tensors of a file of ours, its configuration, and its row of the catalogue if it ships."""
+    tensors, stored = files.load(path)
+    config = parse(stored, path)
+    # a file that ships has the catalogue's defaults, as `limner generate --help` does
+    row = next((row for row in entries() if row.file is not None and path.resolve() == row.file.resolve()), None)
+    return tensors, config if row is None else replace(config, defaults=row.config.defaults), row
+
+
+def stored(path: Path) -> AutoencodingConfig | DiffusionConfig:
+    """The configuration of a file of ours. Raises FileProblem, CheckpointMismatch."""
+    return _stored(path)[1]
 
 
 def keep_small(system: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:

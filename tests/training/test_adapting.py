@@ -7,10 +7,15 @@ import json
 import numpy as np
 import pytest
 import safetensors.torch
+import torch
 from PIL import Image
 from toy import StopAt
 
-from limner.training import loop
+from limner import catalog
+from limner.adapters.attaching import stack
+from limner.errors import UsageError
+from limner.training import adapting, loop
+from systems import flow_models, stable_diffusion
 
 FEW = ["steps=6", "batch_size=2", "log_every=2", "save_every=2", "warmup=0", "lr=0.01", "adapter.rank=2"]
 
@@ -98,3 +103,95 @@ def test_what_cannot_be_is_told_before_the_first_step(limner, here, tiny_model, 
     (here / "run" / "lora.safetensors").unlink()
     (here / "run" / "config.json").write_text(json.dumps(copy))
     assert limner("train", "--resume", "run", "--device", "cpu").code == 3
+
+
+# ------------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize("model", ["sd1", "sdxl"])
+def test_a_word_is_learned_and_said(model, limner, here, pictures, tmp_path):
+    folder = getattr(stable_diffusion, model)(tmp_path / model)
+    told = [
+        "word.name=blob",
+        "word.vectors=2",
+        "word.like=a fox",
+        *FEW[:-1],
+        'sample_prompts=["a blob"]',
+        "data.size=32",
+    ]
+    done = limner("train", "word", "-m", folder, "-d", pictures, "-o", "run", "--device", "cpu", *told)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == "run/blob.safetensors"
+    learned = safetensors.torch.load_file("run/blob.safetensors")
+    assert {tuple(t.shape)[0] for t in learned.values()} == {2}
+    asked = ("-m", folder, "-s", 0, "-W", 32, "-H", 32, "--steps", 2)
+    for name, prompt, *more in (("a", "a blob", "--embedding", "run/blob.safetensors"), ("b", "a blob")):
+        assert limner("generate", prompt, *asked, *more, "-o", f"{name}.png").code == 0
+    assert (here / "a.png").read_bytes() != (here / "b.png").read_bytes()
+    (grid,) = (here / "run" / "samples").glob("*.png")
+    assert Image.open(grid).size[0] >= 32
+
+
+def test_training_says_what_the_file_says_when_it_is_attached(tmp_path):
+    system = catalog.load(stable_diffusion.sd1(tmp_path / "sd1"), dtype=torch.float32)
+    plain = system.text_encoder.encode(["a blob of a fox"]).tokens
+    learning = adapting.Wording(system, adapting.WordConfig(name="blob", vectors=3, like="a fox"), 0)
+    with torch.no_grad():
+        learning.vectors[0].normal_()
+    said = system.text_encoder.encode(["a blob of a fox"]).tokens
+    said.sum().backward()
+    assert learning.vectors[0].grad.abs().sum(1).min() > 0
+    assert not torch.allclose(said, plain)
+    learning.write(tmp_path / "blob.safetensors")
+    learning.off()
+    assert torch.equal(system.text_encoder.encode(["a blob of a fox"]).tokens, plain)
+    stack(system).attach(tmp_path / "blob.safetensors")
+    assert torch.equal(system.text_encoder.encode(["a blob of a fox"]).tokens, said)
+    stack(system).detach()
+
+
+def test_captions_that_do_not_say_the_word_get_it_in_front(tmp_path, monkeypatch):
+    system = catalog.load(stable_diffusion.sd1(tmp_path / "sd1"), dtype=torch.float32)
+    learning, seen = adapting.Wording(system, adapting.WordConfig(name="blob"), 0), []
+    monkeypatch.setattr(type(system), "loss", lambda self, batch, phase, generator: seen.extend(batch["captions"]))
+    learning.loss({"captions": ["a fox", "", "a Blob, red", "blobs"]}, "main", torch.Generator())
+    assert seen == ["blob, a fox", "blob", "a Blob, red", "blob, blobs"]
+    for told, why in (
+        ({"name": "a b"}, "word.name='a b'"),
+        ({"vectors": 0}, "word.vectors=0"),
+        ({"like": " "}, "no words"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            adapting.Wording(system, adapting.WordConfig(**told), 0)
+
+
+# ------------------------------------------------------------------- whole networks
+
+
+@pytest.mark.parametrize("model", ["icons", "sd1", "sdxl", "sd3", "flux"])
+def test_a_network_goes_on_learning_and_its_file_is_read(model, limner, here, pictures, tmp_path, tiny_model):
+    makers = {"sd3": flow_models.sd3, "flux": flow_models.flux}
+    source = tiny_model
+    if model != "icons":
+        source = (makers.get(model) or getattr(stable_diffusion, model))(tmp_path / model)
+    few = [*FEW[:-1], "data.size=32", "steps=2", "save_every=2", "ema_half_life=0.1", "precision=fp32", "lr=0.001"]
+    done = limner("train", "finetune", "-m", source, "-d", pictures, "-o", "run", "--device", "cpu", *few)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == "run/final/finetune.safetensors"
+    told: dict = {}
+    if model in makers:
+        files = flow_models.split_files(source, tmp_path / "files")
+        told = {
+            "vae": files["autoencoder"],
+            "text_encoders": [files[n] for n in ("clip_l", "clip_g", "t5xxl") if n in files],
+        }
+    before, after = (
+        catalog.load(source, dtype=torch.float32),
+        catalog.load("run/final/finetune.safetensors", dtype=torch.float32, **told),
+    )
+    changes = []
+    for (name, old), new in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
+        apart = (old - new).abs().max() / old.abs().max().clamp(min=1e-6)
+        changes.append(apart > 1e-2) if name.startswith("network.") else None
+        assert apart < (0.5 if name.startswith("network.") else 1e-2), name
+    assert sum(changes) > len(changes) / 4

@@ -1,7 +1,7 @@
 """Training recipes: each name is a function that returns a complete TrainConfig; derive a variant by `replace`.
 
 Every recipe NAME has a NAME-tiny beside it that needs no data outside the package and trains in under a minute on two
-CPU cores.
+CPU cores, but for `word`, which needs a model that does not ship.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "sd1-tiny": stable_diffusion.sd1_tiny,
     "lora": adapters.lora,
     "lora-tiny": adapters.lora_tiny,
+    "finetune": adapters.finetune,
+    "finetune-tiny": adapters.finetune_tiny,
+    "word": adapters.word,
 }
 
 

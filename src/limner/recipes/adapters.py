@@ -1,9 +1,11 @@
-"""Adapters for models that are there: a few weights beside those that stay (LoRA, arXiv:2106.09685, and its kin)."""
+"""What a model that is there learns: an adapter (LoRA, arXiv:2106.09685, and its kin), a word (textual inversion,
+arXiv:2208.01618), or all of its network."""
 
 from __future__ import annotations
 
 from limner.adapters.trainable import AdapterConfig
 from limner.data.batches import DataConfig
+from limner.training.adapting import WordConfig
 from limner.training.config import TrainConfig
 
 
@@ -39,5 +41,61 @@ def lora_tiny() -> TrainConfig:
         warmup=2,
         ema_half_life=4,
         save_every=20,
+        log_every=5,
+    )
+
+
+def word() -> TrainConfig:
+    """A name for what three to ten pictures show: give --model (a Stable Diffusion), --data, word.name, and word.like,
+    what it is like."""
+    return TrainConfig(
+        name="word",
+        model="sd1",
+        word=WordConfig(),
+        data=DataConfig(source="folder", size=0, latent_views=1),
+        steps=3000,
+        batch_size=4,
+        lr=5e-3,
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
+        lr_schedule="constant",
+        ema_half_life=40,
+        save_every=500,
+        log_every=10,
+        sample_every=500,
+    )
+
+
+def finetune() -> TrainConfig:
+    """All of a model's network, for thousands of pictures or more: give --model and --data."""
+    return TrainConfig(
+        name="finetune",
+        model="icons",
+        data=DataConfig(source="folder", size=0, latent_views=1),
+        steps=5000,
+        batch_size=8,
+        lr=1e-5,
+        betas=(0.9, 0.999),
+        warmup=200,
+        lr_schedule="constant",
+        ema_half_life=5000,
+        precision="bf16",
+        save_every=500,
+        log_every=20,
+        sample_every=500,
+    )
+
+
+def finetune_tiny() -> TrainConfig:
+    return TrainConfig(
+        name="finetune-tiny",
+        model="icons",
+        data=DataConfig(source="shapes", size=128, latent_views=1, limit=16),
+        steps=10,
+        batch_size=2,
+        lr=1e-4,
+        warmup=2,
+        ema_half_life=4,
+        save_every=10,
         log_every=5,
     )

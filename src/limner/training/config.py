@@ -16,6 +16,7 @@ from limner.adapters.trainable import AdapterConfig
 from limner.catalog import SystemConfig
 from limner.data.batches import DataConfig
 from limner.errors import FileProblem, UnknownName, UsageError, complaint, wanted
+from limner.training.adapting import WordConfig
 
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\w[\w.-]*$")]
 Count = Annotated[int, Field(gt=0, lt=10**12)]
@@ -38,10 +39,12 @@ class TrainConfig:
     system: SystemConfig | None = None
     """What is trained from nothing, or from `init_from`."""
     model: str = ""
-    """Or a model that is there, by name, file or folder, whose weights stay as they are: `adapter` is trained."""
+    """Or a model that is there, by name, file or folder. An `adapter` or a `word` is trained beside it, without one its
+    network."""
     adapter: AdapterConfig | None = None
+    word: WordConfig | None = None
     keep_model_in: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
-    """What the weights of `model` are kept in while they stay as they are."""
+    """What the weights of `model` are kept in where they stay as they are."""
     data: DataConfig
     steps: Count
     batch_size: Count
@@ -80,6 +83,11 @@ class TrainConfig:
     """One drawing each in a grid; none, no grid."""
     init_from: str = ""
     """A final weights file, or a checkpoint's model.safetensors or ema.safetensors, to start the weights from."""
+
+    @property
+    def file_name(self) -> str:
+        """Of the final weights, without its ending: a word's is what prompts say."""
+        return self.word.name if self.word else self.name
 
 
 def parse_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfig:

@@ -25,7 +25,7 @@ from limner.data.batches import open_batches
 from limner.data.images import Batches
 from limner.data.latents import LatentBatches
 from limner.errors import TrainingDiverged, UsageError
-from limner.training import adapting
+from limner.training import adapting, tuning
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
 from limner.training.memory import check_batch, check_parameters
@@ -64,6 +64,10 @@ def train(
     cuda; under torchrun every process takes one. `stop_after` seconds of wall time the state is saved and the loop
     left. Returns 0 when finished, else a key of `processes.STOPS`. Raises LimnerError.
     """
+    if config.system and config.model:
+        raise UsageError(f"{config.name} trains a system of its own: leave model out")
+    if config.adapter and config.word:
+        raise UsageError(f"{config.name} trains an adapter and a word: leave one of them out")
     with StopRequests(stop_after) as stop, ExitStack() as held:
         processes = join(device)
         held.callback(processes.leave)
@@ -91,7 +95,9 @@ def train(
         if config.compile:
             system.compile(dynamic=False)
         notes = vain(config, side)
-        how: Any = {"draw": adapting.draw, "export": adapting.export} if config.adapter else {}
+        how: Any = {"export": tuning.export} if config.model else {}
+        if isinstance(system, adapting.Beside):
+            how = {"draw": adapting.draw, "export": adapting.export}
         return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes, **how)
 
 
@@ -106,10 +112,13 @@ def built(config: TrainConfig, device: torch.device) -> Any:
 def loaded(config: TrainConfig, device: torch.device) -> Any:
     """The model of `config.model` with what is trained of it. Raises UsageError, FileProblem."""
     if not config.model:
-        raise UsageError(f"{config.name} is for a model that is there: give model=NAME or FILE")
-    if config.adapter is None:
-        raise UsageError(f"{config.name} says nothing to train of {config.model}: give adapter.kind=lora or another")
+        raise UsageError(f"{config.name} is for a model that is there: give --model NAME or FILE")
+    if config.adapter is None and config.word is None:
+        return tuning.loaded(config, device)
     base = catalog.load(config.model, device, dtype=pipeline.DTYPES[config.keep_model_in])
+    if config.word is not None:
+        return adapting.Wording(base, config.word, config.seed)
+    assert config.adapter is not None
     return adapting.Adapting(base, config.adapter, config.seed)
 
 

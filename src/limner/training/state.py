@@ -266,8 +266,8 @@ def config_of(run: Path) -> TrainConfig:
 
 def final_file(run: Path, config: TrainConfig) -> Path:
     """Where a finished run leaves its weights."""
-    name = f"{config.name}.safetensors"
-    return run / name if config.adapter else run / "final" / name
+    name = f"{config.file_name}.safetensors"
+    return run / name if config.adapter or config.word else run / "final" / name
 
 
 def write_final(path: Path, export: Callable[[Path], object]) -> None:

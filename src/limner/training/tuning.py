@@ -1,0 +1,48 @@
+"""A model that is there, the weights of whose network go on learning; and its file, as its own program has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from limner import catalog
+from limner.checkpoints import files, layouts, single_files
+from limner.errors import UsageError
+from limner.models.unet import UNetConfig
+from limner.training.config import TrainConfig
+
+
+def loaded(config: TrainConfig, device: torch.device) -> Any:
+    """The model of `config.model` in float32, of which the network is trained. Raises UsageError, FileProblem."""
+    system = catalog.load(config.model, device, dtype=torch.float32)
+    if not hasattr(system, "network"):
+        raise UsageError(f"{system.name} has no network that draws from words: train one with its own recipe")
+    system.network.requires_grad_(True)
+    return system
+
+
+def export(system: Any, config: TrainConfig, path: Path) -> None:
+    """Write one file: a model of ours, or a Stable Diffusion with all its parts, as it was; of other transformers the
+    network alone, in the names of their authors, in 16 bits. Raises FileProblem, UsageError."""
+    source = catalog.find(config.model)
+    found = catalog.recognise(source)
+    if found is None:
+        catalog.save(system, catalog.stored(source), path)
+        return
+    ours = {name: tensor.detach().cpu() for name, tensor in system.state_dict().items()}
+    if isinstance(found.network, UNetConfig):
+        towers = zip(single_files.prefixes(found), found.text.towers, strict=True)
+        layout = single_files.layout(
+            found.network, found.autoencoder, {p: single_files.tower_layout(p, tower) for p, tower in towers}
+        )
+        written = layouts.write(layout, ours)
+        written |= single_files.marks(found) if found.network.vector_width else {}
+        dtype = torch.float16
+    else:
+        written = {name.removeprefix("network."): t for name, t in ours.items() if name.startswith("network.")}
+        dtype = torch.bfloat16
+    whole = {name: t.to(dtype) if t.is_floating_point() else t for name, t in written.items()}
+    files.write_atomically(path, save({name: t.contiguous() for name, t in whole.items()}, {"format": "pt"}))
