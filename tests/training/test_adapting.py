@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -35,29 +34,22 @@ def trained(limner, out, model, pictures, *more):
     return done
 
 
-def test_a_folder_of_pictures_becomes_a_file_that_draws_what_the_run_showed(limner, here, tiny_model, pictures):
-    prompts = 'sample_prompts=["a red square", "a blue square"]'
-    done = trained(limner, "run", tiny_model, pictures, prompts, "sample_every=6", "ema_half_life=2")
+def test_a_folder_of_pictures_becomes_a_file_that_draws_what_the_run_showed(
+    limner, here, tiny_model, pictures, monkeypatch
+):
+    shown, draw = [], adapting.draw
+    monkeypatch.setattr(adapting, "draw", lambda *told: shown.extend(draw(*told)) or shown)
+    prompts = 'sample_prompts=["a blue square"]'
+    done = trained(limner, "run", tiny_model, pictures, prompts, "ema_half_life=2")
     assert done.out.splitlines()[-1] == "run/lora.safetensors"
-    settings = ("-m", tiny_model, "--lora", "run/lora.safetensors", "-s", 1, "-o", "drawn.png")
-    assert limner("generate", "a blue square", *settings).code == 0
-    assert limner("generate", "a blue square", "-m", tiny_model, "-s", 1, "-o", "plain.png").code == 0
-    (grid,) = (here / "run" / "samples").glob("*.png")
-    second = Image.open("drawn.png")
-    shown = np.asarray(Image.open(grid).convert("RGBA"))
-    drawn, plain = (np.asarray(Image.open(name).convert("RGBA")) for name in ("drawn.png", "plain.png"))
-    side = second.height
-    places = [
-        (top, left)
-        for top in range(shown.shape[0] - side + 1)
-        for left in range(shown.shape[1] - side + 1)
-        if np.array_equal(shown[top : top + side, left : left + side], drawn)
-    ]
-    assert len(places) == 1
-    assert not np.array_equal(drawn, plain)
+    assert len(list((here / "run" / "samples").glob("*.png"))) == 1
+    asked = ("generate", "a blue square", "-m", tiny_model, "-s", 0)
+    assert limner(*asked, "--lora", "run/lora.safetensors", "-o", "drawn.png").code == 0
+    assert limner(*asked, "-o", "plain.png").code == 0
+    drawn, plain = (Image.open(name) for name in ("drawn.png", "plain.png"))
+    assert shown[0].tobytes() == drawn.tobytes() != plain.tobytes()
     told = limner("inspect", "run/lora.safetensors")
     assert "LoRA" in told.out
-    assert "icons" in told.out
 
 
 def test_it_learns_nothing_else_and_says_whose_it_is(limner, here, tiny_model, pictures):
@@ -123,7 +115,7 @@ def test_a_word_is_learned_and_said(model, limner, here, pictures, tmp_path):
     assert done.code == 0, done.err
     assert done.out.splitlines()[-1] == "run/blob.safetensors"
     learned = safetensors.torch.load_file("run/blob.safetensors")
-    assert {tuple(t.shape)[0] for t in learned.values()} == {2}
+    assert {len(vectors) for vectors in learned.values()} == {2}
     asked = ("-m", folder, "-s", 0, "-W", 32, "-H", 32, "--steps", 2)
     for name, prompt, *more in (("a", "a blob", "--embedding", "run/blob.safetensors"), ("b", "a blob")):
         assert limner("generate", prompt, *asked, *more, "-o", f"{name}.png").code == 0
@@ -174,7 +166,7 @@ def test_a_network_goes_on_learning_and_its_file_is_read(model, limner, here, pi
     source = tiny_model
     if model != "icons":
         source = (makers.get(model) or getattr(stable_diffusion, model))(tmp_path / model)
-    few = [*FEW[:-1], "data.size=32", "steps=2", "save_every=2", "ema_half_life=0.1", "precision=fp32", "lr=0.001"]
+    few = [*FEW[:-1], "data.size=32", "steps=2", "save_every=2", "ema_half_life=0.1", "precision=fp32", "lr=0.02"]
     done = limner("train", "finetune", "-m", source, "-d", pictures, "-o", "run", "--device", "cpu", *few)
     assert done.code == 0, done.err
     assert done.out.splitlines()[-1] == "run/final/finetune.safetensors"
@@ -193,5 +185,5 @@ def test_a_network_goes_on_learning_and_its_file_is_read(model, limner, here, pi
     for (name, old), new in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
         apart = (old - new).abs().max() / old.abs().max().clamp(min=1e-6)
         changes.append(apart > 1e-2) if name.startswith("network.") else None
-        assert apart < (0.5 if name.startswith("network.") else 1e-2), name
-    assert sum(changes) > len(changes) / 4
+        assert name.startswith("network.") or apart < 1e-2, name
+    assert sum(changes) > len(changes) / 2

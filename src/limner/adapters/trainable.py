@@ -254,7 +254,7 @@ def settings(training: Training, made: Mapping[str, Tensor]) -> dict[str, str]:
     """What a file says of itself: the alpha that diffusers' names have no place for."""
     config = training.config
     if config.spelling != "diffusers":
-        return {"format": "pt", "limner": json.dumps({"adapter": config.kind})}
+        return {"format": "pt"}
     found: dict[str, Any] = {}
     for key in made:
         if key.endswith("lora_A.weight"):
@@ -270,7 +270,7 @@ def settings(training: Training, made: Mapping[str, Tensor]) -> dict[str, str]:
         if not config.alpha:
             found[f"{prefix}.alpha_pattern"] = {path: r for path, r in ranks.items() if r != rank}
         found[name] = {path: r for path, r in ranks.items() if r != rank}
-    return {"format": "pt", METADATA: json.dumps(found)}
+    return {METADATA: json.dumps(found)}  # of several, safetensors would have an order at random
 
 
 def write(training: Training, path: Path) -> None:
