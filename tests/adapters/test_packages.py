@@ -107,3 +107,52 @@ def test_a_weight_is_what_peft_makes_of_it(dora, tmp_path):
     found = ours(tensors, module, tmp_path)
     assert (found - module.weight).abs().max() > 0.01
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+MADE = [
+    ("sd1", "lora", "kohya"), ("sd1", "lora", "diffusers"), ("sd1", "dora", "diffusers"), ("sdxl", "lora", "kohya"),
+    ("sdxl", "lora", "diffusers"), ("flux", "lora", "diffusers"), ("sd3", "lora", "diffusers"),
+]  # fmt: skip
+"""Of FLUX.1 in kohya's names diffusers reads the published size alone."""
+
+
+@pytest.mark.parametrize(("name", "kind", "spelling"), MADE)
+def test_what_is_trained_here_does_in_diffusers_what_it_does_here(name, kind, spelling, tmp_path):
+    """The weights of diffusers' network with the adapter merged are ours with it attached."""
+    pytest.importorskip("peft")
+    import diffusers
+
+    from limner import catalog
+    from limner.adapters import trainable
+    from limner.adapters.attaching import stack
+    from limner.checkpoints import layouts
+    from limner.checkpoints.flux import diffusers_layout as of_flux
+    from limner.checkpoints.mmdit import diffusers_layout as of_sd3
+    from systems import flow_models, stable_diffusion
+
+    makers: dict[str, Any] = {"flux": flow_models.flux, "sd3": flow_models.sd3}
+    folder = (makers.get(name) or getattr(stable_diffusion, name))(tmp_path / name)
+    system = catalog.load(folder, dtype=torch.float32)
+    told: Any = {"kind": kind, "spelling": spelling, "rank": 3, "alpha": 2.0, "bits": 32}
+    training = trainable.Training(system, trainable.AdapterConfig(**told), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for i, part in enumerate(training.parameters()):
+            part.add_(0.1 * torch.randn(part.shape, generator=torch.Generator().manual_seed(i)))
+    trainable.write(training, tmp_path / "mine.safetensors")
+    training.off()
+    bare = {key: tensor.clone() for key, tensor in system.network.state_dict().items()}
+    stack(system).attach(tmp_path / "mine.safetensors")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.load_lora_weights(tmp_path / "mine.safetensors")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    theirs = (pipe.unet if hasattr(pipe, "unet") else pipe.transformer).state_dict()
+    ours = system.network.state_dict()
+    if name in makers:
+        layout = {"flux": of_flux, "sd3": of_sd3}[name](system.network.config)
+        theirs = layouts.read(layout, theirs, "diffusers")
+    changed = [key for key in ours if not torch.equal(ours[key], bare[key])]
+    assert len(changed) == len(training.named)
+    for key in changed:
+        difference = (ours[key] - bare[key]).abs().max()
+        assert (theirs[key].reshape(ours[key].shape) - ours[key]).abs().max() <= 1e-5 * difference + 1e-6, key
