@@ -102,6 +102,8 @@ def theirs(config: unet.UNetConfig, side: int) -> Contender:
         extra["projection_class_embeddings_input_dim"] = config.vector_width
     network = UNet2DConditionModel(
         sample_size=side,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
         block_out_channels=config.widths,
         down_block_types=[f"{k}DownBlock2D" for k in kinds],
         up_block_types=[f"{k}UpBlock2D" for k in reversed(kinds)],
