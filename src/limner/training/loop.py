@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -63,6 +63,7 @@ def train(
     cuda; under torchrun every process takes one. `stop_after` seconds of wall time the state is saved and the loop
     left. Returns 0 when finished, else a key of `processes.STOPS`. Raises LimnerError.
     """
+    config, given = replace(config, system=catalog.settled(config.system)), config
     with StopRequests(stop_after) as stop, ExitStack() as held:
         processes = join(device)
         held.callback(processes.leave)
@@ -90,6 +91,8 @@ def train(
         if config.compile:
             system.compile(dynamic=False)
         notes = vain(config, side)
+        if config != given:
+            notes.append("system.autoencoder is that of the file which system.autoencoder_from names")
         return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes)
 
 
@@ -113,7 +116,7 @@ def check(config: TrainConfig, grid: int, size: int) -> None:
     if data.other_sizes and not data.latent_views:
         raise UsageError("data.other_sizes are sizes of kept latents: give data.latent_views=1 or more")
     if config.system.kind == "autoencoding":
-        grid *= 2  # it learns from latents of half the size too
+        grid *= 2 if config.system.loss.type == "pixels" else 1  # it learns from latents of half the size too
         if data.latent_views:
             raise UsageError("data.latent_views are latents, an autoencoder learns from pictures: give 0")
     if data.augment != "none" and data.latent_views:
@@ -217,6 +220,7 @@ def fit(
             generator = randomness(config.seed, state.step, processes)
             batch = batches.batch(state.step, config.batch_size, rank=processes.rank, world=processes.world)
             batch = {k: v.to(processes.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            batch["step"] = state.step
             lr = lr_at(state.step, config)
             ledger.begin(state.step, lr, list(batch["ids"]))
             for phase in system.phases:
