@@ -195,11 +195,11 @@ def _latent_diffusion(
 _BACK: dict[str, Any] = {"steps": 1, "guidance": 1.0, "schedule": "normal"}
 """What says nothing of an autoencoder."""
 KL_TRAINED = replace(KL_SD1, scale=1.0)  # until it is measured
-KL_F8_TINY = replace(KL_TINY, latent_channels=8, widths=(16, 32, 32, 32))
-VQ_F4_TINY = replace(VQ_TINY, codes=64)
-_F8_TINY = AdversarialConfig(disc_start=300, disc_width=16, disc_layers=2)
+KL_F8_TINY = replace(KL_TINY, latent_channels=8, widths=(8, 16, 32, 64), groups=4)
+VQ_F4_TINY = replace(VQ_TINY, widths=(8, 16, 32), groups=4, codes=64)
+_F8_TINY = AdversarialConfig(disc_start=500, disc_width=16, disc_layers=2)
 _F4 = AdversarialConfig(disc_weight=0.75, disc_start=0)
-_F4_TINY = replace(_F4, disc_start=300, disc_width=16, disc_layers=2)
+_F4_TINY = replace(_F4, disc_start=500, disc_width=16, disc_layers=2)
 
 
 def _stable_diffusion(name: str, summary: str, **changes: Any) -> Entry:

@@ -42,9 +42,9 @@ def kl_f8_tiny() -> TrainConfig:
     return TrainConfig(
         name="kl-f8-tiny",
         system=catalog.entry("kl-f8-tiny").config,
-        data=DataConfig(source="shapes", size=32, augment="autoencoder"),
-        steps=600,
-        batch_size=16,
+        data=DataConfig(source="shapes", size=32),
+        steps=700,
+        batch_size=8,
         lr=2e-3,
         betas=(0.5, 0.9),
         weight_decay=0.0,

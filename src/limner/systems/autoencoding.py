@@ -256,7 +256,7 @@ class AdversarialAutoencodingSystem(AutoencodingSystem):
         return [*self.autoencoder.parameters(), *([] if self.logvar is None else [self.logvar])]
 
     @torch.no_grad()
-    def finish(self, batches: Any, samples: int = 1024, chunk: int = 16) -> None:
+    def finish(self, batches: Any, samples: int = 512, chunk: int = 16) -> None:
         """After training: measure the deviation of all latents, so that `encode` gives unit variance
         (arXiv:2112.10752, appendix G)."""
         count = -(-min(samples, 4 * len(batches)) // chunk)

@@ -91,7 +91,7 @@ def train(
         if config.compile:
             system.compile(dynamic=False)
         notes = vain(config, side)
-        if config != given:
+        if config.system != given.system:
             notes.append("system.autoencoder is that of the file which system.autoencoder_from names")
         return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes)
 
