@@ -195,11 +195,11 @@ def _latent_diffusion(
 _BACK: dict[str, Any] = {"steps": 1, "guidance": 1.0, "schedule": "normal"}
 """What says nothing of an autoencoder."""
 KL_TRAINED = replace(KL_SD1, scale=1.0)  # until it is measured
-KL_F8_TINY = replace(KL_TINY, latent_channels=8, widths=(8, 16, 32, 64), groups=4)
-VQ_F4_TINY = replace(VQ_TINY, widths=(8, 16, 32), groups=4, codes=64)
-_F8_TINY = AdversarialConfig(disc_start=500, disc_width=16, disc_layers=2)
+KL_F8_TINY = replace(KL_TINY, latent_channels=8, widths=(8, 16, 32, 64), groups=2)
+VQ_F4_TINY = replace(VQ_TINY, widths=(8, 16, 32), groups=2, codes=64)
+_F8_TINY = AdversarialConfig(disc_start=450, disc_width=16, disc_layers=2)
 _F4 = AdversarialConfig(disc_weight=0.75, disc_start=0)
-_F4_TINY = replace(_F4, disc_start=500, disc_width=16, disc_layers=2)
+_F4_TINY = replace(_F4, disc_start=450, disc_width=16, disc_layers=2)
 
 
 def _stable_diffusion(name: str, summary: str, **changes: Any) -> Entry:
@@ -655,7 +655,8 @@ def save(
     tensors = {k: v.float() if v.is_floating_point() else v for k, v in kept.items()}
     config = bare(config)
     if isinstance(config, AutoencodingConfig):
-        config = replace(config, autoencoder=system.autoencoder.config)  # type: ignore[union-attr, arg-type]  # its scale is measured at the end
+        autoencoder: Any = system.autoencoder
+        config = replace(config, autoencoder=autoencoder.config)  # whose scale is measured at the end
     stored, recipe = quantize(
         tensors, lambda name, t: bits if bits != 8 else 8 if t.dim() > 1 and t.numel() >= 4096 else 16
     )

@@ -18,6 +18,7 @@ from limner.errors import CheckpointMismatch, UsageError
 from limner.models.lpips import LPIPS
 from limner.systems.autoencoding import AutoencodingSystem, kl_to_normal
 from limner.training.config import parse_overrides
+from limner.training.memory import check_counts
 from limner.training.state import TrainState
 
 NAMES = ("kl-f8-tiny", "vq-f4-tiny")
@@ -186,4 +187,4 @@ def test_the_recipes_have_the_published_sizes():
     assert (kl.system.autoencoder.factor, vq.system.autoencoder.factor) == (8, 4)
     assert (kl.system.loss.kl_weight, kl.system.loss.disc_weight, kl.system.loss.disc_start) == (1e-6, 0.5, 50_001)
     assert (vq.system.loss.codebook_weight, vq.system.loss.disc_weight, vq.system.loss.disc_start) == (1.0, 0.75, 0)
-    assert parse_overrides(kl, ["system.loss.disc_start=250000"]).system.loss.disc_start == 250_000
+    check_counts(parse_overrides(kl, ["system.loss.disc_start=250000"]).system, "system")

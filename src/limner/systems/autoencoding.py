@@ -241,8 +241,12 @@ class AdversarialAutoencodingSystem(AutoencodingSystem):
         """The images out of latents drawn from the posterior, or quantised, and what holds the latents."""
         codec = self.autoencoder
         if self.quantizes:
-            quantized = codec.quantize(codec.to_moments(images).float())
-            shares = torch.bincount(quantized.ids.flatten(), minlength=codec.config.codes) / quantized.ids.numel()
+            z = codec.to_moments(images).float()
+            quantized = codec.quantize(z)
+            ids = quantized.ids.flatten()
+            shares = z.new_zeros(codec.config.codes).index_add_(
+                0, ids, torch.full_like(z[:, 0], 1 / len(ids)).flatten()
+            )
             perplexity = torch.special.entr(shares).sum().exp()  # of the codes in use
             return codec.to_images(quantized.z).float(), {"codebook": quantized.loss, "perplexity": perplexity}
         mean, logvar = (part.float() for part in codec.posterior(images))
