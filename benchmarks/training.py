@@ -33,6 +33,7 @@ from limner.models.unet import UNetConfig
 from limner.pipeline import find_device
 from limner.training import adapting, loop
 from limner.training.config import TrainConfig
+from limner.training.processes import join
 
 ATTENTION = (r"attn[12]\.to_(q|k|v|out\.0)$",)
 WARM = 8
@@ -126,9 +127,8 @@ def ours(asked: Any, what: str, device: torch.device, compile: bool = False) -> 
         system.base.weights_hash = str
     batches: Any = Kept(asked.batch, asked.side, system.autoencoder.channels, device)
     loop.save_checkpoint = lambda *_: Path()  # type: ignore[assignment]  # the last one, of 14 GB, is not a step
-    return measured(device, batches, lambda run: loop.fit(
-        system, batches, config, run, draw=lambda *_: [], export=lambda system, config, path: path.touch()
-    ))  # fmt: skip
+    how: Any = {"processes": join(str(device)), "draw": lambda *_: [], "export": lambda _, config, path: path.touch()}
+    return measured(device, batches, lambda run: loop.fit(system, batches, config, run, **how))
 
 
 def measured(device: torch.device, batches: Kept, run: Callable[[Path], object]) -> tuple[float, float]:

@@ -20,7 +20,21 @@ from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.quantization import gathered, quantize
 from limner.devices import bytes_of, free_of
 from limner.errors import Assumed, CheckpointMismatch, FileProblem, UnknownName, UsageError, complaint
-from limner.models.autoencoder import KL_FLUX, KL_SD1, KL_SD3, KL_SDXL, KL_UPSCALER, KLAutoencoder, KLConfig
+from limner.models import lpips
+from limner.models.autoencoder import (
+    KL_FLUX,
+    KL_SD1,
+    KL_SD3,
+    KL_SDXL,
+    KL_TINY,
+    KL_UPSCALER,
+    VQ_F4,
+    VQ_TINY,
+    KLAutoencoder,
+    KLConfig,
+    VQAutoencoder,
+    VQConfig,
+)
 from limner.models.dcae import DCAE, DCAE_ICONS, DCAE_TINY, DCAEConfig
 from limner.models.dit import DIT_XL_2, DIT_XL_2_512, SIT_XL_2, DiT, DiTConfig
 from limner.models.flux import FLUX_CONTROL, FLUX_DEV, FLUX_FILL, FLUX_SCHNELL, Flux, FluxConfig
@@ -44,7 +58,7 @@ from limner.nn.quantized import Quantized, of_bytes, quantize_
 from limner.sampling import interpolants, predictions
 from limner.sampling.interpolants import SMALL_NOISE, EDMConfig, FlowConfig, VPConfig, discrete
 from limner.systems import previews
-from limner.systems.autoencoding import AutoencodingSystem
+from limner.systems.autoencoding import AdversarialAutoencodingSystem, AdversarialConfig, AutoencodingSystem
 from limner.systems.diffusion import DiffusionSystem
 from limner.text import bpe
 from limner.text.bpe import CLIPTokenizer
@@ -75,12 +89,14 @@ _ONCE = replace(_ICONS, steps=1, guidance=1.0)
 
 SystemName = Annotated[str, Field(min_length=1, max_length=200)]
 """As pictures remember it."""
+AutoencoderConfig = Annotated[DCAEConfig | KLConfig | VQConfig, Field(discriminator="type")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of an autoencoder's loss terms; see `limner.systems.autoencoding`."""
+    """Weights of the loss terms of a DCAE; see `limner.systems.autoencoding`."""
 
+    type: Literal["pixels"] = "pixels"
     kl_weight: float = 1e-7
     gradient_weight: float = 1.0
     scale_weight: float = 0.25
@@ -91,8 +107,9 @@ class AutoencodingConfig:
     kind: Literal["autoencoding"] = "autoencoding"
     name: SystemName = "icons-autoencoder"
     family: str = "KL autoencoder"
-    autoencoder: DCAEConfig = DCAE_ICONS
-    loss: LossConfig = LossConfig()
+    autoencoder: AutoencoderConfig = DCAE_ICONS
+    loss: LossConfig | AdversarialConfig = LossConfig()
+    """What a DCAE is trained with, or else what a KL and a VQ autoencoder are."""
     defaults: Defaults = _ONCE
 
 
@@ -107,7 +124,7 @@ class DiffusionConfig:
     network: Annotated[
         JointDiTConfig | UNetConfig | DiTConfig | MMDiTConfig | FluxConfig, Field(discriminator="type")
     ] = JOINT_DIT_ICONS
-    autoencoder: Annotated[DCAEConfig | KLConfig, Field(discriminator="type")] = DCAE_ICONS
+    autoencoder: AutoencoderConfig = DCAE_ICONS
     autoencoder_from: str = ""
     text_encoder: Literal["minilm"] | CLIPTowersConfig | LabelsConfig | SD3TextConfig | FluxTextConfig = "minilm"
     text_encoder_from: str = ""
@@ -162,6 +179,27 @@ _SD = Defaults(
     max_size=2048,
     max_prompt_chars=10_000,
 )  # multiples of 64 are best
+
+
+def _latent_diffusion(
+    name: str, summary: str, autoencoder: KLConfig | VQConfig, loss: AdversarialConfig | None = None
+) -> Entry:
+    """A row of an autoencoder that is trained as latent diffusion's are."""
+    config = AutoencodingConfig(
+        name=name, family=f"{autoencoder.type.upper()} autoencoder", autoencoder=autoencoder,
+        loss=loss or AdversarialConfig(), defaults=replace(_TINY if name.endswith("-tiny") else _SD, **_BACK),
+    )  # fmt: skip
+    return Entry(config=config, task=AutoencodingSystem.task, summary=summary)
+
+
+_BACK: dict[str, Any] = {"steps": 1, "guidance": 1.0, "schedule": "normal"}
+"""What says nothing of an autoencoder."""
+KL_TRAINED = replace(KL_SD1, scale=1.0)  # until it is measured
+KL_F8_TINY = replace(KL_TINY, latent_channels=8, widths=(8, 16, 32, 64), groups=2)
+VQ_F4_TINY = replace(VQ_TINY, widths=(8, 16, 32), groups=2, codes=64)
+_F8_TINY = AdversarialConfig(disc_start=450, disc_width=16, disc_layers=2)
+_F4 = AdversarialConfig(disc_weight=0.75, disc_start=0)
+_F4_TINY = replace(_F4, disc_start=450, disc_width=16, disc_layers=2)
 
 
 def _stable_diffusion(name: str, summary: str, **changes: Any) -> Entry:
@@ -261,6 +299,10 @@ CATALOG = {
             task=AutoencodingSystem.task,
             summary="32 px RGBA pictures to 8 x 8 x 8 latents and back",
         ),
+        _latent_diffusion("kl-f8", "pictures to latents and back: the autoencoder of Stable Diffusion 1", KL_TRAINED),
+        _latent_diffusion("kl-f8-tiny", "the same in miniature, 32 px, trained in a minute", KL_F8_TINY, _F8_TINY),
+        _latent_diffusion("vq-f4", "pictures to latents of a codebook and back: LDM-4", VQ_F4, _F4),
+        _latent_diffusion("vq-f4-tiny", "the same in miniature, 32 px, trained in a minute", VQ_F4_TINY, _F4_TINY),
         Entry(
             config=DiffusionConfig(
                 name="sd1-tiny",
@@ -448,13 +490,12 @@ def build(
 
     Raises UsageError for what no system can be built of.
     """
+    kinds: dict[str, Any] = {"dcae": DCAE, "kl": KLAutoencoder, "vq": VQAutoencoder}
+    autoencoder = kinds[config.autoencoder.type](config.autoencoder)
     if isinstance(config, AutoencodingConfig):
-        return AutoencodingSystem(
-            DCAE(config.autoencoder), config.defaults, config.name, config.family, **asdict(config.loss)
-        )
+        return _autoencoding(config, autoencoder)
     check(config)
-    network, text, codec = config.network, config.text_encoder, config.autoencoder
-    autoencoder = DCAE(codec) if isinstance(codec, DCAEConfig) else KLAutoencoder(codec)
+    network, text = config.network, config.text_encoder
     if config.autoencoder_from:
         _load_part(autoencoder, "autoencoder", config.autoencoder_from, network)
     words: Any
@@ -470,7 +511,7 @@ def build(
         words = CLIPTowers(text, clips or [bpe.shipped()] * len(text.towers))
     if config.text_encoder_from:
         _load_part(words, "text_encoder", config.text_encoder_from, network)
-    kinds: dict[str, Any] = {"joint_dit": JointDiT, "unet": UNet, "dit": DiT, "mmdit": MMDiT, "flux": Flux}
+    kinds = {"joint_dit": JointDiT, "unet": UNet, "dit": DiT, "mmdit": MMDiT, "flux": Flux}
     return DiffusionSystem(
         network=kinds[network.type](network),
         autoencoder=autoencoder.eval(),
@@ -484,6 +525,32 @@ def build(
         small_noise=None if config.small_noise is None else discrete(config.small_noise),
         looks=config.looks,
     )
+
+
+def _autoencoding(config: AutoencodingConfig, autoencoder: nn.Module) -> AutoencodingSystem:
+    loss, told = config.loss, (autoencoder, config.defaults, config.name, config.family)
+    if isinstance(loss, LossConfig) != isinstance(autoencoder, DCAE):
+        raise UsageError(f"an autoencoder of type {config.autoencoder.type} is not trained with a loss of {loss.type}")
+    if isinstance(loss, LossConfig):
+        return AutoencodingSystem(*told, loss.kl_weight, loss.gradient_weight, loss.scale_weight)
+    return AdversarialAutoencodingSystem(*told, loss, _perceptual(loss.perceptual_from))
+
+
+def _perceptual(source: str) -> lpips.LPIPS | None:
+    """LPIPS, frozen, with its weights in a file. Raises FileProblem, CheckpointMismatch."""
+    if not source:
+        return None
+    path = Path(source)
+    tensors = lpips.weights_in(files.read(path)[0])
+    if "lin0.model.1.weight" not in tensors or "net.slice1.0.weight" not in tensors:
+        raise CheckpointMismatch(
+            f"system.loss.perceptual_from={source} has no weights of LPIPS, VGG16's beside the linear ones: save "
+            "lpips.LPIPS(net='vgg').state_dict() of the package lpips, or name a training file of latent diffusion"
+        )
+    with torch.device("meta"):
+        network = lpips.LPIPS()
+    files.assign(network, tensors, path)
+    return network.requires_grad_(False).eval()
 
 
 @lru_cache(maxsize=2)
@@ -501,7 +568,7 @@ def _load_part(part: nn.Module, name: str, source: str, network: Any) -> None:
     file. Raises FileProblem, CheckpointMismatch, UsageError."""
     if isinstance(part, MiniLM | Labels | JoinedText):
         raise UsageError(f"system.text_encoder_from={source} is for CLIP's towers: this system reads with what ships")
-    path = WEIGHTS / source if (WEIGHTS / source).is_file() else Path(source)
+    path = _source(source)
     if not path.exists():
         advice = ""
         if name == "autoencoder":
@@ -541,7 +608,29 @@ def _part_of(part: Any, name: str, path: Path, network: UNetConfig) -> dict[str,
 
 def bare(config: AutoencodingConfig | DiffusionConfig) -> AutoencodingConfig | DiffusionConfig:
     """The same without files that parts of it are read from."""
-    return replace(config, autoencoder_from="", text_encoder_from="") if isinstance(config, DiffusionConfig) else config
+    if isinstance(config, DiffusionConfig):
+        return replace(config, autoencoder_from="", text_encoder_from="")
+    if isinstance(config.loss, AdversarialConfig):
+        return replace(config, loss=replace(config.loss, perceptual_from=""))
+    return config
+
+
+def settled(config: AutoencodingConfig | DiffusionConfig) -> AutoencodingConfig | DiffusionConfig:
+    """The same with the autoencoder that is in a file of ours that it is read from, whose kind and scale may be others.
+    Raises FileProblem, CheckpointMismatch."""
+    if isinstance(config, AutoencodingConfig) or not (path := _source(config.autoencoder_from)).is_file():
+        return config
+    metadata = files.read(path, most=0)[1]
+    if files.CONFIG_KEY not in metadata:
+        return config
+    found = parse(files.config_in(metadata, path), path).autoencoder
+    scaled = not isinstance(found, DCAEConfig) or not isinstance(config.autoencoder, DCAEConfig)
+    return replace(config, autoencoder=found) if scaled else config
+
+
+def _source(name: str) -> Path:
+    """Of a file that ships, or of any other."""
+    return WEIGHTS / name if (WEIGHTS / name).is_file() else Path(name)
 
 
 # -------------------------------------------------------------------- files
@@ -554,16 +643,20 @@ def save(
     *,
     bits: int = 32,
 ) -> None:
-    """Write one self-describing file: all but the text encoder that ships. `bits` 8 stores matrices in 8 bits, the rest
-    in 16.
+    """Write one self-describing file: all but the text encoder that ships and LPIPS. `bits` 8 stores matrices in 8
+    bits, the rest in 16.
 
     Raises FileProblem, UsageError for a system that keeps weights quantised.
     """
     if any(isinstance(module, Linear) and module.code for module in system.modules()):
         raise UsageError(f"{path} is not written: the system keeps its weights quantised; load it with a dtype first")
-    beside = "text_encoder." if getattr(config, "text_encoder", "") == "minilm" else ()
-    tensors = {k: v.detach().float().cpu() for k, v in system.state_dict().items() if not k.startswith(beside)}
+    beside = ("perceptual.", *(["text_encoder."] if getattr(config, "text_encoder", "") == "minilm" else []))
+    kept = {k: v.detach().cpu() for k, v in system.state_dict().items() if not k.startswith(beside)}
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in kept.items()}
     config = bare(config)
+    if isinstance(config, AutoencodingConfig):
+        autoencoder: Any = system.autoencoder
+        config = replace(config, autoencoder=autoencoder.config)  # whose scale is measured at the end
     stored, recipe = quantize(
         tensors, lambda name, t: bits if bits != 8 else 8 if t.dim() > 1 and t.numel() >= 4096 else 16
     )

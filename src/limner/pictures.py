@@ -64,6 +64,11 @@ def to_tensor(image: Image.Image, width: int, height: int) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
+def opaque(images: Tensor, channels: int = 3) -> Tensor:
+    """Premultiplied RGBA (b, 4, h, w) in [-1, 1] on white, where `channels` is 3; other images as they are."""
+    return images[:, :3] + 1 - images[:, 3:] if channels == 3 and images.shape[1] == 4 else images
+
+
 FAINT = 16
 """Of 255: less alpha than nobody sees, which drawings have in places and trimming would stop at."""
 

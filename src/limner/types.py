@@ -288,7 +288,8 @@ class System(Protocol):
     """The layer of CLIP whose states it takes, counted from the last, 1; None without CLIP."""
 
     def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
-        """{"loss": what is minimised in this phase, and named terms to report}, each a scalar."""
+        """{"loss": what is minimised in this phase, and named terms to report}, each a scalar. In training, `batch`
+        has the number of the "step", from 0."""
         ...
 
     def phase_parameters(self, phase: str) -> list[torch.nn.Parameter]: ...

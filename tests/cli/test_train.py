@@ -176,6 +176,8 @@ def test_a_run_that_another_process_trains_is_refused(limner, here):
         (2, "pictures of 36 pixels are not in multiples of 8", ["icons-autoencoder-tiny", "data.size=36", *RUN]),
         (2, "pictures of 28 pixels are not in multiples of 8", ["icons-autoencoder-tiny", *DIGITS, *RUN]),
         (2, "data.latent_views are latents", ["icons-autoencoder-tiny", "data.latent_views=1", *RUN]),
+        (2, "8 x 8 pixels are too small for the discriminator, wh", ["kl-f8-tiny", "data.size=8", *RUN]),
+        (3, "no file nofile", ["kl-f8-tiny", "system.loss.perceptual_from=nofile", *RUN]),
         (2, "must name as many levels", [*TINY, "system.autoencoder.encoder_blocks=1"]),
         (2, "system.network.depth=999999: give 1,000 at", [*TINY, "system.network.depth=999999"]),
         (2, "autoencoder.encoder_blocks=9999: give", [*TINY, "system.autoencoder.encoder_blocks=1,9999"]),

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from toy import CONFIG, StopAt, ToyBatches, ToySystem, ending, fit, fit_slowly, fit_until_operation, processes
 
+from limner import catalog
+from limner.data.batches import DataConfig, open_batches
 from limner.errors import FileProblem
 from limner.training import loop, state
 from limner.training.ema import Ema
@@ -292,3 +294,21 @@ def test_a_new_run_may_enter_a_folder_where_one_was_killed_before_it_began(tmp_p
     with state.claim(tmp_path, CONFIG):
         assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "limner.lock"]
         assert state.config_of(tmp_path) == CONFIG
+
+
+@pytest.mark.parametrize("forgetful", [False, True])
+def test_an_autoencoder_resumes_exactly_over_the_start_of_its_discriminator(tmp_path, monkeypatch, forgetful):
+    row = catalog.entry("vq-f4-tiny").config
+    system = replace(row, loss=replace(row.loss, disc_start=4))
+    data = DataConfig(source="shapes", size=16, limit=16)
+    config = replace(CONFIG, system=system, data=data, steps=7, batch_size=2, warmup=0)
+    for name, stops in (("whole", []), ("parts", [StopAt(3), StopAt(2)])):  # before its start, and after
+        for stop in [*stops, None]:
+            torch.manual_seed(1)
+            if forgetful and name == "parts":
+                _without_buffers(monkeypatch)
+            batches = open_batches(data, 0, torch.device("cpu"))
+            built = catalog.build(system)
+            assert fit(tmp_path / name, config, system=built, batches=batches, stop=stop) == (1 if stop else 0)
+    same_end = ending(tmp_path / "whole", config) == ending(tmp_path / "parts", config)
+    assert same_end is not forgetful

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from limner.errors import UnknownName
-from limner.recipes import adapters, icons, stable_diffusion
+from limner.recipes import adapters, autoencoders, icons, stable_diffusion
 from limner.training.config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
@@ -17,6 +17,10 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "icons-autoencoder-tiny": icons.autoencoder_tiny,
     "icons": icons.icons,
     "icons-tiny": icons.icons_tiny,
+    "kl-f8": autoencoders.kl_f8,
+    "kl-f8-tiny": autoencoders.kl_f8_tiny,
+    "vq-f4": autoencoders.vq_f4,
+    "vq-f4-tiny": autoencoders.vq_f4_tiny,
     "sd1": stable_diffusion.sd1,
     "sd1-tiny": stable_diffusion.sd1_tiny,
     "lora": adapters.lora,

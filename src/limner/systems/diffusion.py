@@ -854,9 +854,7 @@ class DiffusionSystem(nn.Module):
 
     def opaque(self, images: Images) -> Images:
         """Transparency goes onto white where the autoencoder knows none."""
-        if self.autoencoder.config.image_channels == 3 and images.shape[1] == 4:
-            return images[:, :3] + 1 - images[:, 3:]
-        return images
+        return pictures.opaque(images, self.autoencoder.config.image_channels)
 
     def encode(self, images: Images, tile: int | None = None) -> Latents:
         """In tiles of so many pixels, where None leaves it to the size of the pictures."""

@@ -68,6 +68,7 @@ def train(
         raise UsageError(f"{config.name} trains a system of its own: leave model out")
     if config.adapter and config.word:
         raise UsageError(f"{config.name} trains an adapter and a word: leave one of them out")
+    config, given = replace(config, system=catalog.settled(config.system) if config.system else None), config
     with StopRequests(stop_after) as stop, ExitStack() as held:
         processes = join(device)
         held.callback(processes.leave)
@@ -95,6 +96,8 @@ def train(
         if config.compile:
             system.compile(dynamic=False)
         notes = vain(config, side)
+        if config.system != given.system:
+            notes.append("system.autoencoder is that of the file which system.autoencoder_from names")
         how: Any = {"export": tuning.export} if config.model else {}
         if isinstance(system, adapting.Beside):
             how = {"draw": adapting.draw, "export": adapting.export}
@@ -142,7 +145,7 @@ def check(config: TrainConfig, grid: int, size: int) -> None:
     if data.other_sizes and not data.latent_views:
         raise UsageError("data.other_sizes are sizes of kept latents: give data.latent_views=1 or more")
     if config.system is not None and config.system.kind == "autoencoding":
-        grid *= 2  # it learns from latents of half the size too
+        grid *= 2 if config.system.loss.type == "pixels" else 1  # it learns from latents of half the size too
         if data.latent_views:
             raise UsageError("data.latent_views are latents, an autoencoder learns from pictures: give 0")
     if data.augment != "none" and data.latent_views:
@@ -247,6 +250,7 @@ def fit(
             generator = randomness(config.seed, state.step, processes)
             batch = batches.batch(state.step, config.batch_size, rank=processes.rank, world=processes.world)
             batch = {k: v.to(processes.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            batch["step"] = state.step
             lr = lr_at(state.step, config)
             ledger.begin(state.step, lr, list(batch["ids"]))
             for phase in system.phases:
