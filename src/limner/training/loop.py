@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from limner import catalog, pictures, pipeline
 from limner.data.batches import open_batches
 from limner.data.images import Batches
-from limner.data.latents import LatentBatches
+from limner.data.latents import encoded
 from limner.errors import TrainingDiverged, UsageError
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
@@ -82,10 +82,10 @@ def train(
             warm_start(system, Path(config.init_from), partial(catalog.load, dtype=torch.float32))
         system.to(processes.device, memory_format=torch.channels_last)
         images = open_batches(config.data, config.seed, processes.device)
-        views, side = config.data.latent_views, images.set.images.shape[-1]
-        if not views:  # classic sets have a size of their own
+        side = images.side
+        if not config.data.latent_views:  # classic sets have a size of their own
             check(config, system.grid, side)
-        batches: Batches = LatentBatches(images, system, views) if views else images
+        batches: Batches = encoded(images, system)
         check_batch(system, batches, config, processes)
         if config.compile:
             system.compile(dynamic=False)
@@ -201,7 +201,7 @@ def fit(
             if ledger.records and (halt or log or draw_now or save or processes.device.type == "cpu"):
                 ledger.check(run)
             if ledger.records and (halt or log):
-                report.log(state.step, state.images, ledger.means())
+                report.log(state.step, state.images, ledger.means(), list(getattr(batches, "bad", {}).values()))
             if processes.first and state.step != saved and (halt or save):
                 with report.aside():
                     save_checkpoint(run / "checkpoints", state.step, state.files(), config.keep)
@@ -231,7 +231,8 @@ def fit(
                 bad = ledger.add(terms, norm, phase if len(system.phases) > 1 else "", processes)
                 for optimizer in state.optimizers[phase]:
                     step_unless(optimizer, lr, bad)
-            count = len(batch["ids"]) * processes.world  # a step of a larger size has fewer than config.batch_size
+            # a step of a larger size has fewer than config.batch_size, and some ranks may have rows that do not count
+            count = batch.get("count", len(batch["ids"]) * processes.world)
             state.ema.update(ema_decay(config.ema_half_life, count, state.images, config.ema_warmup))
             state.step, state.images = state.step + 1, state.images + count
             # -----------------------------------------------------------------------------------------
