@@ -20,7 +20,7 @@ from limner.checkpoints.files import write_atomically
 from limner.data.epochs import Bucket
 from limner.data.images import to_float
 from limner.data.streams import Look, Stream
-from limner.errors import FileProblem, ImageProblem, UsageError
+from limner.errors import FileProblem, ImageProblem
 from limner.types import System
 
 VERSION = 1
@@ -40,8 +40,6 @@ class StoredLatents:
 
     def __init__(self, stream: Stream, system: System, pixels: int = 1 << 22) -> None:
         config = stream.config
-        if config.augment != "none":
-            raise UsageError(f"data.augment={config.augment} changes pictures as they are drawn: leave data.cache out")
         self.stream, self.system = stream, system
         self.folder = Path(config.cache) if config.cache else None
         self.views = max(1, config.latent_views) if config.crop == "random" or config.mirror else 1

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from limner import catalog, pictures, pipeline
-from limner.data.batches import open_batches
+from limner.data.batches import SAMPLED, open_batches
 from limner.data.images import Batches
 from limner.data.latents import encoded
 from limner.errors import TrainingDiverged, UsageError
@@ -78,6 +78,7 @@ def train(
         for prompt in config.sample_prompts:
             pipeline.prepare(system, prompt=prompt)
         check(config, system.grid, config.data.size)
+        check_samples(config, system)
         if config.init_from:
             warm_start(system, Path(config.init_from), partial(catalog.load, dtype=torch.float32))
         system.to(processes.device, memory_format=torch.channels_last)
@@ -130,11 +131,35 @@ def check(config: TrainConfig, grid: int, size: int) -> None:
         )
 
 
+def check_samples(config: TrainConfig, system: Any) -> None:
+    """Raises UsageError where the system cannot learn from samples in this form."""
+    data, unit = config.data, getattr(system, "unit", system.grid)
+    autoencoding = config.system.kind == "autoencoding"
+    if data.source in SAMPLED and data.cache and autoencoding:
+        raise UsageError(f"data.cache={data.cache} keeps latents, an autoencoder learns from pictures: leave it out")
+    if data.masks == "alpha" and autoencoding:
+        raise UsageError(f"data.masks=alpha has no effect on {config.name}: leave it out")
+    unit *= 2 if autoencoding else 1
+    if data.buckets and data.bucket_step % unit:
+        raise UsageError(
+            f"data.bucket_step={data.bucket_step} is not in multiples of {unit}, which {config.name} needs"
+        )
+    if data.source in SAMPLED and data.augment != "none" and data.cache:
+        raise UsageError(f"data.augment={data.augment} changes pictures as they are drawn: leave data.cache out")
+
+
 def vain(config: TrainConfig, side: int) -> list[str]:
     """A sentence for each field that changes nothing in this run, whose pictures have `side` pixels."""
     told = []
     if config.optimizer != "muon" and config.muon_lr_scale != 1:
         told.append(f"muon_lr_scale={config.muon_lr_scale:g} has no effect with optimizer={config.optimizer}")
+    data = config.data
+    if data.source in SAMPLED and data.latent_views > 1 and data.crop == "center" and not data.mirror:
+        told.append(
+            f"data.latent_views={data.latent_views} would be one view: data.crop=random or data.mirror=true make more"
+        )
+    if data.source in SAMPLED and data.cache and data.latent_views < 2 and (data.crop == "random" or data.mirror):
+        told.append("data.crop and data.mirror have no effect on one view that is kept: give data.latent_views=2")
     if not config.data.latent_views and config.data.size != side:
         told.append(
             f"data.size={config.data.size} has no effect: the pictures of {config.data.source} have {side} pixels"
