@@ -87,6 +87,14 @@ def test_a_picture_covers_its_shape_and_what_is_over_is_cut_off(tmp_path):
     assert (grey == 117).all()
 
 
+def test_opaque_pictures_are_scaled_as_others_are():
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 200, 4), dtype=np.uint8)
+    pixels[..., 3] = 255
+    opaque = covering(Image.fromarray(pixels), 16, 16)
+    pixels[0, 0, 3] = 0  # far from the middle
+    assert np.abs(covering(Image.fromarray(pixels), 16, 16).astype(int) - opaque).max() == 0
+
+
 def test_the_whole_may_be_kept_on_transparent_ground():
     wide = np.zeros((4, 12, 4), np.uint8)
     wide[...] = (0, 200, 0, 255)

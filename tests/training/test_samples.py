@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from toy import StopAt, ending
+from toy import StopAt, ToyBatches, ending, fit
 
 from limner import catalog, recipes
 from limner.data.batches import DataConfig
@@ -84,6 +84,22 @@ def test_fields_that_change_nothing_are_told(tmp_path):
     for changes, said in tell:
         assert [line[: len(said)] for line in loop.vain(configured("icons-tiny", tmp_path, *changes), 32)] == [said]
     assert loop.vain(configured("icons-tiny", tmp_path, "data.latent_views=2", "data.mirror=true"), 32) == []
+
+
+def test_masks_that_a_system_does_not_read_are_told(tmp_path, capsys):
+    folder = make.folder(tmp_path / "a", make.all_of([(32, 32)] * 4))
+    (folder / "p00-mask.png").write_bytes(make.picture(0, 32, 32))
+    assert loop.train(configured("icons-autoencoder-tiny", folder, "steps=1"), tmp_path / "run", device="cpu") == 0
+    assert "masks have no effect on icons-autoencoder-tiny: data.masks=none" in capsys.readouterr().out
+
+
+def test_rows_that_do_not_count_are_no_images_that_were_seen(tmp_path):
+    class Padded(ToyBatches):
+        def batch(self, *args, **kwargs):
+            return super().batch(*args, **kwargs) | {"count": 5}
+
+    assert fit(tmp_path / "run", batches=Padded()) == 0
+    assert [row["images"] for row in lines(tmp_path / "run")] == [5 * row["step"] for row in lines(tmp_path / "run")]
 
 
 def test_masks_and_weights_multiply_the_errors():

@@ -94,7 +94,7 @@ def _captions(path: Path, names: list[str], column: str, problems: dict[str, str
             try:
                 row = json.loads(line)
                 name = PurePosixPath(row["file_name"]).as_posix()
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 wanted = '{"file_name": ..., "text": ...}'
                 raise FileProblem(f"{where} is not {wanted} ({error!r}): mend it") from error
             captions[name] = captions.get(name, ()) + caption_in(row, column, where)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from limner.errors import FileProblem, ImageProblem
 FORMATS = ("PNG", "JPEG", "WEBP")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 64_000_000
+BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error,
+          Image.DecompressionBombError)  # fmt: skip
+"""What Pillow raises for broken files."""
 HEADER = 1 << 16
 """Bytes in which the size of most pictures is found."""
 
@@ -42,10 +46,9 @@ class Piece:
     size: int = -1
 
     def read(self, most: int = -1) -> bytes:
-        wanted = min(n for n in (self.size, most) if n >= 0) if max(self.size, most) >= 0 else -1
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            return file.read(wanted)
+            return file.read(min((n for n in (self.size, most) if n >= 0), default=-1))
 
     def stamp(self) -> str:
         found = os.stat(self.path)  # noqa: PTH116 (a Path's is slower)
@@ -112,7 +115,7 @@ def decode(data: bytes, name: str) -> Image.Image:
             if upright.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             return upright.convert("RGBA")
-    except (OSError, ValueError, SyntaxError) as error:
+    except BROKEN as error:
         raise _unreadable(name, error) from error
 
 
@@ -127,7 +130,7 @@ def _opened(data: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the lower one
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise _unreadable(name, error) from error
     if picture.width * picture.height > MAX_PIXELS:
         found = f"{picture.width} x {picture.height} pixels"
@@ -154,7 +157,11 @@ def covering(picture: Image.Image, width: int, height: int, place: tuple[float, 
         return np.array(picture.resize((width, height), Image.Resampling.BILINEAR, box))[..., None]
     if (wide, high) == (width, height):
         return premultiply(np.asarray(picture.crop(box)))
-    resized = np.array(picture.convert("RGBa").resize((width, height), Image.Resampling.LANCZOS, box))
+    opaque = picture.getchannel("A").getextrema() == (255, 255)
+    plain = picture.convert("RGB" if opaque else "RGBa")  # three channels take half the time of four
+    resized = np.array(plain.resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=3))
+    if opaque:
+        return np.concatenate([resized, np.full((height, width, 1), 255, np.uint8)], -1)
     resized[..., :3] = np.minimum(resized[..., :3], resized[..., 3:])  # Lanczos overshoots
     return resized
 

@@ -90,7 +90,7 @@ def _captions(parts: dict[str, Blob], name: str, column: str) -> tuple[str, ...]
     try:
         row = json.loads(text)
         return caption_in(row if isinstance(row, dict) else {}, column, f"{name}.json")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ImageProblem(f"{name}.json is not JSON: {error}") from error
     except FileProblem as problem:
         raise ImageProblem(str(problem)) from problem

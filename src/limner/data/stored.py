@@ -7,6 +7,7 @@ import json
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class StoredLatents:
         rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
         for bucket in stream.buckets:
             members = bucket.members[rank::world] if self.folder else bucket.members
-            states = list(stream.pool.map(lambda i, bucket=bucket: self.state(i, bucket), members))
+            states = list(stream.mapped(partial(self.state, bucket=bucket), members))
             todo = [i for i, state in zip(members, states, strict=True) if state != "whole"]
             for state in self.count:
                 self.count[state] += states.count(state)

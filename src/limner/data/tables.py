@@ -157,7 +157,7 @@ def _pyarrow(purpose: str) -> Any:
 def _json(file: Path) -> dict[str, Any]:
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FileProblem(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(told, dict):
         raise FileProblem(f"{file} is not a JSON object")

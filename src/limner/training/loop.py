@@ -91,6 +91,8 @@ def train(
         if config.compile:
             system.compile(dynamic=False)
         notes = vain(config, side)
+        if getattr(images, "masked", False) and config.system.kind == "autoencoding":
+            notes.append(f"masks have no effect on {config.name}: data.masks=none does not look for them")
         return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes)
 
 
