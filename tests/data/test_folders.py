@@ -9,7 +9,7 @@ from PIL import Image
 
 from limner.data import samples as samples_module
 from limner.data.folders import open_folder, square
-from limner.data.samples import covering, told_bare
+from limner.data.samples import Piece, covering, told_bare
 from limner.errors import FileProblem, ImageProblem
 
 
@@ -143,7 +143,10 @@ def test_a_size_is_found_in_the_header_also_behind_long_metadata(tmp_path, monke
     paint(tmp_path / "b.jpg", 20, 30, icc_profile=bytes(200_000))
     (tmp_path / "c.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     samples = open_folder(tmp_path)
+    read, asked = Piece.read, []
+    monkeypatch.setattr(Piece, "read", lambda self, most=-1: asked.append((self.path.name, most)) or read(self, most))
     assert [samples.size(i) for i in range(2)] == [(30, 20), (20, 30)]
+    assert asked == [("a.png", 65536), ("b.jpg", 65536), ("b.jpg", -1)]
     with pytest.raises(ImageProblem, match=r"^c\.png cannot be read"):
         samples.load(2)
 

@@ -74,6 +74,8 @@ class Stream:
             raise FileProblem(f"none of {count} samples of {samples.name} can be used; the first: {self.bad[0]}")
         self.buckets = self._buckets(good, sizes)
         self.epochs = Epochs(self.buckets, seed)
+        shapes = [f"{len(bucket.members)} of {bucket.width} x {bucket.height}" for bucket in self.buckets]
+        self.notes = [f"pictures in buckets: {some(shapes, 30)}"] if config.buckets else []
 
     def __len__(self) -> int:
         return sum(len(bucket.members) for bucket in self.buckets)
@@ -238,7 +240,3 @@ class Stream:
         for i in good:
             members[nearest(*sizes[i], shapes)].append(i)
         return [Bucket(*shape, tuple(found)) for shape, found in members.items() if found]
-
-    def shapes(self) -> str:
-        """The buckets and how many pictures each has, for people."""
-        return some([f"{b.width} x {b.height}: {len(b.members)}" for b in self.buckets], 30)

@@ -90,7 +90,7 @@ def train(
         check_batch(system, batches, config, processes)
         if config.compile:
             system.compile(dynamic=False)
-        notes = vain(config, side)
+        notes = [*vain(config, side), *getattr(images, "notes", ())]
         if getattr(images, "masked", False) and config.system.kind == "autoencoding":
             notes.append(f"masks have no effect on {config.name}: data.masks=none does not look for them")
         return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes)

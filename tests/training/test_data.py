@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from toy import StopAt, ToyBatches, ending, fit
 
 from limner import catalog, recipes
-from limner.data.batches import DataConfig
+from limner.data.batches import DataConfig, open_batches
 from limner.errors import UsageError
 from limner.systems.diffusion import mean_square
 from limner.training import loop
@@ -52,13 +52,15 @@ def test_a_run_on_a_folder_resumes_to_the_same_bits_past_bad_samples(tmp_path, m
         assert loop.train(config, tmp_path / "parts", device="cpu") == 1
     assert loop.train(config, tmp_path / "parts", device="cpu", resume=True) == 0
     assert ending(tmp_path / "whole", config) == ending(tmp_path / "parts", config)
+    said = capsys.readouterr()
+    assert "pictures in buckets: 3 of 24 x 40, " in said.out
     last = lines(tmp_path / "whole")[-1]
     assert last["bad_samples"] == 2
     told = [name for row in lines(tmp_path / "whole") for name in row.get("left_out", [])]
     assert {name.split()[0] for name in told} == {"p03.png", "p06.png"}
     assert len(told) == 2
     assert [row["images"] for row in lines(tmp_path / "parts")] == [row["images"] for row in lines(tmp_path / "whole")]
-    assert capsys.readouterr().err.count("left out: p03.png") == 3
+    assert said.err.count("left out: p03.png") == 3
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,19 @@ def test_rows_that_do_not_count_are_no_images_that_were_seen(tmp_path):
 
     assert fit(tmp_path / "run", batches=Padded()) == 0
     assert [row["images"] for row in lines(tmp_path / "run")] == [5 * row["step"] for row in lines(tmp_path / "run")]
+
+
+def test_an_autoencoder_measures_its_latents_of_all_shapes(tmp_path):
+    torch.manual_seed(0)
+    config = configured("icons-autoencoder-tiny", make.folder(tmp_path / "a"))
+    system, batches = catalog.build(config.system), open_batches(config.data, 0, torch.device("cpu"))
+    system.finish(batches, chunk=4)
+    images = [batches.batch(k, 4)["images"] for k in range(10)]
+    assert len({image.shape for image in images}) > 1
+    with torch.no_grad():
+        z = torch.cat([system.autoencoder.posterior(x)[0].transpose(0, 1).flatten(1) for x in images], 1)
+    assert torch.allclose(system.autoencoder.latent_mean, z.mean(1), atol=1e-6)
+    assert torch.allclose(system.autoencoder.latent_std, z.std(1).clamp_min(1e-3), atol=1e-6)
 
 
 def test_masks_and_weights_multiply_the_errors():
