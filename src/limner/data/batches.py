@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from limner.data import transforms
 from limner.data.images import ImageSet, to_float
-from limner.errors import UnknownName, UsageError
+from limner.data.samples import Samples, told_bare
+from limner.errors import FileProblem, UnknownName, UsageError
 from limner.nn.embeddings import sent
+
+if TYPE_CHECKING:
+    from limner.data.streams import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """`source`: "icons", "shapes", "folder" or a classic set; `folder` where its files lie ("" = the usual place).
+    """`source`: "icons", "shapes", a classic set, or samples that are read while the run goes on: "folder" (pictures
+    beside .txt or metadata.jsonl), "webdataset" (tar shards), "parquet", "hf" (what `datasets` saved with
+    save_to_disk). `folder` where its files lie ("" = the usual place), or the one file of shards or Parquet.
     `size` in pixels; `limit` > 0 keeps the first so many; `latent_views` > 0 encodes so many views of a picture once
-    instead of encoding each batch; `cache` keeps rendered pictures in this folder ("" = in memory only).
-    `other_sizes` are rows of (width, height, share of the steps) at which latents are drawn beside `size`: each step
-    has one size, and one larger than `size` holds fewer pictures, so that no step has more pixels."""
+    instead of encoding each batch; `cache` keeps rendered pictures, or of samples their latents, in this folder ("" =
+    in memory only). `other_sizes` are rows of (width, height, share of the steps) at which latents are drawn beside
+    `size`: each step has one size, and one larger than `size` holds fewer pictures, so that no step has more pixels.
+
+    Of samples: `image_column` and `caption_column` name columns, or fields of JSON, that are not called as usual.
+    `buckets` gives each picture the shape nearest its own, in steps of `bucket_step` pixels a side, no larger than
+    size x size pixels and at most `bucket_ratio` times as long as short. A picture covers its shape; what is over is
+    cut off around the middle (`crop`), or anywhere, and `mirror` turns half of them left to right. `masks` weight the
+    loss: NAME-mask.png "beside" a picture, its "alpha", or "none". `trigger` is put before every caption;
+    `shuffle_tags` shuffles what commas separate, but for the first `keep_tags`. Samples that are `bad` (unreadable,
+    with a shorter side below `min_size` pixels) are told and skipped, or end the run."""
 
     source: str = "icons"
     folder: str = ""
@@ -33,27 +48,95 @@ class DataConfig:
     latent_views: int = 0
     other_sizes: tuple[tuple[int, int, float], ...] = ()
     cache: str = ""
+    image_column: str = ""
+    caption_column: str = ""
+    buckets: bool = False
+    bucket_step: int = 64
+    bucket_ratio: float = 2.0
+    crop: Literal["center", "random"] = "center"
+    mirror: bool = False
+    masks: Literal["beside", "alpha", "none"] = "beside"
+    trigger: str = ""
+    shuffle_tags: bool = False
+    keep_tags: int = 0
+    min_size: int = 0
+    bad: Literal["skip", "raise"] = "skip"
 
 
 CLASSICS = ("mnist", "animal-mnist", "avatars64", "sprites32")
+_OF_SAMPLES = (
+    *("folder", "cache", "caption_column", "buckets", "bucket_step", "bucket_ratio", "crop", "mirror", "masks"),
+    *("trigger", "shuffle_tags", "keep_tags", "min_size", "bad"),
+)
 READ: dict[str, tuple[str, ...]] = {
-    "icons": ("folder", "split", "cache"),
-    "shapes": (),
-    "folder": ("folder",),
-    **dict.fromkeys(CLASSICS, ("folder", "split")),
+    "icons": ("folder", "split", "cache", "other_sizes"),
+    "shapes": ("other_sizes",),
+    **dict.fromkeys(CLASSICS, ("folder", "split", "other_sizes")),
+    "folder": _OF_SAMPLES,
+    "webdataset": _OF_SAMPLES,
+    "parquet": (*_OF_SAMPLES, "image_column"),
+    "hf": (*_OF_SAMPLES, "image_column", "split"),
 }
-"""What each source reads of `folder`, `split` and `cache`."""
+"""What each source reads of the fields that not all read."""
+SAMPLED = tuple(source for source, fields in READ.items() if "bad" in fields)
 
 
-def open_images(config: DataConfig) -> ImageSet:
-    """The pictures a DataConfig names. Raises FileProblem, UsageError."""
+def check_fields(config: DataConfig) -> None:
+    """Raises UsageError for a source that is not, and for fields that it does not read or that cannot be."""
     if config.source not in READ:
         raise UnknownName("data source", config.source, READ)
-    for name in ("folder", "split", "cache"):
+    for name in dict.fromkeys(name for names in READ.values() for name in names):
         if getattr(config, name) != getattr(DataConfig, name) and name not in READ[config.source]:
             raise UsageError(
                 f"data.{name}={getattr(config, name)} has no effect on data.source={config.source}: leave it out"
             )
+    if config.source in SAMPLED and not config.folder:
+        raise UsageError(f"data.source={config.source} needs data.folder=PATH")
+    vain = [
+        ("keep_tags", not config.shuffle_tags, "without data.shuffle_tags=true"),
+        ("bucket_step", not config.buckets, "without data.buckets=true"),
+        ("bucket_ratio", not config.buckets, "without data.buckets=true"),
+        (
+            "mirror",
+            config.augment == "autoencoder",
+            "with data.augment=autoencoder, which mirrors half of all pictures",
+        ),
+    ]
+    for name, idle, why in vain:
+        if idle and getattr(config, name) != getattr(DataConfig, name):
+            raise UsageError(f"data.{name}={getattr(config, name)} has no effect {why}: leave it out")
+    if config.bucket_step < 1 or config.bucket_ratio < 1:
+        raise UsageError("data.bucket_step is of pixels and data.bucket_ratio of the longer to the shorter: from 1 on")
+
+
+def open_samples(config: DataConfig) -> Samples:
+    """The samples of one of `SAMPLED`. Raises FileProblem, UsageError, MissingExtra."""
+    folder, masks = Path(config.folder), config.masks == "beside"
+    if not folder.exists():
+        raise FileProblem(f"data.folder={folder} does not exist")
+    if config.source == "folder":
+        from limner.data.folders import open_folder
+
+        samples = open_folder(folder, config.caption_column, masks)
+    elif config.source == "webdataset":
+        from limner.data.shards import open_shards
+
+        samples = open_shards(folder, config.caption_column, masks)
+    else:
+        from limner.data.tables import open_parquet, open_saved
+
+        columns = (config.image_column, config.caption_column, masks)
+        samples = (
+            open_parquet(folder, *columns) if config.source == "parquet" else open_saved(folder, config.split, *columns)
+        )
+    if told := told_bare(samples):
+        print(told, file=sys.stderr)
+    return samples
+
+
+def open_images(config: DataConfig) -> ImageSet:
+    """The pictures of a source that is held in memory. Raises FileProblem, UsageError."""
+    check_fields(config)
     folder = Path(config.folder) if config.folder else None
     if config.source == "shapes":
         from limner.data.shapes import shapes
@@ -65,12 +148,6 @@ def open_images(config: DataConfig) -> ImageSet:
         cache = Path(config.cache) if config.cache else None
         workers = os.cpu_count() or 1
         images = open_icons(folder).image_set(split=config.split, size=config.size, workers=workers, cache=cache)
-    elif config.source == "folder":
-        from limner.data.folders import open_folder
-
-        if folder is None:
-            raise UsageError("data.source=folder needs data.folder=PATH")
-        images = open_folder(folder, config.size)
     else:
         from limner.data.classics import open_classic
 
@@ -78,7 +155,13 @@ def open_images(config: DataConfig) -> ImageSet:
     return images.select(range(min(config.limit, len(images)))) if config.limit else images
 
 
-def open_batches(config: DataConfig, seed: int, device: torch.device) -> ImageBatches:
+def open_batches(config: DataConfig, seed: int, device: torch.device) -> ImageBatches | Stream:
+    """Raises FileProblem, UsageError, MissingExtra."""
+    check_fields(config)
+    if config.source in SAMPLED:
+        from limner.data.streams import Stream
+
+        return Stream(open_samples(config), config, seed, device)
     return ImageBatches(open_images(config), config, seed, device)
 
 
@@ -105,6 +188,10 @@ class ImageBatches:
 
     def __len__(self) -> int:
         return len(self.set)
+
+    @property
+    def side(self) -> int:
+        return self.set.images.shape[-1]
 
     def draw(self, step: int, size: int, *, rank: int = 0, world: int = 1) -> Draw:
         """The global batch is drawn whole on every rank, then sliced: the draw does not depend on `world`."""

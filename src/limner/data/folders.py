@@ -1,92 +1,66 @@
-"""A folder of pictures with captions -> ImageSet.
+"""A folder of pictures with captions -> Samples, and pictures fitted into squares.
 
-Captions lie in `metadata.jsonl` (lines {"file_name": ..., "text": ...}, as Hugging Face datasets write them) or in a
-`.txt` beside each picture, one caption a line.
+Captions lie in `metadata.jsonl` or `captions.jsonl` (lines {"file_name": ..., "text": ...}, as Hugging Face datasets
+write them) or in a `.txt` beside each picture, one caption a line.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-import warnings
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from limner.data.images import ImageSet, premultiply
+from limner.data.images import premultiply
+from limner.data.samples import ENDINGS, Blob, Piece, Samples, alternatives, mask_of, no_picture, some, text_of
 from limner.errors import FileProblem, ImageProblem
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-MAX_PIXELS = 64_000_000
-Fit = Literal["crop", "pad"]
+TABLES = ("metadata.jsonl", "captions.jsonl")
+CAPTIONS = ("text", "caption", "captions", "prompt")
+"""What the caption is called where nobody says, in lines of JSON and in tables; the first that is there."""
 
 
-def open_folder(path: Path, size: int, fit: Fit = "crop") -> ImageSet:
-    """Every PNG, JPEG and WebP under `path`, in the order of their names, as squares of `size` pixels.
+def open_folder(path: Path, caption_column: str = "", masks: bool = True) -> Samples:
+    """Every PNG, JPEG and WebP under `path`, in the order of their names; with `masks`, NAME-mask.png and NAME.mask.png
+    are those of NAME. Ids are file names relative to `path`, captions without one "".
 
-    `fit` "crop" keeps the middle square, "pad" the whole picture on transparent ground. Pictures that cannot be read
-    are left out and named on stderr; a picture without a caption gets "" and is counted there. Ids are file names
-    relative to `path`. Raises FileProblem: no such folder, no pictures, captions whose pictures are missing;
-    ImageProblem if no picture can be read.
+    Raises FileProblem: no such folder, no pictures, a line that is no caption, captions whose pictures are missing.
     """
     if not path.is_dir():
         raise FileProblem(f"{path} is not a folder; name one with PNG, JPEG or WebP pictures")
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
-    names = [p.relative_to(path).as_posix() for p in files]
-    written = _captions(path, names)
-    if not files:
-        raise FileProblem(f"no picture in {path}; put PNG, JPEG or WebP files there")
-    images, kept, unreadable = [], [], []
-    for file, name in zip(files, names, strict=True):
-        try:
-            images.append(square(read_picture(file), size, fit))
-            kept.append(name)
-        except ImageProblem as problem:
-            unreadable.append(str(problem))
-    if not kept:
-        raise ImageProblem(f"none of {len(files)} pictures in {path} can be read; the first: {unreadable[0]}")
-    if unreadable:
-        print(f"{len(unreadable)} of {len(files)} pictures are left out: {'; '.join(unreadable)}", file=sys.stderr)
-    bare = [name for name in kept if name not in written]
-    if bare and written:
-        print(f"{len(bare)} of {len(kept)} pictures have no caption: {', '.join(bare[:20])}", file=sys.stderr)
-    return ImageSet(
-        name=path.resolve().name,
-        images=torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy()),
-        captions=[written.get(name, ("",)) for name in kept],
-        ids=kept,
-        weights=torch.ones(len(kept), dtype=torch.float64),
-        mirror=torch.ones(len(kept), dtype=torch.bool),
-        groups={},
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+    files = {p.relative_to(path).as_posix(): p for p in found}
+    stems = {stem_of(name) for name in files}
+    of = {mask_of(stem_of(name)): name for name in files} if masks else {}
+    names = [name for name in files if not (masks and mask_of(stem_of(name)) in stems)]
+    problems: dict[str, str] = {}
+    captions = _captions(path, names, caption_column, problems)
+    if not names:
+        raise no_picture(path, "put PNG, JPEG or WebP files there")
+    beside: list[Blob | None] = [Piece(files[of[s]]) if (s := stem_of(name)) in of else None for name in names]
+    return Samples(
+        name=str(path),
+        ids=names,
+        captions=[captions.get(name, ("",)) for name in names],
+        pictures=[Piece(files[name]) for name in names],
+        masks=beside if any(beside) else [],
+        problems={i: problems[name] for i, name in enumerate(names) if name in problems},
     )
 
 
-def read_picture(file: Path) -> Image.Image:
-    """A PNG, JPEG or WebP of at most 64 megapixels as RGBA, turned upright. Raises ImageProblem."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the lower one
-            with Image.open(file, formats=["PNG", "JPEG", "WEBP"]) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    found = f"{picture.width} x {picture.height} pixels"
-                    raise ImageProblem(f"{file} has {found}, more than 64 megapixels: shrink it")
-                upright = ImageOps.exif_transpose(picture)
-                if upright.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
-                    upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-                return upright.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageProblem(f"{file} cannot be read as PNG, JPEG or WebP: {error}") from error
+def stem_of(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
-def square(rgba: Image.Image, size: int, fit: Fit) -> np.ndarray:
-    """RGBA picture -> uint8 (size, size, 4), premultiplied before resampling: transparent pixels bleed no colour."""
+def square(rgba: Image.Image, size: int) -> np.ndarray:
+    """The whole of an RGBA picture on transparent ground: uint8 (size, size, 4), premultiplied before resampling, so
+    that transparent pixels bleed no colour."""
     width, height = rgba.size
     if (width, height) == (size, size):
         return premultiply(np.asarray(rgba))
-    side = min(width, height) if fit == "crop" else max(width, height)
+    side = max(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     middle = rgba.convert("RGBa").crop((left, top, left + side, top + side))  # outside the picture: transparent
     resized = np.array(middle.resize((size, size), Image.Resampling.LANCZOS))
@@ -94,37 +68,53 @@ def square(rgba: Image.Image, size: int, fit: Fit) -> np.ndarray:
     return resized
 
 
-def _captions(path: Path, names: list[str]) -> dict[str, tuple[str, ...]]:
-    """File name -> its captions, from metadata.jsonl or else from the .txt files."""
-    table = path / "metadata.jsonl"
+def caption_in(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
+    """The captions of a row of JSON. Raises FileProblem."""
+    names = [column] if column else CAPTIONS
+    found = next((alternatives(row[name]) for name in names if name in row), None)
+    if found is None:
+        raise FileProblem(f"{where} has no text or list of texts in {' or '.join(names)}: mend it, or name the field")
+    return found
+
+
+def _captions(path: Path, names: list[str], column: str, problems: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """File name -> its captions, from a table or else from the .txt files, of which `problems` gets the unreadable."""
+    tables = [path / name for name in TABLES if (path / name).is_file()]
     captions: dict[str, tuple[str, ...]] = {}
-    if table.is_file():
-        for number, line in enumerate(_read_text(table).splitlines(), 1):
+    if tables:
+        table = tables[0]
+        try:
+            rows = table.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise FileProblem(f"{table} cannot be read as UTF-8 text: {error}") from error
+        for number, line in enumerate(rows, 1):
             if not line.strip():
                 continue
+            where = f"line {number} of {table}"
             try:
                 row = json.loads(line)
-                captions[Path(row["file_name"]).as_posix()] = (str(row["text"]),)
-            except (ValueError, KeyError, TypeError) as error:
+                name = PurePosixPath(row["file_name"]).as_posix()
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 wanted = '{"file_name": ..., "text": ...}'
-                raise FileProblem(f"line {number} of {table} is not {wanted} ({error!r}): mend it") from error
+                raise FileProblem(f"{where} is not {wanted} ({error!r}): mend it") from error
+            captions[name] = captions.get(name, ()) + caption_in(row, column, where)
         lost = sorted(set(captions) - set(names))
     else:
-        by_stem = {name.rpartition(".")[0]: name for name in names}
-        texts = {p.relative_to(path).with_suffix("").as_posix(): p for p in sorted(path.rglob("*.txt"))}
+        by_stem: dict[str, list[str]] = {}
+        for name in names:
+            by_stem.setdefault(stem_of(name), []).append(name)
+        texts = {stem_of(p.relative_to(path).as_posix()): p for p in sorted(path.rglob("*.txt"))}
         for stem, file in texts.items():
-            lines = tuple(line.strip() for line in _read_text(file).splitlines() if line.strip())
-            if stem in by_stem and lines:
-                captions[by_stem[stem]] = lines
+            try:
+                text = text_of(file.read_bytes(), f"{stem}.txt")
+            except (OSError, ImageProblem) as problem:
+                problems |= dict.fromkeys(by_stem.get(stem, []), str(problem))
+                continue
+            if lines := tuple(line.strip() for line in text.splitlines() if line.strip()):
+                captions |= dict.fromkeys(by_stem.get(stem, []), lines)
         lost = [stem + ".txt" for stem in texts if stem not in by_stem]
     if lost:
-        some = ", ".join(lost[:10]) + (" ..." if len(lost) > 10 else "")
-        raise FileProblem(f"{len(lost)} captions in {path} have no picture: {some}; add the pictures or remove these")
+        raise FileProblem(
+            f"{len(lost)} captions in {path} have no picture: {some(lost)}; add the pictures or remove these"
+        )
     return captions
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileProblem(f"{file} cannot be read as UTF-8 text: {error}") from error

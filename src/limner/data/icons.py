@@ -292,7 +292,7 @@ def draw(source: str | bytes, size: int) -> np.ndarray:
         picture = render_svg(svg, size, size)
     else:
         picture = Image.open(io.BytesIO(source), formats=["WEBP", "PNG", "JPEG"])
-    return square(picture.convert("RGBA"), size, "pad")
+    return square(picture.convert("RGBA"), size)
 
 
 def render_svg(svg: str, width: int, height: int | None = None) -> Image.Image:

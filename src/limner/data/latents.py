@@ -9,9 +9,20 @@ from torch import Tensor, distributed
 
 from limner.data import transforms
 from limner.data.batches import ImageBatches, seeded
+from limner.data.images import Batches
+from limner.data.stored import StoredLatents
+from limner.data.streams import Stream
 from limner.errors import UsageError
 from limner.nn.embeddings import sent
 from limner.types import System
+
+
+def encoded(batches: ImageBatches | Stream, system: System) -> Batches:
+    """Batches of latents, encoded now, if the config asks for them; else the batches as they are."""
+    views = batches.config.latent_views
+    if isinstance(batches, Stream):
+        return StoredLatents(batches, system) if views or batches.config.cache else batches
+    return LatentBatches(batches, system, views) if views else batches
 
 
 class LatentBatches:

@@ -99,7 +99,7 @@ class AutoencodingSystem(nn.Module):
         self.autoencoder.latent_std.fill_(1)
         count = -(-min(samples, 4 * len(batches)) // chunk)
         means = [self.autoencoder.posterior(batches.batch(k, chunk)["images"])[0].float() for k in range(count)]
-        z = torch.cat(means).transpose(0, 1).flatten(1)
+        z = torch.cat([mean.transpose(0, 1).flatten(1) for mean in means], 1)  # batches may have shapes of their own
         self.autoencoder.latent_mean.copy_(z.mean(1))
         self.autoencoder.latent_std.copy_(z.std(1).clamp_min(1e-3))
 

@@ -92,6 +92,19 @@ def controlled(
     return Residuals(tuple(map(scaled, added.down, scales)), scaled(added.mid, scales[-1]))
 
 
+def mean_square(output: Tensor, target: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """The mean of the squared errors (b, c, h, w), each multiplied by what "mask" (b, 1, H, W) has at its place and by
+    its row's "weight" (b,), where the batch has them."""
+    if "mask" not in batch and "weight" not in batch:
+        return F.mse_loss(output, target)
+    error = F.mse_loss(output, target, reduction="none")
+    if "mask" in batch:
+        error = error * F.interpolate(batch["mask"], size=error.shape[-2:], mode="area")
+    if "weight" in batch:
+        error = error * batch["weight"][:, None, None, None]
+    return error.mean()
+
+
 @dataclass(frozen=True)
 class Prompts:
     """The words of a batch: each of the `parts` of AND, and `uncond`, have one row a picture, and so have the parts'
@@ -270,7 +283,8 @@ class DiffusionSystem(nn.Module):
     def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
         """Mean squared error of the prediction, at times that the interpolant draws.
 
-        `batch` has "captions" and either "latents" (b, c, h, w) or "images" (b, 4, H, W).
+        `batch` has "captions" and either "latents" (b, c, h, w) or "images" (b, 4, H, W); it may have "mask"
+        (b, 1, H, W) and "weight" (b,), by which errors are multiplied.
         """
         x0 = batch.get("latents")
         if x0 is None:
@@ -289,7 +303,7 @@ class DiffusionSystem(nn.Module):
         if self.told_guidance is not None:
             cond = replace(cond, guidance=self.told_guidance(torch.ones(n, device=device)))
         output = self.network(x, t, cond)
-        return {"loss": F.mse_loss(output.float(), self.prediction.target(x0, eps, alpha, level))}
+        return {"loss": mean_square(output.float(), self.prediction.target(x0, eps, alpha, level), batch)}
 
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         return list(self.network.parameters())

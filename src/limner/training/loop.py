@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from limner import catalog, pictures, pipeline
-from limner.data.batches import open_batches
+from limner.data.batches import SAMPLED, open_batches
 from limner.data.images import Batches
-from limner.data.latents import LatentBatches
+from limner.data.latents import encoded
 from limner.errors import TrainingDiverged, UsageError
 from limner.training import adapting, tuning
 from limner.training.config import TrainConfig
@@ -84,18 +84,21 @@ def train(
         for prompt in config.sample_prompts:
             pipeline.prepare(system, prompt=prompt)
         check(config, system.grid, config.data.size)
+        check_samples(config, system)
         if config.init_from:
             warm_start(system, Path(config.init_from), partial(catalog.load, dtype=torch.float32))
         system.to(processes.device, memory_format=torch.channels_last)
         images = open_batches(config.data, config.seed, processes.device)
-        views, side = config.data.latent_views, images.set.images.shape[-1]
-        if not views:  # classic sets have a size of their own
+        side = images.side
+        if not config.data.latent_views:  # classic sets have a size of their own
             check(config, system.grid, side)
-        batches: Batches = LatentBatches(images, system, views) if views else images
+        batches: Batches = encoded(images, system)
         check_batch(system, batches, config, processes)
         if config.compile:
             system.compile(dynamic=False)
-        notes = vain(config, side)
+        notes = [*vain(config, side), *getattr(images, "notes", ())]
+        if getattr(images, "masked", False) and config.system is not None and config.system.kind == "autoencoding":
+            notes.append(f"masks have no effect on {config.name}: data.masks=none does not look for them")
         if config.system != given.system:
             notes.append("system.autoencoder is that of the file which system.autoencoder_from names")
         how: Any = {"export": tuning.export} if config.model else {}
@@ -162,11 +165,35 @@ def check(config: TrainConfig, grid: int, size: int) -> None:
         )
 
 
+def check_samples(config: TrainConfig, system: Any) -> None:
+    """Raises UsageError where the system cannot learn from samples in this form."""
+    data, unit = config.data, getattr(system, "unit", system.grid)
+    autoencoding = config.system is not None and config.system.kind == "autoencoding"
+    if data.source in SAMPLED and data.cache and autoencoding:
+        raise UsageError(f"data.cache={data.cache} keeps latents, an autoencoder learns from pictures: leave it out")
+    if data.masks == "alpha" and autoencoding:
+        raise UsageError(f"data.masks=alpha has no effect on {config.name}: leave it out")
+    unit *= 2 if autoencoding else 1
+    if data.buckets and data.bucket_step % unit:
+        raise UsageError(
+            f"data.bucket_step={data.bucket_step} is not in multiples of {unit}, which {config.name} needs"
+        )
+    if data.source in SAMPLED and data.augment != "none" and data.cache:
+        raise UsageError(f"data.augment={data.augment} changes pictures as they are drawn: leave data.cache out")
+
+
 def vain(config: TrainConfig, side: int) -> list[str]:
     """A sentence for each field that changes nothing in this run, whose pictures have `side` pixels."""
     told = []
     if config.optimizer != "muon" and config.muon_lr_scale != 1:
         told.append(f"muon_lr_scale={config.muon_lr_scale:g} has no effect with optimizer={config.optimizer}")
+    data = config.data
+    if data.source in SAMPLED and data.latent_views > 1 and data.crop == "center" and not data.mirror:
+        told.append(
+            f"data.latent_views={data.latent_views} would be one view: data.crop=random or data.mirror=true make more"
+        )
+    if data.source in SAMPLED and data.cache and data.latent_views < 2 and (data.crop == "random" or data.mirror):
+        told.append("data.crop and data.mirror have no effect on one view that is kept: give data.latent_views=2")
     if not config.data.latent_views and config.data.size != side:
         told.append(
             f"data.size={config.data.size} has no effect: the pictures of {config.data.source} have {side} pixels"
@@ -234,7 +261,7 @@ def fit(
             if ledger.records and (halt or log or draw_now or save or processes.device.type == "cpu"):
                 ledger.check(run)
             if ledger.records and (halt or log):
-                report.log(state.step, state.images, ledger.means())
+                report.log(state.step, state.images, ledger.means(), list(getattr(batches, "bad", {}).values()))
             if processes.first and state.step != saved and (halt or save):
                 with report.aside():
                     save_checkpoint(run / "checkpoints", state.step, state.files(), config.keep)
@@ -265,7 +292,8 @@ def fit(
                 bad = ledger.add(terms, norm, phase if len(system.phases) > 1 else "", processes)
                 for optimizer in state.optimizers[phase]:
                     step_unless(optimizer, lr, bad)
-            count = len(batch["ids"]) * processes.world  # a step of a larger size has fewer than config.batch_size
+            # a step of a larger size has fewer than config.batch_size, and some ranks may have rows that do not count
+            count = batch.get("count", len(batch["ids"]) * processes.world)
             state.ema.update(ema_decay(config.ema_half_life, count, state.images, config.ema_warmup))
             state.step, state.images = state.step + 1, state.images + count
             # -----------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def check_batch(system: Any, batches: Batches, config: TrainConfig, processes: P
 
 
 def twice(batch: dict[str, Any]) -> dict[str, Any]:
-    return {k: torch.cat([v, v]) if isinstance(v, Tensor) else [*v, *v] for k, v in batch.items()}
+    return {k: torch.cat([v, v]) if isinstance(v, Tensor) else v + v for k, v in batch.items()}
 
 
 def kept_by(system: nn.Module, batch: dict[str, Any], phase: str, device: torch.device) -> int:

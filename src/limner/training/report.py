@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from limner.checkpoints.files import write_atomically
+from limner.data.streams import MOST_NAMED
 from limner.training.state import writing
 
 CHECKER = (255, 236)
@@ -47,6 +48,7 @@ class Report:
         self.has_board = importlib.util.find_spec("tensorboard") is not None
         self.start, self.mark = step, (step, images, time.perf_counter())
         self.away = 0.0
+        self.named = 0
 
     def __enter__(self) -> Report:
         if not self.silent:
@@ -90,9 +92,9 @@ class Report:
         yield
         self.away += time.perf_counter() - start
 
-    def log(self, step: int, images: int, values: dict[str, float]) -> None:
+    def log(self, step: int, images: int, values: dict[str, float], bad: Sequence[str] = ()) -> None:
         """`values` are means over the steps since the last call, `images` all seen so far; adds images/s, seconds left
-        and peak memory (GB)."""
+        and peak memory (GB), and how many samples were `bad` and, of `MOST_NAMED`, why."""
         now = time.perf_counter()
         before, seen, then = self.mark
         steps, seconds = step - before, max(1e-9, now - then - self.away)
@@ -100,13 +102,19 @@ class Report:
         rate = (images - seen) / seconds
         left = (self.steps - step) * seconds / max(1, steps)
         line = {"step": step, "images": images, **values}
+        if bad:
+            line["bad_samples"] = len(bad)
         line |= {"images_per_second": rate, "seconds_left": left, "memory_gb": peak_memory() / 1e9}
         if not self.silent and self.file is None:
             with self.aside():
                 self._open()
         if self.file:
             with writing(self.run / "metrics.jsonl"):
-                self.file.write(json.dumps({k: _rounded(v) for k, v in line.items()}) + "\n")
+                written: dict[str, Any] = {k: _rounded(v) for k, v in line.items()}
+                if news := bad[self.named : MOST_NAMED]:
+                    written["left_out"] = list(news)
+                self.named = len(bad)
+                self.file.write(json.dumps(written) + "\n")
                 self.file.flush()
         if self.board:
             for name, value in line.items():
