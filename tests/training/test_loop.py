@@ -189,6 +189,56 @@ def test_bf16_is_for_the_forward_pass_only(tmp_path):
     assert {p.dtype for p in system.parameters()} == {torch.float32}
 
 
+class Still(ToySystem):
+    """Without noise and without a norm over the batch: the loss of a batch is the mean of those of its rows."""
+
+    def __init__(self) -> None:
+        super().__init__(noise=0.0)
+        self.net[1] = nn.Identity()
+
+
+@pytest.mark.parametrize("batches", [ToyBatches(), Uneven()])
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, monkeypatch, batches):
+    norms, start = [], Still()
+    original = loop.clip_gradients
+
+    def noting(parameters, longest):
+        norms.append([p.grad.clone() for p in parameters])
+        return original(parameters, longest)
+
+    monkeypatch.setattr(loop, "clip_gradients", noting)
+    for accumulate in (1, 2, 8):
+        system = Still()
+        system.load_state_dict(start.state_dict())
+        config = replace(CONFIG, accumulate=accumulate, steps=2, lr=1e-9)
+        assert fit(tmp_path / str(accumulate), config, system=system, batches=batches) == 0
+    for step in (0, 1):
+        for parts in (2, 4):
+            for whole, summed in zip(norms[step], norms[step + parts], strict=True):
+                torch.testing.assert_close(summed, whole, rtol=1e-6, atol=1e-6)
+    rows = [lines(tmp_path / str(k))[-1] for k in (1, 2, 8)] if (tmp_path / "1" / "metrics.jsonl").exists() else []
+    assert len(rows) == 3
+    assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) == pytest.approx(rows[2]["loss"], rel=1e-5)
+
+
+def test_each_part_of_a_step_has_noise_of_its_own(tmp_path):
+    drawn = []
+
+    class Watching(ToySystem):
+        def loss(self, batch, phase, generator):
+            drawn.append((len(batch["ids"]), generator.initial_seed(), float(torch.rand(()))))
+            return super().loss(batch, phase, generator)
+
+    assert fit(tmp_path / "run", replace(CONFIG, accumulate=4, steps=2), system=Watching()) == 0
+    assert [rows for rows, *_ in drawn] == [2] * 8
+    assert len({seed for _, seed, _ in drawn}) == len({own for *_, own in drawn}) == 8
+
+
+def test_a_share_that_cannot_be_cut_evenly_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="accumulate=3 does not cut the 8 images of a process into parts of one size"):
+        fit(tmp_path / "run", replace(CONFIG, accumulate=3))
+
+
 def test_a_batch_is_shared_evenly_or_not_at_all(tmp_path):
     with pytest.raises(UsageError, match="batch_size=8 cannot be shared by 3 processes"):
         loop.fit(ToySystem(), ToyBatches(), CONFIG, tmp_path, export=save_toy, processes=Processes(world=3))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,16 @@ from toy import CONFIG, fit_as_one_of, processes
 
 from limner.errors import UsageError
 from limner.training import state
+from limner.training.config import TrainConfig
 from limner.training.processes import STOPS, Processes, StopRequests, join
 
 
-def train(run: Path, world: int) -> list[int]:
+def train(run: Path, world: int, config: TrainConfig = CONFIG) -> list[int]:
     """Train the toy run by `world` processes; returns their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together = [processes().Process(target=fit_as_one_of, args=(run, CONFIG, k, world, port)) for k in range(world)]
+    together = [processes().Process(target=fit_as_one_of, args=(run, config, k, world, port)) for k in range(world)]
     for process in together:
         process.start()
     for process in together:
@@ -28,11 +30,17 @@ def train(run: Path, world: int) -> list[int]:
     return [process.exitcode for process in together]
 
 
+def final(run: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(state.final_file(run, CONFIG))
+
+
 def test_two_processes_train_what_one_trains_with_the_same_batch(tmp_path):
     assert train(tmp_path / "one", 1) + train(tmp_path / "two", 2) == [0, 0, 0]
-    one, two = (safetensors.torch.load_file(state.final_file(tmp_path / name, CONFIG)) for name in ("one", "two"))
+    assert train(tmp_path / "cut", 2, replace(CONFIG, accumulate=2)) == [0, 0]
+    one, *others = (final(tmp_path / name) for name in ("one", "two", "cut"))
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-5)
+        for other in others:
+            torch.testing.assert_close(other[name], one[name], rtol=1e-5, atol=1e-5)
     metrics = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert len(metrics[0]) == len(metrics[1]) == CONFIG.steps // CONFIG.log_every
 

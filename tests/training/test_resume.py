@@ -72,6 +72,37 @@ def test_a_run_with_muon_resumes_exactly(tmp_path, monkeypatch, forgetful):
     assert same_end is not forgetful
 
 
+def _with_other_noise_of_parts(monkeypatch):
+    original = loop.randomness
+
+    def other(seed, step, processes, part=""):
+        return original(seed + bool(part), step, processes, part)
+
+    monkeypatch.setattr(loop, "randomness", other)
+
+
+@pytest.mark.parametrize("forget", [None, _with_other_noise_of_parts])
+def test_a_run_killed_amid_the_parts_of_a_step_resumes_exactly(tmp_path, monkeypatch, forget):
+    class Dying(ToySystem):
+        calls = 0
+
+        def loss(self, *told):
+            self.calls += 1
+            if self.calls > 4 * 12 + 2:
+                raise KeyboardInterrupt
+            return super().loss(*told)
+
+    config = replace(CONFIG, accumulate=4)
+    assert fit(tmp_path / "whole", config) == 0
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "parts", config, system=Dying())
+    if forget:
+        forget(monkeypatch)
+    assert fit(tmp_path / "parts", config) == 0
+    assert (ending(tmp_path / "parts", config) == ending(tmp_path / "whole", config)) is (forget is None)
+
+
 def test_stopping_before_the_first_step(tmp_path, uninterrupted):
     assert fit(tmp_path / "run", stop=StopAt(0)) == 1
     assert fit(tmp_path / "run") == 0

@@ -39,6 +39,8 @@ class TrainConfig:
     steps: Count
     batch_size: Count
     """Images a step, over all processes together."""
+    accumulate: Count = 1
+    """Parts into which each process cuts its share of a step, to hold one in memory at a time; one update for all."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW for everything, or Muon for the matrices of repeated blocks and AdamW for the rest."""
     lr: Positive = 3e-4
@@ -61,6 +63,9 @@ class TrainConfig:
     """Longest gradient (2-norm over a phase's parameters); 0 for no clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the forward pass (autocast); weights, gradients, optimizer and EMA stay as they are, fp32."""
+    gradient_checkpointing: bool = False
+    """Compute the repeated blocks once more on the way back instead of keeping what is inside them (arXiv:1604.06174):
+    a third more work for far less memory."""
     compile: bool = False
     seed: CountOrZero = 0
     log_every: Count = 50

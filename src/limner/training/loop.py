@@ -8,6 +8,7 @@ the same bits as one that was not, on the same machine and with the same number 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from limner.data.latents import LatentBatches
 from limner.errors import TrainingDiverged, UsageError
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
-from limner.training.memory import check_batch, check_parameters
+from limner.training.memory import check_batch, check_parameters, recompute_blocks
 from limner.training.optimizers import clip_gradients, lr_at, step_unless
 from limner.training.processes import STOPS, Processes, StopRequests, join
 from limner.training.report import Report
@@ -86,6 +87,10 @@ def train(
         if not views:  # classic sets have a size of their own
             check(config, system.grid, side)
         batches: Batches = LatentBatches(images, system, views) if views else images
+        if config.gradient_checkpointing and not recompute_blocks(system):
+            raise UsageError(
+                f"gradient_checkpointing is for networks of repeated blocks, and {config.name} has none: leave it out"
+            )
         check_batch(system, batches, config, processes)
         if config.compile:
             system.compile(dynamic=False)
@@ -174,6 +179,9 @@ def fit(
     processes, stop = processes or Processes(), stop or StopRequests(None)
     if config.batch_size % processes.world:
         raise UsageError(f"batch_size={config.batch_size} cannot be shared by {processes.world} processes evenly")
+    if config.batch_size // processes.world % config.accumulate:
+        share = f"the {config.batch_size // processes.world} images of a process"
+        raise UsageError(f"accumulate={config.accumulate} does not cut {share} into parts of one size: give a divisor")
     state, ledger = TrainState(system, config), Ledger()
     notes = [*notes, *(restore(state, run, processes) if resume else ())]
     losses = {phase: processes.share(PhaseLoss(state, phase)) for phase in system.phases}
@@ -218,15 +226,23 @@ def fit(
             batch = batches.batch(state.step, config.batch_size, rank=processes.rank, world=processes.world)
             batch = {k: v.to(processes.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             lr = lr_at(state.step, config)
+            parts = cut(batch, config.accumulate)
             ledger.begin(state.step, lr, list(batch["ids"]))
             for phase in system.phases:
                 state.only(phase)
                 parameters = state.parameters[phase]
                 for parameter in parameters:
                     parameter.grad = None
-                with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    terms = losses[phase](batch, generator)
-                terms["loss"].backward()
+                terms: dict[str, Tensor] = {}
+                for k, (part, weight) in enumerate(parts):
+                    if k:  # noise of its own
+                        generator = randomness(config.seed, state.step, processes, f"/{phase}/{k}")
+                    with processes.gathering(losses[phase], last=k == len(parts) - 1):
+                        with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                            found = losses[phase](part, generator)
+                        (weight * found["loss"]).backward()
+                    for name, value in found.items():
+                        terms[name] = terms.get(name, 0) + weight * value.detach()
                 norm = clip_gradients(parameters, config.grad_clip)
                 bad = ledger.add(terms, norm, phase if len(system.phases) > 1 else "", processes)
                 for optimizer in state.optimizers[phase]:
@@ -249,9 +265,20 @@ def fit(
     return 0 if finished else stopping
 
 
-def randomness(seed: int, step: int, processes: Processes) -> torch.Generator:
-    """The generator of this step and process, on its device; seeds torch's global ones alike."""
-    digest = hashlib.sha256(f"{seed}/{step}/{processes.rank}".encode()).digest()
+def cut(batch: dict[str, Any], count: int) -> list[tuple[dict[str, Any], float]]:
+    """`batch` in `count` parts (fewer where it has fewer rows), each with its share of the rows."""
+    rows = len(batch["ids"])
+    count = min(count, rows)
+    bounds = [rows * k // count for k in range(count + 1)]
+    return [
+        ({name: value[first:end] for name, value in batch.items()}, (end - first) / rows)
+        for first, end in itertools.pairwise(bounds)
+    ]
+
+
+def randomness(seed: int, step: int, processes: Processes, part: str = "") -> torch.Generator:
+    """The generator of this step, process and part of the step, on its device; seeds torch's global ones alike."""
+    digest = hashlib.sha256(f"{seed}/{step}/{processes.rank}{part}".encode()).digest()
     number = int.from_bytes(digest[:8], "big") >> 1
     torch.manual_seed(number)
     return torch.Generator(processes.device).manual_seed(number)
