@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 from typing import Any
@@ -78,14 +79,140 @@ def test_a_gradient_may_diverge_while_the_loss_is_finite(tmp_path):
         fit(tmp_path / "run", system=Root())
 
 
+class Poisoned(ToyBatches):
+    """NaN at some steps, in what a norm's buffers see too."""
+
+    def __init__(self, *steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def batch(self, step, *args, **kwargs):
+        batch = super().batch(step, *args, **kwargs)
+        return {**batch, "x": batch["x"] * float("nan")} if step in self.steps else batch
+
+
+SKIP = replace(CONFIG, on_nan="skip", max_skips=2, ema_warmup=0.0)
+
+
+def test_a_bad_step_is_skipped_told_and_changes_nothing(tmp_path, capsys, monkeypatch):
+    kept = []
+    original = state.Ema.update
+
+    def update(self, decay):
+        original(self, decay)
+        kept.append({name: t.clone() for name, t in state.tensors_of(system).items()})
+
+    monkeypatch.setattr(state.Ema, "update", update)
+    system = ToySystem()
+    assert fit(tmp_path / "run", SKIP, system=system, batches=Poisoned(12, 13, 20)) == 0
+    for step in (12, 13, 20):
+        assert all(torch.equal(kept[step][name], kept[step - 1][name]) for name in kept[0])
+    assert not torch.equal(kept[14]["table.weight"], kept[13]["table.weight"])
+    out = capsys.readouterr().out
+    assert [step for step in range(30) if f"step {step}: no update, loss=nan" in out] == [12, 13, 20]
+    assert "samples toy-" in out
+    rows = lines(tmp_path / "run")
+    assert [row.get("skipped", 0) for row in rows] == [0, 0, 2, 0, 1, 0]
+    assert all(row["loss"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("seen", [1, 5])
+def test_too_many_bad_steps_in_a_row_stop_the_run_with_the_last_good_state(tmp_path, monkeypatch, seen):
+    """Looked at every step as on a CPU, and every fifth as on a GPU."""
+    original = loop.Ledger.check
+    monkeypatch.setattr(
+        loop.Ledger, "check", lambda self, *told: (self.records[-1].step + 1) % seen or original(self, *told)
+    )
+    system, reference = ToySystem(), ToySystem()
+    reference.load_state_dict(system.state_dict())
+    with pytest.raises(TrainingDiverged, match="step 14, the last of 3 steps in a row, diverged: loss=nan"):
+        fit(tmp_path / "bad", SKIP, system=system, batches=Poisoned(5, 6, 8, 12, 13, 14))
+    monkeypatch.undo()
+    fit(tmp_path / "good", SKIP, system=reference, batches=Poisoned(5, 6, 8), stop=StopAt(12))
+    assert all(torch.equal(a, b) for a, b in zip(system.parameters(), reference.parameters(), strict=True))
+
+
+def test_steps_in_a_row_are_counted_across_a_resume(tmp_path):
+    assert fit(tmp_path / "run", SKIP, batches=Poisoned(12, 13, 14), stop=StopAt(14)) == 1
+    with pytest.raises(TrainingDiverged, match="step 14, the last of 3"):
+        fit(tmp_path / "run", SKIP, batches=Poisoned(12, 13, 14))
+
+
+def test_a_loss_that_leaps_is_told_with_its_samples(tmp_path, capsys):
+    class Leaping(ToyBatches):
+        def batch(self, step, *args, **kwargs):
+            batch = super().batch(step, *args, **kwargs)
+            return {**batch, "y": batch["y"] * (9 if step in (25, 60) else 1)}
+
+    config = replace(CONFIG, steps=80, log_every=80, save_every=80, lr=1e-4)
+    assert fit(tmp_path / "run", config, batches=Leaping()) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "leaps to" in line]
+    assert [line.split(",")[0].split()[1] for line in told] == ["25:", "60:"]
+    assert re.match(r"step 25: loss leaps to \d+\S*, \d+ deviations over its mean \d\S*, samples toy-\d", told[0])
+
+
+class Overflowing(ToySystem):
+    """At some steps the gradient is too large for float16 while the loss is as ever."""
+
+    def __init__(self, *steps: int, by: float = 1e36) -> None:
+        super().__init__()
+        self.steps, self.by, self.calls = steps, by, 0
+
+    def loss(self, batch, phase, generator):
+        terms = super().loss(batch, phase, generator)
+        self.calls += 1
+        weight = self.table.weight[0, 0]
+        return {
+            **terms,
+            "loss": terms["loss"] + (self.by * (weight - weight.detach()) if self.calls - 1 in self.steps else 0),
+        }
+
+
+FP16 = replace(CONFIG, precision="fp16")
+
+
+def test_fp16_halves_its_scale_where_gradients_overflow_and_makes_no_update(tmp_path, monkeypatch, capsys):
+    seen, moved = set(), []
+    original = loop.step_unless
+
+    def watching(optimizer, lr, bad):
+        before = system.table.weight.detach().clone()
+        original(optimizer, lr, bad)
+        moved.append(not torch.equal(before, system.table.weight))
+
+    class Watching(Overflowing):
+        def loss(self, batch, phase, generator):
+            seen.add(self.net[0](batch["x"]).dtype)
+            return super().loss(batch, phase, generator)
+
+    monkeypatch.setattr(loop, "step_unless", watching)
+    system = Watching(12, 20)
+    assert fit(tmp_path / "run", FP16, system=system) == 0
+    assert seen == {torch.float16}
+    assert {p.dtype for p in system.parameters()} == {torch.float32}
+    still = [step for step, yes in enumerate(moved) if not yes]
+    assert {12, 20} <= set(still)
+    assert len(still) <= 4  # the toy's own gradients are large at first
+    told = json.loads(ending(tmp_path / "run", FP16)["state.json"])
+    assert told["scaler"]["scale"] == 65536 / 2 ** len(still)
+    assert told["scaler"]["_growth_tracker"] == 9
+    assert "step 12: no update, loss=1." in capsys.readouterr().out
+
+
+def test_fp16_gradients_that_overflow_at_any_scale_have_diverged(tmp_path):
+    system = Overflowing(*range(100), by=3e38)
+    with pytest.raises(TrainingDiverged, match=r"step 16 diverged: loss=\d.*grad_norm=inf"):
+        fit(tmp_path / "run", replace(FP16, steps=100), system=system)
+
+
 def test_where_nobody_looks_for_a_while_no_bad_update_is_made(tmp_path, monkeypatch):
     """As on a GPU, whose numbers are read at log time only."""
     original, looked = loop.Ledger.check, []
 
-    def check(self, run):
+    def check(self, *told):
         if self.records[-1].step % 5 == 4:
             looked.append(self.records[-1].step)
-            original(self, run)
+            original(self, *told)
 
     monkeypatch.setattr(loop.Ledger, "check", check)
     system, reference = ToySystem(), ToySystem()

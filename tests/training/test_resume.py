@@ -19,6 +19,7 @@ from toy import CONFIG, StopAt, ToyBatches, ToySystem, ending, fit, fit_slowly, 
 from limner.errors import FileProblem
 from limner.training import loop, state
 from limner.training.ema import Ema
+from limner.training.ledger import Ledger
 
 KILLED = -signal.SIGKILL
 
@@ -323,3 +324,67 @@ def test_a_new_run_may_enter_a_folder_where_one_was_killed_before_it_began(tmp_p
     with state.claim(tmp_path, CONFIG):
         assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "limner.lock"]
         assert state.config_of(tmp_path) == CONFIG
+
+
+def _without_numbers(monkeypatch):
+    monkeypatch.setattr(state.TrainState, "_load_numbers", lambda self, numbers: None)
+
+
+def _with_another_count(monkeypatch):
+    original = state.TrainState._load_numbers
+
+    def one_more(self, numbers):
+        original(self, numbers)
+        for optimizer in self.optimizers["main"]:
+            for kept in optimizer.state.values():
+                kept["step"] += 1
+
+    monkeypatch.setattr(state.TrainState, "_load_numbers", one_more)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "forget"),
+    [
+        *(("adafactor", "torch", None), ("adafactor", "torch", _without_optimizer)),
+        *(("prodigy", "prodigyopt", None), ("prodigy", "prodigyopt", _without_numbers)),
+        *(("adamw8bit", "bitsandbytes", None), ("adamw8bit", "bitsandbytes", _with_another_count)),
+    ],
+)
+def test_a_run_resumes_exactly_with_any_optimizer(tmp_path, monkeypatch, name, package, forget):
+    class Wide(ToySystem):
+        """With a matrix large enough for 8 bits."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 1024), nn.Linear(1024, 4), *self.net)
+            self.tied = self.net[5]
+
+    pytest.importorskip(package)
+    config = replace(CONFIG, optimizer=name, lr=1.0 if name == "prodigy" else 1e-3)
+    for run, stops in (("whole", []), ("parts", [StopAt(7), StopAt(9)])):
+        if forget and run == "parts":
+            forget(monkeypatch)
+        for stop in [*stops, None]:
+            torch.manual_seed(1)
+            assert fit(tmp_path / run, config, system=Wide(), stop=stop) == (1 if stop else 0)
+    assert (ending(tmp_path / "whole", config) == ending(tmp_path / "parts", config)) is (forget is None)
+
+
+def _without_the_scaler(monkeypatch):
+    monkeypatch.setattr(torch.amp.GradScaler, "load_state_dict", lambda self, told: None)
+
+
+def _without_the_ledger(monkeypatch):
+    monkeypatch.setattr(loop, "Ledger", lambda config, kept: Ledger(config, {}))
+
+
+@pytest.mark.parametrize("forget", [None, _without_the_scaler, _without_the_ledger])
+def test_fp16_and_steps_left_out_resume_exactly_three_times_in_one_epoch(tmp_path, monkeypatch, forget):
+    config = replace(CONFIG, precision="fp16", on_nan="skip", accumulate=2)
+    for run, stops in (("whole", []), ("parts", [StopAt(5), StopAt(4), StopAt(3)])):
+        if forget and run == "parts":
+            forget(monkeypatch)
+        for stop in [*stops, None]:
+            torch.manual_seed(1)
+            assert fit(tmp_path / run, config, batches=ToyBatches(poison=4), stop=stop) == (1 if stop else 0)
+    assert (ending(tmp_path / "whole", config) == ending(tmp_path / "parts", config)) is (forget is None)

@@ -41,8 +41,8 @@ class TrainConfig:
     """Images a step, over all processes together."""
     accumulate: Count = 1
     """Parts into which each process cuts its share of a step, to hold one in memory at a time; one update for all."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW for everything, or Muon for the matrices of repeated blocks and AdamW for the rest."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "muon"] = "adamw"
+    """One for everything, or Muon for the matrices of repeated blocks and AdamW for the rest; see `optimizers`."""
     lr: Positive = 3e-4
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     eps: Positive = 1e-8
@@ -61,8 +61,13 @@ class TrainConfig:
     """The half-life is never more than this fraction of the images seen so far; 0 for the full half-life at once."""
     grad_clip: PositiveOrZero = 1.0
     """Longest gradient (2-norm over a phase's parameters); 0 for no clipping."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the forward pass (autocast); weights, gradients, optimizer and EMA stay as they are, fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the forward pass (autocast); weights, gradients, optimizer and EMA stay as they are, fp32. With fp16 the loss
+    is multiplied so that small gradients survive, by less once large ones do not (arXiv:1710.03740, section 3.2)."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """Where a loss or gradient is not finite no update is made, and the run stops, or goes on with the next step."""
+    max_skips: Count = 10
+    """With on_nan=skip: how many such steps in a row may be left out."""
     gradient_checkpointing: bool = False
     """Compute the repeated blocks once more on the way back instead of keeping what is inside them (arXiv:1604.06174):
     a third more work for far less memory."""

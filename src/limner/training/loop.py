@@ -12,7 +12,6 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,17 +24,17 @@ from limner import catalog, pictures, pipeline
 from limner.data.batches import open_batches
 from limner.data.images import Batches
 from limner.data.latents import LatentBatches
-from limner.errors import TrainingDiverged, UsageError
+from limner.errors import UsageError
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
-from limner.training.memory import check_batch, check_parameters, recompute_blocks
+from limner.training.ledger import Ledger
+from limner.training.memory import autocast, check_batch, check_parameters, recompute_blocks
 from limner.training.optimizers import clip_gradients, lr_at, step_unless
 from limner.training.processes import STOPS, Processes, StopRequests, join
 from limner.training.report import Report
 from limner.training.state import (
     TrainState,
     checkpoint_name,
-    checkpoints,
     claim,
     final_file,
     newest_checkpoint,
@@ -140,6 +139,10 @@ def vain(config: TrainConfig, side: int) -> list[str]:
     told = []
     if config.optimizer != "muon" and config.muon_lr_scale != 1:
         told.append(f"muon_lr_scale={config.muon_lr_scale:g} has no effect with optimizer={config.optimizer}")
+    if config.optimizer == "adafactor" and config.betas != TrainConfig.betas:
+        told.append("betas have no effect with optimizer=adafactor")
+    if config.optimizer == "prodigy" and config.lr != 1:
+        told.append(f"optimizer=prodigy finds its learning rate and multiplies it by lr={config.lr:g}: 1 is usual")
     if not config.data.latent_views and config.data.size != side:
         told.append(
             f"data.size={config.data.size} has no effect: the pictures of {config.data.source} have {side} pixels"
@@ -182,9 +185,11 @@ def fit(
     if config.batch_size // processes.world % config.accumulate:
         share = f"the {config.batch_size // processes.world} images of a process"
         raise UsageError(f"accumulate={config.accumulate} does not cut {share} into parts of one size: give a divisor")
-    state, ledger = TrainState(system, config), Ledger()
+    state = TrainState(system, config, processes.device)
     notes = [*notes, *(restore(state, run, processes) if resume else ())]
+    ledger = Ledger(config, state.ledger)
     losses = {phase: processes.share(PhaseLoss(state, phase)) for phase in system.phases}
+    one = torch.ones((), device=processes.device)
     start = state.step
     saved = start if start else -1
     system.train()
@@ -207,7 +212,7 @@ def fit(
                 every(config.save_every),
             )
             if ledger.records and (halt or log or draw_now or save or processes.device.type == "cpu"):
-                ledger.check(run)
+                ledger.check(run, report.say)
             if ledger.records and (halt or log):
                 report.log(state.step, state.images, ledger.means())
             if processes.first and state.step != saved and (halt or save):
@@ -228,6 +233,8 @@ def fit(
             lr = lr_at(state.step, config)
             parts = cut(batch, config.accumulate)
             ledger.begin(state.step, lr, list(batch["ids"]))
+            before = [(b, b.clone()) for b in state.buffers] if config.on_nan == "skip" else []
+            scale = state.scaler.scale(one) if config.precision == "fp16" else None
             for phase in system.phases:
                 state.only(phase)
                 parameters = state.parameters[phase]
@@ -238,15 +245,21 @@ def fit(
                     if k:  # noise of its own
                         generator = randomness(config.seed, state.step, processes, f"/{phase}/{k}")
                     with processes.gathering(losses[phase], last=k == len(parts) - 1):
-                        with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                        with autocast(config, processes.device):
                             found = losses[phase](part, generator)
-                        (weight * found["loss"]).backward()
+                        state.scaler.scale(weight * found["loss"]).backward()
                     for name, value in found.items():
                         terms[name] = terms.get(name, 0) + weight * value.detach()
+                for optimizer in state.optimizers[phase] if scale is not None else ():
+                    state.scaler.unscale_(optimizer)
                 norm = clip_gradients(parameters, config.grad_clip)
-                bad = ledger.add(terms, norm, phase if len(system.phases) > 1 else "", processes)
+                bad = ledger.add(terms, norm, phase if len(system.phases) > 1 else "", processes, scale)
                 for optimizer in state.optimizers[phase]:
                     step_unless(optimizer, lr, bad)
+            if scale is not None:
+                state.scaler.update()
+            for buffer, value in before:
+                buffer.copy_(torch.where(bad > 0, value, buffer))
             count = len(batch["ids"]) * processes.world  # a step of a larger size has fewer than config.batch_size
             state.ema.update(ema_decay(config.ema_half_life, count, state.images, config.ema_warmup))
             state.step, state.images = state.step + 1, state.images + count
@@ -321,61 +334,3 @@ def evaluating(system: nn.Module) -> Iterator[None]:
     system.eval()
     yield
     system.train()
-
-
-@dataclass
-class Record:
-    """What one step said: scalars on the device, and what they were about."""
-
-    step: int
-    lr: float
-    ids: list[str]
-    terms: dict[str, Tensor] = field(default_factory=dict)
-    bad: Tensor | None = None
-
-
-class Ledger:
-    """The steps since the last report. Their numbers stay on the device until somebody looks."""
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-        self.bad: Tensor | None = None
-
-    def begin(self, step: int, lr: float, ids: list[str]) -> None:
-        self.records.append(Record(step, lr, ids))
-
-    def add(self, terms: dict[str, Tensor], norm: Tensor, phase: str, processes: Processes) -> Tensor:
-        """Note a phase's terms; returns 1 from the first loss or gradient that is not finite on, 0 before it."""
-        values = torch.stack([t.detach().float() for t in terms.values()] + [norm.to(terms["loss"].device).float()])
-        values = processes.mean(values)
-        names = [f"{phase}/{name}" if phase else name for name in [*terms, "grad_norm"]]
-        named = dict(zip(names, values.unbind(), strict=True))
-        prefix = f"{phase}/" if phase else ""
-        bad = (~torch.isfinite(named[f"{prefix}loss"] + named[f"{prefix}grad_norm"])).float()
-        self.bad = bad if self.bad is None else torch.maximum(self.bad, bad)
-        self.records[-1].terms |= named
-        self.records[-1].bad = self.bad
-        return self.bad
-
-    def check(self, run: Path) -> None:
-        """Raises TrainingDiverged for the first step that was bad."""
-        flags = torch.stack([r.bad for r in self.records if r.bad is not None]).tolist()
-        if not any(flags):
-            return
-        record = self.records[flags.index(1.0)]
-        terms = ", ".join(f"{name}={float(value):.4g}" for name, value in record.terms.items())
-        folder = run / "checkpoints"
-        advice = f"the last checkpoint in {folder} is good: start from it with a lower lr (init_from=…)"
-        more = f" and {len(record.ids) - 8} more" if len(record.ids) > 8 else ""
-        raise TrainingDiverged(
-            f"step {record.step} diverged: {terms}, lr={record.lr:.3g}, samples {' '.join(record.ids[:8])}{more}; its "
-            f"update was not made, {advice if checkpoints(folder) else 'no checkpoint was saved yet: lower the lr'}"
-        )
-
-    def means(self) -> dict[str, float]:
-        """Of each term over the records, and the last learning rate; then starts afresh."""
-        names = dict.fromkeys(name for record in self.records for name in record.terms)
-        values = {n: torch.stack([r.terms[n] for r in self.records if n in r.terms]).mean() for n in names}
-        means = {name: float(value) for name, value in values.items()} | {"lr": self.records[-1].lr}
-        self.records.clear()
-        return means

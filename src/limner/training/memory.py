@@ -61,13 +61,19 @@ def check_batch(system: Any, batches: Batches, config: TrainConfig, processes: P
     if "latents" in batch:  # a larger size than data.size has fewer
         pixels = math.prod(batch["latents"].shape[-2:]) * system.grid**2
         most *= min(1.0, config.data.size**2 / pixels)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    with autocast(config, device):
         kept = max(
             kept_by(system, twice(batch), phase, device) - kept_by(system, batch, phase, device)
             for phase in system.phases
         )
     need = most * kept / (COMPILED if config.compile else 1)
     compare(need, device, f"batch_size={config.batch_size} takes", "give a smaller one")
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """Inside, the forward pass has the precision that the config gives it."""
+    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=config.precision != "fp32")
 
 
 def twice(batch: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ A checkpoint is a folder RUN/checkpoints/step-000123:
     model.safetensors       trained weights, and buffers
     ema.safetensors         moving average of the trained weights, fp32
     optimizer.safetensors   PHASE/PARAMETER/NAME of each optimizer's state
-    state.json              step, images seen, seed, SHA-256 of the frozen weights
+    state.json              step, images seen, seed, SHA-256 of the frozen weights, the scale of the loss (fp16), the
+                            ledger's averages, and those numbers of the optimizers that are no tensors
     config.json             the resolved TrainConfig
     manifest.json           SHA-256 of each of the above
 
@@ -50,9 +51,9 @@ LOCK = "limner.lock"
 
 
 class TrainState:
-    """Step, images seen, weights, the optimizers of each phase, and EMA."""
+    """Step, images seen, weights, the optimizers of each phase, the loss's scaler, EMA, and what a ledger keeps."""
 
-    def __init__(self, system: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, system: nn.Module, config: TrainConfig, device: torch.device | str = "cpu") -> None:
         self.system = system
         self.config = config
         self.step, self.images = 0, 0
@@ -65,11 +66,15 @@ class TrainState:
             isinstance(o, Muon) for found in self.optimizers.values() for o in found
         ):
             raise UsageError("optimizer=muon moves the linear layers of repeated blocks, and here are none: take adamw")
+        self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=config.precision == "fp16")
+        self.ledger: dict[str, Any] = {}
         self.ema = Ema(system)
         own = tensors_of(system)
         frozen = {name for name, p in system.named_parameters() if not p.requires_grad}
         self.frozen = hashlib.sha256(_pack({n: t for n, t in own.items() if n in frozen})).hexdigest()
         self.tensors = {n: t for n, t in own.items() if n not in frozen}
+        buffers = {id(b) for b in system.buffers()}
+        self.buffers = [t for n, t in system.state_dict(keep_vars=True).items() if id(t) in buffers and n in own]
 
     def only(self, phase: str) -> None:
         """From here on, gradients are for the parameters of this phase."""
@@ -85,6 +90,9 @@ class TrainState:
             "images": self.images,
             "seed": self.config.seed,
             "frozen": self.frozen,
+            "scaler": self.scaler.state_dict(),
+            "ledger": self.ledger,
+            "optimizers": self._optimizer_numbers(),
         }
         return {
             "model.safetensors": _pack(self.tensors),
@@ -112,6 +120,10 @@ class TrainState:
             copy_tensors(safetensors.torch.load(files["model.safetensors"]), self.tensors, source)
             self.ema.load(safetensors.torch.load(files["ema.safetensors"]))
             self._load_optimizers(safetensors.torch.load(files["optimizer.safetensors"]))
+            self._load_numbers(state.get("optimizers", {}))
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
+            self.ledger = state.get("ledger", {})
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         names = {id(p): name for name, p in self.system.named_parameters()}
@@ -121,7 +133,38 @@ class TrainState:
             for optimizer in optimizers
             for p, state in optimizer.state.items()
             for key, value in state.items()
+            if isinstance(value, Tensor)
         }
+
+    def _optimizer_numbers(self) -> dict[str, Any]:
+        """{phase: for each optimizer {"groups": its own numbers of each, "state": PARAMETER/NAME of those that are no
+        tensors}}."""
+        names = {id(p): name for name, p in self.system.named_parameters()}
+        return {
+            phase: [
+                {
+                    "groups": [{k: v for k, v in g.items() if isinstance(v, int | float)} for g in o.param_groups],
+                    "state": {
+                        f"{names[id(p)]}/{key}": value
+                        for p in sorted(o.state, key=lambda p: names[id(p)])
+                        for key, value in o.state[p].items()
+                        if isinstance(value, int | float)
+                    },
+                }
+                for o in optimizers
+            ]
+            for phase, optimizers in self.optimizers.items()
+        }
+
+    def _load_numbers(self, numbers: Mapping[str, Any]) -> None:
+        parameters = dict(self.system.named_parameters())
+        for phase, told in numbers.items():
+            for optimizer, one in zip(self.optimizers[phase], told, strict=True):
+                for group, values in zip(optimizer.param_groups, one["groups"], strict=True):
+                    group.update(values)
+                for name, value in one["state"].items():
+                    parameter, key = name.split("/")
+                    optimizer.state[parameters[parameter]][key] = value
 
     def _load_optimizers(self, tensors: Mapping[str, Tensor]) -> None:
         """In the memory layout of the parameter, since fused kernels run over both side by side."""
@@ -178,7 +221,14 @@ def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], whe
 
 
 def _pack(tensors: Mapping[str, Tensor]) -> bytes:
-    return safetensors.torch.save({name: t.detach().contiguous() for name, t in tensors.items()})
+    """What shares its memory is written as often as it is named."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().contiguous()
+        apart[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return safetensors.torch.save(apart)
 
 
 # ---------------------------------------------------------------------------------------------------- the run's folder
