@@ -26,6 +26,7 @@ from limner.sampling.guidance import Combine, Guidance, classifier_free, combini
 from limner.sampling.interpolants import Discrete, Interpolant, Preconditioned
 from limner.sampling.predictions import Prediction
 from limner.systems import previews
+from limner.systems.objectives import Objective
 from limner.text.labels import Labels
 from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, unreached
 from limner.types import Conditioning, Control, Defaults, Denoise, Images, Latents, Reference, Request
@@ -204,6 +205,8 @@ class DiffusionSystem(nn.Module):
     they are."""
     task = "text-to-image"
     phases = ("main",)
+    objective = Objective()
+    """What it learns by."""
 
     def __init__(
         self,
@@ -267,9 +270,10 @@ class DiffusionSystem(nn.Module):
     # ---------------------------------------------------------------- training
 
     def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
-        """Mean squared error of the prediction, at times that the interpolant draws.
+        """Mean squared error of the prediction, as `objective` says.
 
-        `batch` has "captions" and either "latents" (b, c, h, w) or "images" (b, 4, H, W).
+        `batch` has "captions" and either "latents" (b, c, h, w) or "images" (b, 4, H, W), and may have a "mask"
+        (b, 1, H, W) of what counts.
         """
         x0 = batch.get("latents")
         if x0 is None:
@@ -278,8 +282,8 @@ class DiffusionSystem(nn.Module):
         n, device = len(x0), x0.device
         coin = random.Random(generator.initial_seed())  # on the host: asking the device would wait for it
         captions = ["" if coin.random() < self.caption_dropout else caption for caption in batch["captions"]]
-        t, sigma = self.interpolant.draw(n, generator, device)
-        eps = torch.randn(x0.shape, generator=generator, device=device)
+        t, sigma = self.interpolant.draw(n, generator, device, self.objective.times)
+        eps = self.objective.noise(x0, generator)
 
         level = sigma[:, None, None, None]
         alpha = self.interpolant.alpha(level)  # type: ignore[arg-type]
@@ -288,7 +292,8 @@ class DiffusionSystem(nn.Module):
         if self.told_guidance is not None:
             cond = replace(cond, guidance=self.told_guidance(torch.ones(n, device=device)))
         output = self.network(x, t, cond)
-        return {"loss": F.mse_loss(output.float(), self.prediction.target(x0, eps, alpha, level))}
+        target = self.prediction.target(x0, eps, alpha, level)
+        return {"loss": self.objective.error(output.float(), target, self.prediction, alpha, level, batch.get("mask"))}
 
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         return list(self.network.parameters())

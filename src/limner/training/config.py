@@ -10,11 +10,12 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 
 from limner.catalog import SystemConfig
 from limner.data.batches import DataConfig
 from limner.errors import FileProblem, UnknownName, UsageError, complaint, wanted
+from limner.systems.objectives import Objective
 
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\w[\w.-]*$")]
 Count = Annotated[int, Field(gt=0, lt=10**12)]
@@ -43,6 +44,8 @@ class TrainConfig:
     """Parts into which each process cuts its share of a step, to hold one in memory at a time; one update for all."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "muon"] = "adamw"
     """One for everything, or Muon for the matrices of repeated blocks and AdamW for the rest; see `optimizers`."""
+    loss: Objective = Field(default_factory=Objective)
+    """Of diffusion and flows."""
     lr: Positive = 3e-4
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     eps: Positive = 1e-8
@@ -173,7 +176,7 @@ def _replaced(value: Any, path: list[str], text: str) -> Any:
     is_section = dataclasses.is_dataclass(child) or (isinstance(child, dict) and child)
     new = _replaced(child, rest, text) if rest or is_section else _read(hint, text)
     changed = {**value, head: new} if isinstance(value, dict) else dataclasses.replace(value, **{head: new})
-    if not rest:
+    if not rest and not is_pydantic_dataclass(type(value)):
         _check_range(new)
     return changed
 

@@ -25,6 +25,7 @@ from limner.data.batches import open_batches
 from limner.data.images import Batches
 from limner.data.latents import LatentBatches
 from limner.errors import UsageError
+from limner.systems.objectives import Objective
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
 from limner.training.ledger import Ledger
@@ -78,6 +79,8 @@ def train(
         for prompt in config.sample_prompts:
             pipeline.prepare(system, prompt=prompt)
         check(config, system.grid, config.data.size)
+        if config.system.kind == "diffusion":
+            system.objective = config.loss
         if config.init_from:
             warm_start(system, Path(config.init_from), partial(catalog.load, dtype=torch.float32))
         system.to(processes.device, memory_format=torch.channels_last)
@@ -118,6 +121,8 @@ def check(config: TrainConfig, grid: int, size: int) -> None:
         raise UsageError("data.other_sizes are sizes of kept latents: give data.latent_views=1 or more")
     if config.system.kind == "autoencoding":
         grid *= 2  # it learns from latents of half the size too
+        if config.loss != Objective():
+            raise UsageError("loss.… is of diffusion and flows, an autoencoder learns by its own: leave it out")
         if data.latent_views:
             raise UsageError("data.latent_views are latents, an autoencoder learns from pictures: give 0")
     if data.augment != "none" and data.latent_views:
@@ -139,6 +144,9 @@ def vain(config: TrainConfig, side: int) -> list[str]:
     told = []
     if config.optimizer != "muon" and config.muon_lr_scale != 1:
         told.append(f"muon_lr_scale={config.muon_lr_scale:g} has no effect with optimizer={config.optimizer}")
+    times = config.loss.times
+    if times.kind != "logit_normal" and (times.mean, times.std) != (0, 1):
+        told.append(f"loss.times.mean and std have no effect with loss.times.kind={times.kind}")
     if config.optimizer == "adafactor" and config.betas != TrainConfig.betas:
         told.append("betas have no effect with optimizer=adafactor")
     if config.optimizer == "prodigy" and config.lr != 1:
