@@ -14,6 +14,8 @@ from torch import nn
 from toy import CONFIG, Players, StopAt, ToyBatches, ToySystem, Uneven, ending, fit, save_toy
 
 from limner.errors import TrainingDiverged, UsageError
+from limner.sampling.interpolants import Times
+from limner.systems.objectives import Objective
 from limner.training import loop, state
 from limner.training.processes import Processes, StopRequests
 
@@ -378,3 +380,17 @@ def test_randomness_depends_on_seed_step_and_rank_only():
 
     assert drawn(0, 0, 0) == drawn(0, 0, 0)
     assert len({drawn(*key) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 11, 0), (0, 1, 1))}) == 6
+
+
+def test_fields_that_change_nothing_are_told_or_refused():
+    told = [
+        replace(CONFIG, optimizer="prodigy", lr=0.1),
+        replace(CONFIG, optimizer="adafactor", betas=(0.5, 0.5)),
+        replace(CONFIG, validate_every=7),
+        replace(CONFIG, loss=Objective(times=Times(mean=1.0))),
+    ]
+    for config, field in zip(told, ("lr=0.1", "betas", "validate_every=7", "loss.times.mean"), strict=True):
+        assert [field in note for note in loop.vain(config, CONFIG.data.size)] == [True]
+    assert loop.vain(CONFIG, CONFIG.data.size) == []
+    with pytest.raises(UsageError, match="is of diffusion and flows"):
+        loop.check(replace(CONFIG, loss=Objective(offset_noise=0.1)), 16, 64)

@@ -79,6 +79,11 @@ class TrainConfig:
     log_every: Count = 50
     sample_every: CountOrZero = 0
     """Steps between sample grids; 0 for none but the last."""
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the pictures that are not learned from, but measured with the averaged weights; by their ids."""
+    validate_every: Count = 500
+    validation_images: Count = 256
+    """How many are drawn from them, and with what noise, is the same every time."""
     save_every: Count = 1000
     keep: Count = 2
     """How many of the newest checkpoints are kept."""

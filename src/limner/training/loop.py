@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from limner import catalog, pictures, pipeline
-from limner.data.batches import open_batches
+from limner.data.batches import ImageBatches, open_batches
 from limner.data.images import Batches
 from limner.data.latents import LatentBatches
 from limner.errors import UsageError
@@ -46,6 +46,7 @@ from limner.training.state import (
     warm_start,
     write_final,
 )
+from limner.training.validation import hold_out, validate
 
 MOST_PIXELS = 4096
 """A side of a picture to learn from."""
@@ -85,10 +86,16 @@ def train(
             warm_start(system, Path(config.init_from), partial(catalog.load, dtype=torch.float32))
         system.to(processes.device, memory_format=torch.channels_last)
         images = open_batches(config.data, config.seed, processes.device)
+        unlearned: Batches | None = None
+        if config.validation:
+            parts = hold_out(images.set, config.validation)
+            images, unlearned = (ImageBatches(part, config.data, config.seed, processes.device) for part in parts)
         views, side = config.data.latent_views, images.set.images.shape[-1]
         if not views:  # classic sets have a size of their own
             check(config, system.grid, side)
         batches: Batches = LatentBatches(images, system, views) if views else images
+        if isinstance(unlearned, ImageBatches) and views:
+            unlearned = LatentBatches(unlearned, system, views)
         if config.gradient_checkpointing and not recompute_blocks(system):
             raise UsageError(
                 f"gradient_checkpointing is for networks of repeated blocks, and {config.name} has none: leave it out"
@@ -97,7 +104,9 @@ def train(
         if config.compile:
             system.compile(dynamic=False)
         notes = vain(config, side)
-        return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes)
+        return fit(
+            system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes, held=unlearned
+        )
 
 
 def check_pretrained(config: TrainConfig) -> None:
@@ -147,6 +156,8 @@ def vain(config: TrainConfig, side: int) -> list[str]:
     times = config.loss.times
     if times.kind != "logit_normal" and (times.mean, times.std) != (0, 1):
         told.append(f"loss.times.mean and std have no effect with loss.times.kind={times.kind}")
+    if config.validation == 0 and config.validate_every != TrainConfig.validate_every:
+        told.append(f"validate_every={config.validate_every} has no effect with validation=0")
     if config.optimizer == "adafactor" and config.betas != TrainConfig.betas:
         told.append("betas have no effect with optimizer=adafactor")
     if config.optimizer == "prodigy" and config.lr != 1:
@@ -181,11 +192,12 @@ def fit(
     processes: Processes | None = None,
     stop: StopRequests | None = None,
     notes: Sequence[str] = (),
+    held: Batches | None = None,
 ) -> int:
     """Train `system`, a types.System that is an nn.Module, to `config.steps`, from the newest checkpoint if `resume`.
 
-    Tells `notes` at the beginning. Returns 0 when finished, else a key of `processes.STOPS`. Raises TrainingDiverged,
-    FileProblem, UsageError.
+    Measures the loss on `held`, if any, now and then. Tells `notes` at the beginning. Returns 0 when finished, else a
+    key of `processes.STOPS`. Raises TrainingDiverged, FileProblem, UsageError.
     """
     processes, stop = processes or Processes(), stop or StopRequests(None)
     if config.batch_size % processes.world:
@@ -206,6 +218,7 @@ def fit(
         return steps > 0 and state.step > 0 and state.step % steps == 0
 
     with stop, Report(run, config.steps, start, state.images, silent=not processes.first) as report:
+        report.begin(processes.world, processes.device)
         for note in notes:
             report.say(note)
         report.say(f"{config.name}: step {start} of {config.steps} on {processes.world} x {processes.device.type}")
@@ -223,6 +236,10 @@ def fit(
                 ledger.check(run, report.say)
             if ledger.records and (halt or log):
                 report.log(state.step, state.images, ledger.means())
+            if held is not None and state.step > start and (finished or every(config.validate_every)):
+                with report.aside(), state.ema.applied(), evaluating(system):
+                    measured = validate(system, held, config, processes)
+                report.validated(state.step, measured)
             if processes.first and state.step != saved and (halt or save):
                 with report.aside():
                     save_checkpoint(run / "checkpoints", state.step, state.files(), config.keep)

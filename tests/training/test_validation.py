@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from toy import CONFIG, StopAt, ToyBatches, ToySystem, ending, fit
+
+from limner.data.shapes import shapes
+from limner.errors import UsageError
+from limner.training import validation
+from limner.training.processes import Processes
+from limner.training.validation import hold_out, validate
+
+HELD = replace(CONFIG, validation=0.1, validate_every=10, validation_images=20)
+
+
+def measured(run) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["validation/loss"] for row in rows if "validation/loss" in row}
+
+
+def test_a_picture_is_held_out_by_its_id_whatever_else_there_is():
+    images = shapes(8)
+    learn, held = hold_out(images, 0.2)
+    assert sorted(learn.ids + held.ids) == sorted(images.ids)
+    assert 0.1 < len(held) / len(images) < 0.3
+    again = hold_out(images.select(range(0, len(images), 2)), 0.2)[1]
+    assert set(again.ids) == set(held.ids) & set(images.ids[::2])
+    at = held.ids.index(held.ids[-1])
+    assert torch.equal(held.images[at], images.images[images.ids.index(held.ids[-1])])
+
+
+@pytest.mark.parametrize("share", [1e-9, 1 - 1e-9])
+def test_a_share_that_leaves_nothing_is_refused(share):
+    with pytest.raises(UsageError, match="give another share"):
+        hold_out(shapes(8), share)
+
+
+def test_it_is_the_mean_over_the_same_pictures_and_noise_every_time_and_without_dropout():
+    system = ToySystem().eval()
+    seen = []
+
+    class Held(ToyBatches):
+        def batch(self, step, size, **kwargs):
+            seen.append((step, size))
+            return super().batch(step, size, **kwargs)
+
+    first = validate(system, Held(), HELD, Processes())
+    torch.rand(3)
+    assert validate(system, Held(), HELD, Processes()) == first
+    assert seen == [(0, 8), (1, 8), (2, 8)] * 2
+    assert set(first) == {"validation/loss", "validation/error"}
+    by_hand = []
+    for k in range(3):
+        generator = validation.seeded(HELD.seed, k, 9000)
+        by_hand.append(system.loss(ToyBatches().batch(k, 8), "main", generator)["loss"].item())
+    assert first["validation/loss"] == pytest.approx(sum(by_hand) / 3)
+
+
+def test_measuring_changes_nothing_and_a_resumed_run_measures_the_same(tmp_path):
+    held = ToyBatches()
+    assert fit(tmp_path / "whole", HELD, held=held) == 0
+    assert fit(tmp_path / "plain", HELD) == 0
+    for stop in (StopAt(10), StopAt(7), None):  # once right where it measures
+        fit(tmp_path / "parts", HELD, held=held, stop=stop)
+    assert ending(tmp_path / "whole", HELD) == ending(tmp_path / "plain", HELD) == ending(tmp_path / "parts", HELD)
+    assert set(measured(tmp_path / "whole")) == {10, 20, 30}
+    assert measured(tmp_path / "parts") == measured(tmp_path / "whole")
+    assert len(set(measured(tmp_path / "whole").values())) == 3
+
+
+def test_the_averaged_weights_are_measured(tmp_path):
+    system = ToySystem()
+    assert fit(tmp_path / "run", HELD, system=system, held=ToyBatches()) == 0
+    own = validate(system.eval(), ToyBatches(), HELD, Processes())["validation/loss"]
+    assert measured(tmp_path / "run")[30] != pytest.approx(own, rel=1e-4)
