@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from toy import CONFIG, fit_as_one_of, processes
+from toy import CONFIG, ending, fit_as_one_of, processes
 
 from limner.errors import UsageError
 from limner.training import state
@@ -17,12 +18,14 @@ from limner.training.config import TrainConfig
 from limner.training.processes import STOPS, Processes, StopRequests, join
 
 
-def train(run: Path, world: int, config: TrainConfig = CONFIG) -> list[int]:
+def train(run: Path, world: int, config: TrainConfig = CONFIG, looks: int = 10**6) -> list[int]:
     """Train the toy run by `world` processes; returns their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together = [processes().Process(target=fit_as_one_of, args=(run, config, k, world, port)) for k in range(world)]
+    together = [
+        processes().Process(target=fit_as_one_of, args=(run, config, k, world, port, looks)) for k in range(world)
+    ]
     for process in together:
         process.start()
     for process in together:
@@ -43,6 +46,36 @@ def test_two_processes_train_what_one_trains_with_the_same_batch(tmp_path):
             torch.testing.assert_close(other[name], one[name], rtol=1e-5, atol=1e-5)
     metrics = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert len(metrics[0]) == len(metrics[1]) == CONFIG.steps // CONFIG.log_every
+
+
+FSDP = replace(CONFIG, sharding="fsdp", accumulate=2, validation=0.1, validate_every=10, validation_images=20)
+
+
+def test_fsdp_trains_what_ddp_trains_and_measures_the_same(tmp_path):
+    assert train(tmp_path / "ddp", 2, replace(FSDP, sharding="ddp")) + train(tmp_path / "fsdp", 2, FSDP) == [0] * 4
+    ddp, fsdp = (final(tmp_path / name) for name in ("ddp", "fsdp"))
+    assert ddp.keys() == fsdp.keys()
+    for name in ddp:
+        torch.testing.assert_close(fsdp[name], ddp[name], rtol=1e-5, atol=1e-5)
+    rows = [[json.loads(r) for r in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("ddp", "fsdp")]
+    for a, b in zip(*rows, strict=True):
+        for name in {"loss", "grad_norm", "validation/loss"} & set(a):
+            assert b[name] == pytest.approx(a[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_what_two_sharded_processes_saved_is_gone_on_with_by_any_number(tmp_path, world):
+    config = replace(FSDP, accumulate=1, batch_size=12)
+    assert train(tmp_path / "run", 2, config, looks=13) == [0, 0]
+    assert [p.name for p in state.checkpoints(tmp_path / "run" / "checkpoints")][-1] == "step-000013"
+    assert train(tmp_path / "run", world, config) == [0] * world
+    assert train(tmp_path / "whole", 1, config) == [0]
+    one, parts = (final(tmp_path / name) for name in ("whole", "run"))
+    for name in one:
+        torch.testing.assert_close(parts[name], one[name], rtol=1e-5, atol=1e-5)
+    if world == 2:
+        assert train(tmp_path / "two", 2, config) == [0, 0]
+        assert ending(tmp_path / "run", config) == ending(tmp_path / "two", config)
 
 
 def test_when_the_first_process_is_refused_the_others_end_without_a_traceback(tmp_path):

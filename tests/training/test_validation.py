@@ -10,6 +10,7 @@ from toy import CONFIG, StopAt, ToyBatches, ToySystem, ending, fit
 from limner.data.shapes import shapes
 from limner.errors import UsageError
 from limner.training import validation
+from limner.training.loop import PhaseLoss
 from limner.training.processes import Processes
 from limner.training.validation import hold_out, validate
 
@@ -47,9 +48,9 @@ def test_it_is_the_mean_over_the_same_pictures_and_noise_every_time_and_without_
             seen.append((step, size))
             return super().batch(step, size, **kwargs)
 
-    first = validate(system, Held(), HELD, Processes())
+    first = validate({"main": PhaseLoss(system, "main")}, Held(), HELD, Processes())
     torch.rand(3)
-    assert validate(system, Held(), HELD, Processes()) == first
+    assert validate({"main": PhaseLoss(system, "main")}, Held(), HELD, Processes()) == first
     assert seen == [(0, 8), (1, 8), (2, 8)] * 2
     assert set(first) == {"validation/loss", "validation/error"}
     by_hand = []
@@ -74,5 +75,5 @@ def test_measuring_changes_nothing_and_a_resumed_run_measures_the_same(tmp_path)
 def test_the_averaged_weights_are_measured(tmp_path):
     system = ToySystem()
     assert fit(tmp_path / "run", HELD, system=system, held=ToyBatches()) == 0
-    own = validate(system.eval(), ToyBatches(), HELD, Processes())["validation/loss"]
+    own = validate({"main": PhaseLoss(system.eval(), "main")}, ToyBatches(), HELD, Processes())["validation/loss"]
     assert measured(tmp_path / "run")[30] != pytest.approx(own, rel=1e-4)

@@ -71,6 +71,8 @@ class TrainConfig:
     """Where a loss or gradient is not finite no update is made, and the run stops, or goes on with the next step."""
     max_skips: Count = 10
     """With on_nan=skip: how many such steps in a row may be left out."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes have each the whole network, or cut it among them, with its averages and moments."""
     gradient_checkpointing: bool = False
     """Compute the repeated blocks once more on the way back instead of keeping what is inside them (arXiv:1604.06174):
     a third more work for far less memory."""

@@ -7,6 +7,7 @@ the same bits as one that was not, on the same machine and with the same number 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -33,16 +34,19 @@ from limner.training.memory import autocast, check_batch, check_parameters, reco
 from limner.training.optimizers import clip_gradients, lr_at, step_unless
 from limner.training.processes import STOPS, Processes, StopRequests, join
 from limner.training.report import Report
+from limner.training.sharding import check_sharding, shard, whole
 from limner.training.state import (
     TrainState,
     checkpoint_name,
     claim,
+    copy_tensors,
     final_file,
     newest_checkpoint,
     read_checkpoint,
     reading,
     remove_temporaries,
     save_checkpoint,
+    tensors_of,
     warm_start,
     write_final,
 )
@@ -205,10 +209,18 @@ def fit(
     if config.batch_size // processes.world % config.accumulate:
         share = f"the {config.batch_size // processes.world} images of a process"
         raise UsageError(f"accumulate={config.accumulate} does not cut {share} into parts of one size: give a divisor")
+    losses: dict[str, nn.Module] = {phase: PhaseLoss(system, phase) for phase in system.phases}
+    sharded, whole_system = config.sharding == "fsdp" and processes.world > 1, system
+    if sharded:
+        check_sharding(config, len(losses))
+        whole_system = copy.deepcopy(system).cpu() if processes.first else system  # to draw and to export
+        shard(losses[system.phases[0]], system, processes)
     state = TrainState(system, config, processes.device)
     notes = [*notes, *(restore(state, run, processes) if resume else ())]
     ledger = Ledger(config, state.ledger)
-    losses = {phase: processes.share(PhaseLoss(state, phase)) for phase in system.phases}
+    for phase in losses if not sharded else ():
+        state.only(phase)
+        losses[phase] = processes.share(losses[phase])
     one = torch.ones((), device=processes.device)
     start = state.step
     saved = start if start else -1
@@ -216,6 +228,20 @@ def fit(
 
     def every(steps: int) -> bool:
         return steps > 0 and state.step > 0 and state.step % steps == 0
+
+    @contextmanager
+    def averaged() -> Iterator[Any]:
+        """The system with the averaged weights, for the first process to use; all enter."""
+        with state.ema.applied(), evaluating(system):
+            if sharded:
+                tensors = {name: whole(tensor) for name, tensor in state.tensors.items()}
+                if processes.first:
+                    own = tensors_of(whole_system)
+                    copy_tensors(tensors, {name: own[name] for name in tensors}, "the processes")
+                    whole_system.eval().to(processes.device)
+            yield whole_system
+            if sharded and processes.first:
+                whole_system.cpu()
 
     with stop, Report(run, config.steps, start, state.images, silent=not processes.first) as report:
         report.begin(processes.world, processes.device)
@@ -238,15 +264,19 @@ def fit(
                 report.log(state.step, state.images, ledger.means())
             if held is not None and state.step > start and (finished or every(config.validate_every)):
                 with report.aside(), state.ema.applied(), evaluating(system):
-                    measured = validate(system, held, config, processes)
+                    plain = losses if sharded else {phase: PhaseLoss(system, phase) for phase in losses}
+                    measured = validate(plain, held, config, processes)
                 report.validated(state.step, measured)
-            if processes.first and state.step != saved and (halt or save):
+            if (processes.first or sharded) and state.step != saved and (halt or save):
                 with report.aside():
-                    save_checkpoint(run / "checkpoints", state.step, state.files(), config.keep)
+                    files = state.files(processes.first)
+                    if processes.first:
+                        save_checkpoint(run / "checkpoints", state.step, files, config.keep)
                 saved = state.step
-            if processes.first and config.sample_prompts and draw_now and state.step > start:
-                with report.aside(), state.ema.applied(), evaluating(system):
-                    report.draw(checkpoint_name(state.step), draw(system, config))
+            if (processes.first or sharded) and config.sample_prompts and draw_now and state.step > start:
+                with report.aside(), averaged() as drawing:
+                    if processes.first:
+                        report.draw(checkpoint_name(state.step), draw(drawing, config))
             if halt:
                 break
 
@@ -290,11 +320,12 @@ def fit(
             state.step, state.images = state.step + 1, state.images + count
             # -----------------------------------------------------------------------------------------
 
-        if finished and processes.first:
-            with state.ema.applied(), evaluating(system):
-                if hasattr(system, "finish"):
-                    system.finish(batches)
-                write_final(final_file(run, config), lambda path: export(system, config, path))
+        if finished and (processes.first or sharded):
+            with averaged() as final:
+                if processes.first:
+                    if hasattr(final, "finish"):
+                        final.finish(batches)
+                    write_final(final_file(run, config), lambda path: export(final, config, path))
         report.say(
             str(final_file(run, config))
             if finished
@@ -343,12 +374,11 @@ def restore(state: TrainState, run: Path, processes: Processes) -> list[str]:
 
 
 class PhaseLoss(nn.Module):
-    """A system's loss for one phase as a forward pass, which is what DistributedDataParallel can wrap."""
+    """A system's loss for one phase as a forward pass, which is what DDP and FSDP can wrap."""
 
-    def __init__(self, state: TrainState, phase: str) -> None:
+    def __init__(self, system: nn.Module, phase: str) -> None:
         super().__init__()
-        state.only(phase)
-        self.system, self.phase = state.system, phase
+        self.system, self.phase = system, phase
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         return cast(Any, self.system).loss(batch, self.phase, generator)

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from limner.errors import UsageError
+from limner.training.sharding import everywhere
 
 if TYPE_CHECKING:
     from limner.training.config import TrainConfig
@@ -120,7 +122,7 @@ def step_unless(optimizer: torch.optim.Optimizer, lr: float, bad: Tensor) -> Non
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     if isinstance(optimizer, Muon | torch.optim.AdamW):
-        optimizer.found_inf = bad  # type: ignore[union-attr]
+        optimizer.found_inf = everywhere(bad, optimizer.param_groups[0]["params"][0])  # type: ignore[union-attr]
         optimizer.step()
     elif not bad:
         optimizer.step()
@@ -177,4 +179,4 @@ def clip_gradients(parameters: Iterable[nn.Parameter], longest: float) -> Tensor
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if longest > 0:
         nn.utils.clip_grads_with_norm_(parameters, longest, norm)
-    return norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from limner.errors import UsageError
 
@@ -74,7 +75,9 @@ class Processes:
     @contextmanager
     def gathering(self, loss: nn.Module, last: bool) -> Iterator[None]:
         """Around a part of a step: the processes exchange gradients in the `last` alone, all that were summed."""
-        with nullcontext() if last or self.world == 1 else cast(Any, loss).no_sync():
+        if isinstance(loss, FSDPModule):
+            loss.set_requires_gradient_sync(last)
+        with nullcontext() if last or not hasattr(loss, "no_sync") else cast(Any, loss).no_sync():
             yield
 
     def leave(self) -> None:

@@ -41,6 +41,7 @@ from limner.errors import CheckpointMismatch, FileProblem, UsageError
 from limner.training.config import TrainConfig, from_json, to_json
 from limner.training.ema import Ema
 from limner.training.optimizers import Muon, optimizers_for
+from limner.training.sharding import put, whole
 
 TEMPORARY = ".tmp"
 TORN = ".torn"
@@ -83,8 +84,9 @@ class TrainState:
             for p in (p for parameters in self.parameters.values() for p in parameters):
                 p.requires_grad_(id(p) in chosen)
 
-    def files(self) -> dict[str, bytes]:
-        """The contents of a checkpoint's files."""
+    def files(self, write: bool = True) -> dict[str, bytes]:
+        """The contents of a checkpoint's files. Where the weights are cut among processes all of them call it; files of
+        those that will not `write` hold no tensors."""
         state = {
             "step": self.step,
             "images": self.images,
@@ -95,9 +97,9 @@ class TrainState:
             "optimizers": self._optimizer_numbers(),
         }
         return {
-            "model.safetensors": _pack(self.tensors),
-            "ema.safetensors": _pack(self.ema.values),
-            "optimizer.safetensors": _pack(self._optimizer_tensors()),
+            "model.safetensors": _pack(self.tensors, write),
+            "ema.safetensors": _pack(self.ema.values, write),
+            "optimizer.safetensors": _pack(self._optimizer_tensors(), write),
             "state.json": (json.dumps(state, indent=2) + "\n").encode(),
             "config.json": to_json(self.config).encode(),
         }
@@ -182,7 +184,8 @@ class TrainState:
             phase, parameter, key = name.split("/")
             p = parameters[parameter]
             like = torch.empty_like(p, dtype=value.dtype) if value.shape == p.shape else value.to(p.device)
-            owners[phase, id(p)].state[p][key] = like.copy_(value)
+            put(like, value)
+            owners[phase, id(p)].state[p][key] = like
 
 
 def warm_start(system: nn.Module, path: Path, load: Callable[[Path], nn.Module]) -> None:
@@ -217,15 +220,17 @@ def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], whe
             found, expected = tuple(source[name].shape), tuple(target[name].shape)
             raise CheckpointMismatch(f"{where}: {name} is {found} in the file, {expected} in this system")
     for name, tensor in target.items():
-        tensor.copy_(source[name])
+        put(tensor, source[name])
 
 
-def _pack(tensors: Mapping[str, Tensor]) -> bytes:
+def _pack(tensors: Mapping[str, Tensor], write: bool = True) -> bytes:
     """What shares its memory is written as often as it is named."""
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():
-        value = tensor.detach().contiguous()
+        value = whole(tensor.detach()).contiguous()
+        if not write:
+            continue
         apart[name] = value.clone() if value.data_ptr() in seen else value
         seen.add(value.data_ptr())
     return safetensors.torch.save(apart)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from limner.data.batches import seeded
 from limner.data.images import Batches, ImageSet
@@ -36,8 +36,10 @@ def chance(name: str) -> float:
 
 
 @torch.no_grad()
-def validate(system: Any, held: Batches, config: TrainConfig, processes: Processes) -> dict[str, float]:
-    """Means of the losses of `config.validation_images` pictures drawn from `held`, over all processes."""
+def validate(
+    losses: Mapping[str, nn.Module], held: Batches, config: TrainConfig, processes: Processes
+) -> dict[str, float]:
+    """Means of the `losses`, by phase, of `config.validation_images` pictures drawn from `held`, over all processes."""
     size, device = config.batch_size // config.accumulate, processes.device
     total: dict[str, Tensor] = {}
     rows = 0
@@ -47,11 +49,11 @@ def validate(system: Any, held: Batches, config: TrainConfig, processes: Process
         generator = seeded(config.seed, k, 9000 + processes.rank, device)
         torch.manual_seed(generator.initial_seed())
         rows += len(batch["ids"])
-        for phase in system.phases:
+        for phase, loss in losses.items():
             with autocast(config, device):
-                terms = system.loss(batch, phase, generator)
+                terms = loss(batch, generator)
             for name, value in terms.items():
-                key = f"validation/{phase}/{name}" if len(system.phases) > 1 else f"validation/{name}"
+                key = f"validation/{phase}/{name}" if len(losses) > 1 else f"validation/{name}"
                 total[key] = total.get(key, 0) + len(batch["ids"]) * value.float()
     means = processes.mean(torch.stack(list(total.values())) / rows)
     return dict(zip(total, means.tolist(), strict=True))
