@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 from dataclasses import replace
@@ -51,31 +52,24 @@ def test_two_processes_train_what_one_trains_with_the_same_batch(tmp_path):
 FSDP = replace(CONFIG, sharding="fsdp", accumulate=2, validation=0.1, validate_every=10, validation_images=20)
 
 
-def test_fsdp_trains_what_ddp_trains_and_measures_the_same(tmp_path):
+def test_fsdp_trains_what_ddp_trains_and_any_number_of_processes_goes_on(tmp_path):
     assert train(tmp_path / "ddp", 2, replace(FSDP, sharding="ddp")) + train(tmp_path / "fsdp", 2, FSDP) == [0] * 4
-    ddp, fsdp = (final(tmp_path / name) for name in ("ddp", "fsdp"))
-    assert ddp.keys() == fsdp.keys()
-    for name in ddp:
-        torch.testing.assert_close(fsdp[name], ddp[name], rtol=1e-5, atol=1e-5)
+    assert train(tmp_path / "2", 2, FSDP, looks=13) == [0, 0]
+    assert [p.name for p in state.checkpoints(tmp_path / "2" / "checkpoints")][-1] == "step-000013"
+    for world in (1, 4):
+        shutil.copytree(tmp_path / "2", tmp_path / str(world))
+    for world in (1, 2, 4):
+        assert train(tmp_path / str(world), world, FSDP) == [0] * world
+    assert ending(tmp_path / "2", FSDP) == ending(tmp_path / "fsdp", FSDP)
+    ddp, *others = (final(tmp_path / name) for name in ("ddp", "fsdp", "1", "4"))
+    for other in others:
+        assert ddp.keys() == other.keys()
+        for name in ddp:
+            torch.testing.assert_close(other[name], ddp[name], rtol=1e-5, atol=1e-5)
     rows = [[json.loads(r) for r in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("ddp", "fsdp")]
     for a, b in zip(*rows, strict=True):
         for name in {"loss", "grad_norm", "validation/loss"} & set(a):
             assert b[name] == pytest.approx(a[name], rel=1e-4)
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_what_two_sharded_processes_saved_is_gone_on_with_by_any_number(tmp_path, world):
-    config = replace(FSDP, accumulate=1, batch_size=12)
-    assert train(tmp_path / "run", 2, config, looks=13) == [0, 0]
-    assert [p.name for p in state.checkpoints(tmp_path / "run" / "checkpoints")][-1] == "step-000013"
-    assert train(tmp_path / "run", world, config) == [0] * world
-    assert train(tmp_path / "whole", 1, config) == [0]
-    one, parts = (final(tmp_path / name) for name in ("whole", "run"))
-    for name in one:
-        torch.testing.assert_close(parts[name], one[name], rtol=1e-5, atol=1e-5)
-    if world == 2:
-        assert train(tmp_path / "two", 2, config) == [0, 0]
-        assert ending(tmp_path / "run", config) == ending(tmp_path / "two", config)
 
 
 def test_when_the_first_process_is_refused_the_others_end_without_a_traceback(tmp_path):

@@ -7,7 +7,6 @@ the same bits as one that was not, on the same machine and with the same number 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import json
@@ -34,7 +33,7 @@ from limner.training.memory import autocast, check_batch, check_parameters, reco
 from limner.training.optimizers import clip_gradients, lr_at, step_unless
 from limner.training.processes import STOPS, Processes, StopRequests, join
 from limner.training.report import Report
-from limner.training.sharding import check_sharding, shard, whole
+from limner.training.sharding import check_sharding, resting, shard, twin, whole
 from limner.training.state import (
     TrainState,
     checkpoint_name,
@@ -213,11 +212,13 @@ def fit(
     sharded, whole_system = config.sharding == "fsdp" and processes.world > 1, system
     if sharded:
         check_sharding(config, len(losses))
-        whole_system = copy.deepcopy(system).cpu() if processes.first else system  # to draw and to export
+        whole_system = twin(system) if processes.first else system
         shard(losses[system.phases[0]], system, processes)
     state = TrainState(system, config, processes.device)
     notes = [*notes, *(restore(state, run, processes) if resume else ())]
     ledger = Ledger(config, state.ledger)
+    if config.sharding == "fsdp" and not sharded:
+        notes.append("sharding=fsdp has no effect with one process")
     for phase in losses if not sharded else ():
         state.only(phase)
         losses[phase] = processes.share(losses[phase])
@@ -241,7 +242,7 @@ def fit(
                     whole_system.eval().to(processes.device)
             yield whole_system
             if sharded and processes.first:
-                whole_system.cpu()
+                resting(whole_system)
 
     with stop, Report(run, config.steps, start, state.images, silent=not processes.first) as report:
         report.begin(processes.world, processes.device)

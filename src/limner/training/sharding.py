@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import copy
+import re
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ from limner.training.memory import repeated_blocks
 if TYPE_CHECKING:
     from limner.training.config import TrainConfig
     from limner.training.processes import Processes
+
+MODULATES = re.compile(r"(adaLN_modulation|modulation|_mod|time_emb_proj)\b")
+"""Layers that networks ask for all blocks at once, before any of these is at work: they are cut by themselves."""
 
 
 def check_sharding(config: TrainConfig, phases: int) -> None:
@@ -32,12 +37,36 @@ def check_sharding(config: TrainConfig, phases: int) -> None:
 def shard(loss: nn.Module, system: nn.Module, processes: Processes) -> None:
     """Cut the parts of `system` that learn; each repeated block is whole only while it is at work. `loss` is the module
     that calls the system; frozen parts stay whole."""
-    mesh = init_device_mesh(processes.device.type, (processes.world,))
-    for block in repeated_blocks(system):
-        fully_shard(block, mesh=mesh)
     whole_parts = [part for part in system.children() if not any(p.requires_grad for p in part.parameters())]
     ignored = {p for part in whole_parts for p in part.parameters()}
+    for p in set(system.parameters()) - ignored:
+        p.data = p.data.contiguous()  # FSDP cuts no kernels that lie channels last
+    mesh = init_device_mesh(processes.device.type, (processes.world,))
+    for block in repeated_blocks(system):
+        for name, layer in block.named_modules():
+            if isinstance(layer, nn.Linear) and MODULATES.search(name):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(block, mesh=mesh)
     fully_shard(loss, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+
+
+def twin(system: nn.Module) -> nn.Module:
+    """A system to draw with and to export, whose parts that learn are whole and rest in the main memory; the others are
+    those of `system`. To be made before that is cut."""
+    other = copy.copy(system)
+    learning = {name: part for name, part in system.named_children() if any(p.requires_grad for p in part.parameters())}
+    other._modules = {**system._modules, **copy.deepcopy(learning)}
+    return resting(other)
+
+
+def resting(twin: nn.Module) -> nn.Module:
+    """After its parts that learn were brought elsewhere."""
+    for part in twin.children():
+        if any(p.requires_grad for p in part.parameters()):
+            part.cpu()
+    if graphs := getattr(twin, "graphs", None):
+        cast(Any, graphs).clear()  # recorded where the weights were
+    return twin
 
 
 def whole(tensor: Tensor) -> Tensor:
