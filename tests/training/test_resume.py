@@ -375,7 +375,7 @@ def _without_the_scaler(monkeypatch):
 
 
 def _without_the_ledger(monkeypatch):
-    monkeypatch.setattr(loop, "Ledger", lambda config, kept: Ledger(config, {}))
+    monkeypatch.setattr(loop, "Ledger", lambda config, kept, device: Ledger(config, {}, device))
 
 
 @pytest.mark.parametrize("forget", [None, _without_the_scaler, _without_the_ledger])

@@ -31,13 +31,13 @@ class Record:
     step: int
     lr: float
     ids: list[str]
-    terms: dict[str, Tensor] = field(default_factory=dict)
-    bad: Tensor = field(default_factory=lambda: torch.zeros(()))
+    bad: Tensor
     """1 where the update was withheld."""
-    row: Tensor = field(default_factory=lambda: torch.zeros(()))
+    row: Tensor
     """Steps in a row, with this one, whose loss or gradient was not finite."""
-    stop: Tensor = field(default_factory=lambda: torch.zeros(()))
+    stop: Tensor
     """1 where the run has to end."""
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
     def samples(self) -> str:
         more = f" and {len(self.ids) - 8} more" if len(self.ids) > 8 else ""
@@ -51,19 +51,20 @@ class Ledger:
     variance, steps seen)}}.
     """
 
-    def __init__(self, config: TrainConfig, kept: dict[str, Any]) -> None:
+    def __init__(self, config: TrainConfig, kept: dict[str, Any], device: torch.device | str = "cpu") -> None:
         self.kept = kept
         kept.setdefault("row", 0)
         kept.setdefault("losses", {})
         self.most = config.max_skips if config.on_nan == "skip" else 0
         self.records: list[Record] = []
         self.looked = 0
-        self.before = self.row = torch.tensor(float(kept["row"]))
-        self.stop = torch.zeros(())
+        self.no = torch.zeros((), device=device)
+        self.before = self.row = self.no + kept["row"]
+        self.stop = self.no
 
     def begin(self, step: int, lr: float, ids: list[str]) -> None:
         self.before = self.row
-        self.records.append(Record(step, lr, ids))
+        self.records.append(Record(step, lr, ids, self.no, self.no, self.stop))
 
     def add(
         self, terms: dict[str, Tensor], norm: Tensor, phase: str, processes: Processes, scale: Tensor | None = None

@@ -216,7 +216,7 @@ def fit(
         shard(losses[system.phases[0]], system, processes)
     state = TrainState(system, config, processes.device)
     notes = [*notes, *(restore(state, run, processes) if resume else ())]
-    ledger = Ledger(config, state.ledger)
+    ledger = Ledger(config, state.ledger, processes.device)
     if config.sharding == "fsdp" and not sharded:
         notes.append("sharding=fsdp has no effect with one process")
     for phase in losses if not sharded else ():
