@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from limner import catalog
+from limner import catalog, recipes
+from limner.errors import OutOfMemory
 from limner.models.dit import DIT_TINY, DiT
 from limner.models.flux import FLUX_TINY, Flux
 from limner.models.joint_dit import JOINT_DIT_TINY, JointDiT
 from limner.models.mmdit import SD3_TINY, MMDiT
 from limner.models.unet import UNET_TINY, UNet
+from limner.training import memory
 from limner.training.memory import kept_by, recompute_blocks, repeated_blocks
 from limner.types import Conditioning
 
@@ -89,3 +91,13 @@ def test_parts_that_stay_as_they_are_are_not_computed_again():
     learning = set(system.network.modules())
     assert set(repeated_blocks(system)) < learning
     assert recompute_blocks(system.requires_grad_(False)) == 0
+
+
+def test_weights_that_are_cut_need_less_memory(monkeypatch):
+    config = recipes.get("icons-tiny")
+    with torch.device("meta"):
+        count = sum(p.numel() for p in catalog.build(catalog.bare(config.system)).parameters() if p.requires_grad)
+    monkeypatch.setattr(memory, "memory_of", lambda device: 8 * count)
+    memory.check_parameters(config, torch.device("cpu"), pieces=2)
+    with pytest.raises(OutOfMemory, match="make the network smaller"):
+        memory.check_parameters(config, torch.device("cpu"))

@@ -77,7 +77,7 @@ def train(
             torch.backends.cudnn.allow_tf32 = True
         torch.manual_seed(config.seed)
         check_pretrained(config)
-        check_parameters(config, processes.device)
+        check_parameters(config, processes.device, processes.world if config.sharding == "fsdp" else 1)
         system: Any = catalog.build(config.system)
         pipeline.check(system.defaults, system.grid, prompt="any")  # the defaults, before anything is spent
         for prompt in config.sample_prompts:

@@ -29,15 +29,17 @@ REPEATED = (*BLOCKS, "resnets", "attentions")
 """What transformers and U-Nets call their repeated blocks."""
 
 
-def check_parameters(config: TrainConfig, device: torch.device) -> None:
+def check_parameters(config: TrainConfig, device: torch.device, pieces: int = 1) -> None:
     """Raises UsageError for counts beyond any use, OutOfMemory if weights, gradients, moments and averages alone are
-    more than the device's memory."""
+    more than the device's memory, which has all of the weights at first, and then one of so many `pieces`."""
     check_counts(config.system, "system")
     system = config.system
     with torch.device("meta"):
         built = catalog.build(catalog.bare(system))
     count = sum(p.numel() for p in built.parameters() if p.requires_grad)
-    compare(16 * count, device, f"{count / 1e6:,.0f} million parameters take", "make the network smaller")
+    compare(
+        max(4, 16 / pieces) * count, device, f"{count / 1e6:,.0f} million parameters take", "make the network smaller"
+    )
 
 
 def check_counts(section: Any, path: str) -> None:
