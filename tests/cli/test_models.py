@@ -46,7 +46,12 @@ def test_recipes_lists_the_fields_of_one(limner):
     config = recipes.get("sd1-tiny")
     assert list(rows) == fields_of(config)
     assert rows["steps"] == {"field": "steps", "type": "int", "value": config.steps}
-    types = {"lr": "number", "optimizer": "adamw|muon", "betas": "list", "system.text_encoder": "minilm|{}"}
+    types = {
+        "lr": "number",
+        "optimizer": "adamw|adamw8bit|adafactor|prodigy|muon",
+        "betas": "list",
+        "system.text_encoder": "minilm|{}",
+    }
     types |= {"compile": "true|false", "system.name": "text", "system.interpolant.zero_snr": "true|false"}
     assert {name: rows[name]["type"] for name in types} == types
     lines = limner("recipes", "sd1-tiny").out.splitlines()

@@ -15,7 +15,8 @@ from toy import StopAt, ToyBatches, ending, fit
 from limner import catalog, recipes
 from limner.data.batches import DataConfig, open_batches
 from limner.errors import UsageError
-from limner.systems.diffusion import mean_square
+from limner.sampling import predictions
+from limner.systems.objectives import Objective
 from limner.training import loop
 from limner.training.config import TrainConfig, parse_overrides
 
@@ -120,16 +121,18 @@ def test_an_autoencoder_measures_its_latents_of_all_shapes(tmp_path):
 def test_masks_and_weights_multiply_the_errors():
     output, target = torch.randn(2, 3, 2, 4), torch.randn(2, 3, 2, 4)
     errors = (output - target).square()
-    assert torch.equal(mean_square(output, target, {}), F.mse_loss(output, target))
+
+    def error(mask=None, weight=None):
+        return Objective().error(output, target, predictions.get("eps"), 1.0, torch.ones(2, 1, 1, 1), mask, weight)
+
+    assert torch.equal(error(), F.mse_loss(output, target))
     mask = torch.zeros(2, 1, 16, 32)
     mask[0, :, :, :8] = 1  # the first of four columns
     mask[1, :, :8, 24:28] = 1  # half of the last column's upper place
-    wanted = (errors[0, :, :, 0].sum() + errors[1, :, 0, 3].sum() / 2) / errors.numel()
-    assert torch.allclose(mean_square(output, target, {"mask": mask}), wanted)
-    weighed = mean_square(output, target, {"weight": torch.tensor([2.0, 0.0])})
-    assert torch.allclose(weighed, errors[0].mean())
-    both = mean_square(output, target, {"mask": mask, "weight": torch.tensor([0.0, 1.0])})
-    assert torch.allclose(both, errors[1, :, 0, 3].sum() / 2 / errors.numel())
+    alone = errors[0, :, :, 0].mean(), errors[1, :, 0, 3].mean()
+    assert torch.allclose(error(mask), sum(alone) / 2)
+    assert torch.allclose(error(weight=torch.tensor([2.0, 0.0])), errors[0].mean())
+    assert torch.allclose(error(mask, torch.tensor([0.0, 1.0])), alone[1] / 2)
 
 
 def test_a_system_learns_nothing_where_the_mask_is_black():

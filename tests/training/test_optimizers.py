@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import copy
+import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from toy import CONFIG, ToySystem
 
+from limner.errors import UsageError
 from limner.training.optimizers import (
     adamw,
     block_matrices,
@@ -115,6 +119,68 @@ class Tower(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return self.leave(x)
+
+
+KINDS = {"adamw": "torch", "adamw8bit": "bitsandbytes", "adafactor": "torch", "prodigy": "prodigyopt"}
+"""The optimizers for all parameters, and the package of each."""
+
+
+def built(name: str, module: nn.Module, **changes: Any) -> torch.optim.Optimizer:
+    pytest.importorskip(KINDS[name])
+    (optimizer,) = optimizers_for(module, module.parameters(), replace(CONFIG, optimizer=name, **changes))
+    return optimizer
+
+
+def pulled(name: str) -> nn.Linear:
+    """A large layer whose weights every optimizer pulls towards 1."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 80)
+    lr = {"prodigy": 1.0, "adafactor": 0.1}.get(name, 0.02)
+    optimizer = built(name, layer, lr=lr, weight_decay=0.0)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (layer.weight - 1).square().sum().backward()
+        step_unless(optimizer, lr, NO)
+    return layer
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_optimizer_finds_the_bottom_of_a_bowl(name):
+    assert (pulled(name).weight - 1).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_withheld_step_of_any_optimizer_leaves_everything_as_it_was(name):
+    layer = nn.Linear(64, 80)
+    optimizer = built(name, layer)
+    for bad in (NO, YES):
+        before = copy.deepcopy((list(layer.parameters()), [optimizer.state[p] for p in layer.parameters()]))
+        for p in layer.parameters():
+            p.grad = torch.full_like(p, float("nan") if bad else 1.0)
+        step_unless(optimizer, 0.1, bad)
+    for p, was, state in zip(layer.parameters(), *before, strict=True):
+        assert torch.equal(p, was)
+        assert state.keys() == optimizer.state[p].keys() != set()
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(optimizer.state[p][key]), torch.as_tensor(value))
+
+
+def test_adamw_in_8_bits_keeps_a_quarter_of_the_moments():
+    sizes = {}
+    for name in ("adamw", "adamw8bit"):
+        layer = nn.Linear(256, 256, bias=False)
+        optimizer = built(name, layer)
+        layer.weight.grad = torch.randn_like(layer.weight)
+        step_unless(optimizer, 0.1, NO)
+        sizes[name] = sum(v.nbytes for v in optimizer.state[layer.weight].values() if torch.is_tensor(v))
+    assert sizes["adamw8bit"] < 0.27 * sizes["adamw"]
+
+
+@pytest.mark.parametrize(("name", "package"), [("prodigy", "prodigyopt"), ("adamw8bit", "bitsandbytes")])
+def test_an_optimizer_whose_package_is_missing_says_what_to_install(monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UsageError, match=rf"optimizer={name} needs {package}: pip install 'limner\[train\]'"):
+        optimizers_for(nn.Linear(2, 2), [], replace(CONFIG, optimizer=name))
 
 
 MUON = replace(CONFIG, optimizer="muon", lr=0.02, weight_decay=0.1, muon_lr_scale=3.0)

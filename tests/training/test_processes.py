@@ -1,26 +1,32 @@
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from toy import CONFIG, fit_as_one_of, processes
+from toy import CONFIG, ending, fit_as_one_of, processes
 
 from limner.errors import UsageError
 from limner.training import state
+from limner.training.config import TrainConfig
 from limner.training.processes import STOPS, Processes, StopRequests, join
 
 
-def train(run: Path, world: int) -> list[int]:
+def train(run: Path, world: int, config: TrainConfig = CONFIG, looks: int = 10**6) -> list[int]:
     """Train the toy run by `world` processes; returns their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together = [processes().Process(target=fit_as_one_of, args=(run, CONFIG, k, world, port)) for k in range(world)]
+    together = [
+        processes().Process(target=fit_as_one_of, args=(run, config, k, world, port, looks)) for k in range(world)
+    ]
     for process in together:
         process.start()
     for process in together:
@@ -28,13 +34,42 @@ def train(run: Path, world: int) -> list[int]:
     return [process.exitcode for process in together]
 
 
+def final(run: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(state.final_file(run, CONFIG))
+
+
 def test_two_processes_train_what_one_trains_with_the_same_batch(tmp_path):
     assert train(tmp_path / "one", 1) + train(tmp_path / "two", 2) == [0, 0, 0]
-    one, two = (safetensors.torch.load_file(state.final_file(tmp_path / name, CONFIG)) for name in ("one", "two"))
+    assert train(tmp_path / "cut", 2, replace(CONFIG, accumulate=2)) == [0, 0]
+    one, *others = (final(tmp_path / name) for name in ("one", "two", "cut"))
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-5)
+        for other in others:
+            torch.testing.assert_close(other[name], one[name], rtol=1e-5, atol=1e-5)
     metrics = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert len(metrics[0]) == len(metrics[1]) == CONFIG.steps // CONFIG.log_every
+
+
+FSDP = replace(CONFIG, sharding="fsdp", accumulate=2, validation=0.1, validate_every=10, validation_images=20)
+
+
+def test_fsdp_trains_what_ddp_trains_and_any_number_of_processes_goes_on(tmp_path):
+    assert train(tmp_path / "ddp", 2, replace(FSDP, sharding="ddp")) + train(tmp_path / "fsdp", 2, FSDP) == [0] * 4
+    assert train(tmp_path / "2", 2, FSDP, looks=13) == [0, 0]
+    assert [p.name for p in state.checkpoints(tmp_path / "2" / "checkpoints")][-1] == "step-000013"
+    for world in (1, 4):
+        shutil.copytree(tmp_path / "2", tmp_path / str(world))
+    for world in (1, 2, 4):
+        assert train(tmp_path / str(world), world, FSDP) == [0] * world
+    assert ending(tmp_path / "2", FSDP) == ending(tmp_path / "fsdp", FSDP)
+    ddp, *others = (final(tmp_path / name) for name in ("ddp", "fsdp", "1", "4"))
+    for other in others:
+        assert ddp.keys() == other.keys()
+        for name in ddp:
+            torch.testing.assert_close(other[name], ddp[name], rtol=1e-5, atol=1e-5)
+    rows = [[json.loads(r) for r in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("ddp", "fsdp")]
+    for a, b in zip(*rows, strict=True):
+        for name in {"loss", "grad_norm", "validation/loss"} & set(a):
+            assert b[name] == pytest.approx(a[name], rel=1e-4)
 
 
 def test_when_the_first_process_is_refused_the_others_end_without_a_traceback(tmp_path):

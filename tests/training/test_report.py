@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from platform import python_version
 
 import pytest
+import torch
 from PIL import Image
 
+import limner
 from limner.errors import FileProblem
 from limner.training.report import CHECKER, Report, duration, grid
 
@@ -89,3 +93,44 @@ def test_a_silent_report_writes_and_says_nothing(tmp_path, capsys):
         report.log(1, 2, {"loss": 1.0})
     assert capsys.readouterr().out == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_said_is_kept_with_what_the_run_was_made_with(tmp_path, capsys):
+    for step in (0, 4):
+        with Report(tmp_path, 10, step, 2 * step) as report:
+            report.begin(1, torch.device("cpu"))
+            report.say("first")
+            report.log(step + 2, 2 * step + 4, {"loss": 1.0})
+            report.draw("step-000002", [Image.new("RGB", (4, 4))])
+            report.log(step + 4, 2 * step + 8, {"loss": 1.0})
+    out = [line for line in capsys.readouterr().out.splitlines() if "TensorBoard" not in line]
+    kept = [
+        line.split("  ", 1)[1] for line in (tmp_path / "log.txt").read_text().splitlines() if "TensorBoard" not in line
+    ]
+    assert kept == out
+    assert [line.split("  ")[0] for line in out] == [
+        "first",
+        "step 2/10",
+        "step 4/10",
+        "first",
+        "step 6/10",
+        "step 8/10",
+    ]
+    assert out[2].endswith(f"left  {tmp_path / 'samples' / 'step-000002.png'}")
+    assert out[1].endswith("left")
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 4]
+    assert starts[0]["versions"] == {
+        "limner": limner.__version__,
+        "torch": torch.__version__,
+        "python": python_version(),
+    }
+    assert starts[0]["command"] == sys.argv
+
+
+def test_why_a_run_ended_is_in_its_log(tmp_path):
+    problem = FileProblem("the disk is full: free some")
+    report = Report(tmp_path, 10, 0, 0).__enter__()
+    report.log(2, 4, {"loss": 1.0})
+    report.__exit__(FileProblem, problem, None)
+    assert (tmp_path / "log.txt").read_text().endswith("the disk is full: free some\n")

@@ -21,6 +21,7 @@ from limner.data.batches import DataConfig, open_batches
 from limner.errors import FileProblem
 from limner.training import loop, state
 from limner.training.ema import Ema
+from limner.training.ledger import Ledger
 
 KILLED = -signal.SIGKILL
 
@@ -72,6 +73,37 @@ def test_a_run_with_muon_resumes_exactly(tmp_path, monkeypatch, forgetful):
             assert fit(tmp_path / name, config, system=system, stop=stop) == (1 if stop else 0)
     same_end = ending(tmp_path / "whole", config) == ending(tmp_path / "parts", config)
     assert same_end is not forgetful
+
+
+def _with_other_noise_of_parts(monkeypatch):
+    original = loop.randomness
+
+    def other(seed, step, processes, part=""):
+        return original(seed + bool(part), step, processes, part)
+
+    monkeypatch.setattr(loop, "randomness", other)
+
+
+@pytest.mark.parametrize("forget", [None, _with_other_noise_of_parts])
+def test_a_run_killed_amid_the_parts_of_a_step_resumes_exactly(tmp_path, monkeypatch, forget):
+    class Dying(ToySystem):
+        calls = 0
+
+        def loss(self, *told):
+            self.calls += 1
+            if self.calls > 4 * 12 + 2:
+                raise KeyboardInterrupt
+            return super().loss(*told)
+
+    config = replace(CONFIG, accumulate=4)
+    assert fit(tmp_path / "whole", config) == 0
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "parts", config, system=Dying())
+    if forget:
+        forget(monkeypatch)
+    assert fit(tmp_path / "parts", config) == 0
+    assert (ending(tmp_path / "parts", config) == ending(tmp_path / "whole", config)) is (forget is None)
 
 
 def test_stopping_before_the_first_step(tmp_path, uninterrupted):
@@ -312,3 +344,67 @@ def test_an_autoencoder_resumes_exactly_over_the_start_of_its_discriminator(tmp_
             assert fit(tmp_path / name, config, system=built, batches=batches, stop=stop) == (1 if stop else 0)
     same_end = ending(tmp_path / "whole", config) == ending(tmp_path / "parts", config)
     assert same_end is not forgetful
+
+
+def _without_numbers(monkeypatch):
+    monkeypatch.setattr(state.TrainState, "_load_numbers", lambda self, numbers: None)
+
+
+def _with_another_count(monkeypatch):
+    original = state.TrainState._load_numbers
+
+    def one_more(self, numbers):
+        original(self, numbers)
+        for optimizer in self.optimizers["main"]:
+            for kept in optimizer.state.values():
+                kept["step"] += 1
+
+    monkeypatch.setattr(state.TrainState, "_load_numbers", one_more)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "forget"),
+    [
+        *(("adafactor", "torch", None), ("adafactor", "torch", _without_optimizer)),
+        *(("prodigy", "prodigyopt", None), ("prodigy", "prodigyopt", _without_numbers)),
+        *(("adamw8bit", "bitsandbytes", None), ("adamw8bit", "bitsandbytes", _with_another_count)),
+    ],
+)
+def test_a_run_resumes_exactly_with_any_optimizer(tmp_path, monkeypatch, name, package, forget):
+    class Wide(ToySystem):
+        """With a matrix large enough for 8 bits."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 1024), nn.Linear(1024, 4), *self.net)
+            self.tied = self.net[5]
+
+    pytest.importorskip(package)
+    config = replace(CONFIG, optimizer=name, lr=1.0 if name == "prodigy" else 1e-3)
+    for run, stops in (("whole", []), ("parts", [StopAt(7), StopAt(9)])):
+        if forget and run == "parts":
+            forget(monkeypatch)
+        for stop in [*stops, None]:
+            torch.manual_seed(1)
+            assert fit(tmp_path / run, config, system=Wide(), stop=stop) == (1 if stop else 0)
+    assert (ending(tmp_path / "whole", config) == ending(tmp_path / "parts", config)) is (forget is None)
+
+
+def _without_the_scaler(monkeypatch):
+    monkeypatch.setattr(torch.amp.GradScaler, "load_state_dict", lambda self, told: None)
+
+
+def _without_the_ledger(monkeypatch):
+    monkeypatch.setattr(loop, "Ledger", lambda config, kept, device: Ledger(config, {}, device))
+
+
+@pytest.mark.parametrize("forget", [None, _without_the_scaler, _without_the_ledger])
+def test_fp16_and_steps_left_out_resume_exactly_three_times_in_one_epoch(tmp_path, monkeypatch, forget):
+    config = replace(CONFIG, precision="fp16", on_nan="skip", accumulate=2)
+    for run, stops in (("whole", []), ("parts", [StopAt(5), StopAt(4), StopAt(3)])):
+        if forget and run == "parts":
+            forget(monkeypatch)
+        for stop in [*stops, None]:
+            torch.manual_seed(1)
+            assert fit(tmp_path / run, config, batches=ToyBatches(poison=4), stop=stop) == (1 if stop else 0)
+    assert (ending(tmp_path / "whole", config) == ending(tmp_path / "parts", config)) is (forget is None)

@@ -59,7 +59,9 @@ def test_the_newest_are_kept_and_sorted_as_numbers(tmp_path):
 def test_what_a_run_writes(trained):
     assert names(trained / "checkpoints") == ["step-000025", "step-000030"]
     assert names(trained / "checkpoints" / "step-000030") == WRITTEN
-    assert names(trained) == ["checkpoints", "config.json", "final", "metrics.jsonl", "tensorboard"]
+    assert names(trained) == [
+        *("checkpoints", "config.json", "final", "log.txt", "metrics.jsonl", "starts.jsonl", "tensorboard")
+    ]
 
 
 @pytest.mark.parametrize("name", WRITTEN)

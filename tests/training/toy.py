@@ -172,8 +172,8 @@ def fit_until_operation(run: Path, config: TrainConfig, number: int) -> None:
     fit(run, config)
 
 
-def fit_as_one_of(run: Path, config: TrainConfig, rank: int, world: int, port: int) -> None:
-    """In a process of its own: process `rank` of `world`, as torchrun would start it."""
+def fit_as_one_of(run: Path, config: TrainConfig, rank: int, world: int, port: int, looks: int = 10**6) -> None:
+    """In a process of its own: process `rank` of `world`, as torchrun would start it; `looks` as for `StopAt`."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -185,8 +185,17 @@ def fit_as_one_of(run: Path, config: TrainConfig, rank: int, world: int, port: i
     together: Processes = join("cpu")
     torch.manual_seed(config.seed)
     with ExitStack() as held:
-        together.lead(lambda: held.enter_context(state.claim(run, config)))
+        resume = (run / "checkpoints").exists()
+        together.lead(lambda: held.enter_context(state.claim(run, None if resume else config)))
         system = ToySystem(noise=0.0)
         system.net[1] = nn.Identity()  # batch statistics depend on how a batch is shared
-        loop.fit(system, ToyBatches(), replace(config), run, export=save_toy, processes=together)
+        stop, unlearned = StopAt(looks), ToyBatches() if config.validation else None
+        loop.fit(
+            *(system, ToyBatches(), replace(config), run),
+            export=save_toy,
+            processes=together,
+            resume=resume,
+            stop=stop,
+            held=unlearned,
+        )
     together.leave()

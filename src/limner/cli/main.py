@@ -30,6 +30,7 @@ from limner.cli.evaluate import evaluate_command
 from limner.cli.generate import STYLES, generate_command
 from limner.cli.inspect import inspect_command
 from limner.cli.models import models_command, recipes_command
+from limner.cli.runs import runs_command
 from limner.cli.train import train_command
 from limner.cli.upscale import upscale_command
 from limner.errors import INTERRUPTED, FileProblem, LimnerError, OutOfMemory, UsageError, wanted
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect_command,
     "convert": convert_command,
     "train": train_command,
+    "runs": runs_command,
     "data": data_command,
     "evaluate": evaluate_command,
 }

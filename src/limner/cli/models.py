@@ -15,7 +15,7 @@ def models_command(as_json: AsJson = False) -> None:
     from limner import catalog
 
     columns = ("name", "family", "task", "weights", "summary")
-    _print([{c: getattr(entry, c) for c in columns} for entry in catalog.entries()], as_json)
+    print_rows([{c: getattr(entry, c) for c in columns} for entry in catalog.entries()], as_json)
 
 
 def recipes_command(
@@ -30,7 +30,7 @@ def recipes_command(
 
         fields = described(recipes.get(name))
         shown = fields if as_json else [f | {"value": json.dumps(f["value"], ensure_ascii=False)} for f in fields]
-        _print(shown, as_json)
+        print_rows(shown, as_json)
         return
     tasks = {entry.config.kind: entry.task for entry in catalog.entries()}
     configs = {name: recipes.get(name) for name in recipes.names()}
@@ -44,10 +44,11 @@ def recipes_command(
         }
         for name, c in configs.items()
     ]
-    _print(rows, as_json)
+    print_rows(rows, as_json)
 
 
-def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
+def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """As a table, or as a JSON array."""
     if as_json:
         print(json.dumps(rows, indent=2))
         return

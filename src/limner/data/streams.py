@@ -6,9 +6,9 @@ import os
 import random
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -52,7 +52,15 @@ class Stream:
     position, with the reason. Raises FileProblem if none is left, or at the first with data.bad=raise.
     """
 
-    def __init__(self, samples: Samples, config: DataConfig, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        config: DataConfig,
+        seed: int,
+        device: torch.device,
+        members: Collection[int] | None = None,
+    ) -> None:
+        """`members` are the places of those that are read, None for all."""
         self.samples, self.config, self.seed, self.device = samples, config, seed, device
         self.masked = config.masks == "alpha" or bool(samples.masks)
         self.pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), "limner-data")
@@ -69,13 +77,19 @@ class Stream:
                 else:
                     sizes[i] = found
         self.note(known)
-        good = [i for i in range(count) if i not in known]
+        good = [i for i in range(count) if i not in known and (members is None or i in members)]
         if not good:
-            raise FileProblem(f"none of {count} samples of {samples.name} can be used; the first: {self.bad[0]}")
+            first = next(iter(self.bad.values()), "it is held out")
+            raise FileProblem(f"none of {count} samples of {samples.name} can be used; the first: {first}")
         self.buckets = self._buckets(good, sizes)
         self.epochs = Epochs(self.buckets, seed)
         shapes = [f"{len(bucket.members)} of {bucket.width} x {bucket.height}" for bucket in self.buckets]
         self.notes = [f"pictures in buckets: {some(shapes, 30)}"] if config.buckets else []
+
+    def only(self, members: Collection[int], name: str = "") -> Stream:
+        """The same of some places alone, which keep latents in a folder of this name in that of all."""
+        kept = f"{self.config.cache}/{name}" if name and self.config.cache else self.config.cache
+        return Stream(self.samples, replace(self.config, cache=kept), self.seed, self.device, set(members))
 
     def __len__(self) -> int:
         return sum(len(bucket.members) for bucket in self.buckets)

@@ -15,9 +15,11 @@ import operator
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor
 
 from limner.errors import UnknownName, UsageError
@@ -89,6 +91,27 @@ class FlowConfig:
         return math.exp(self.least + (tokens - 256) / (4096 - 256) * (self.most - self.least))
 
 
+@pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class Times:
+    """At which times u in (0, 1), from data to noise, a network learns: `default` as the interpolant has it; all alike;
+    or logit-normal with this `mean` and `std`. Then moved towards noise by `shift`, as schedules are, 1 not at all
+    (arXiv:2403.03206, section 3.1 and equation 23)."""
+
+    kind: Literal["default", "uniform", "logit_normal"] = "default"
+    mean: float = 0.0
+    std: Annotated[float, Field(gt=0)] = 1.0
+    shift: Annotated[float, Field(gt=0)] = 1.0
+
+    def draw(self, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
+        """So many times u (count,); `default` is logit-normal."""
+        if self.kind == "uniform":
+            u = torch.rand(count, generator=generator, device=device)
+        else:
+            u = (self.mean + self.std * torch.randn(count, generator=generator, device=device)).sigmoid()
+        return u if self.shift == 1 else self.shift * u / (1 + (self.shift - 1) * u)
+
+
+AS_EVER = Times()
 SMALL_NOISE = VPConfig(first=0.0001, last=0.02)
 """Of the picture that Stable Diffusion's x4 upscaler enlarges, and of that upscaler's latents."""
 
@@ -126,9 +149,12 @@ class Interpolant:
         """As it is for pictures of so many tokens, each of 2 x 2 latents."""
         return self
 
-    def draw(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Times and sigmas (b,) to train at: logit-normal (arXiv:2403.03206, section 3.1)."""
-        sigma = torch.randn(count, generator=generator, device=device).sigmoid()
+    def draw(
+        self, count: int, generator: torch.Generator, device: torch.device, times: Times = AS_EVER
+    ) -> tuple[Tensor, Tensor]:
+        """Times and sigmas (b,) to train at: logit-normal (arXiv:2403.03206, section 3.1), or as `times` says. Raises
+        UsageError where it has no times that could be drawn otherwise."""
+        sigma = times.draw(count, generator, device)
         return sigma, sigma
 
     def half_log_snr(self, sigma: float) -> float:
@@ -240,9 +266,16 @@ class Discrete(EDM):
         """Noise alone, of the variance that a picture would have under it."""
         return math.hypot(1, sigma) * eps
 
-    def draw(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, count: int, generator: torch.Generator, device: torch.device, times: Times = AS_EVER
+    ) -> tuple[Tensor, Tensor]:
         """Every timestep as often (arXiv:2006.11239, algorithm 1)."""
-        t = torch.randint(len(self.sigmas), (count,), generator=generator, device=device)
+        steps = len(self.sigmas)
+        if times == AS_EVER:
+            t = torch.randint(steps, (count,), generator=generator, device=device)
+        else:
+            even = replace(times, kind="uniform") if times.kind == "default" else times
+            t = (even.draw(count, generator, device) * steps).long().clamp(max=steps - 1)
         return t, torch.tensor(self.sigmas, device=device)[t]
 
 
@@ -263,8 +296,14 @@ class Preconditioned(EDM):
         """Noise alone, of the variance that diffusers begins with."""
         return math.hypot(1, sigma) * eps
 
-    def draw(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, count: int, generator: torch.Generator, device: torch.device, times: Times = AS_EVER
+    ) -> tuple[Tensor, Tensor]:
         """Log-normal (arXiv:2206.00364, table 1)."""
+        if times != AS_EVER:
+            raise UsageError(
+                "an EDM learns at a log-normal sigma, which has no end to count times from: leave times out"
+            )
         log = 1.2 * torch.randn(count, generator=generator, device=device) - 1.2
         return log / 4, log.exp()
 

@@ -26,6 +26,7 @@ from limner.sampling.guidance import Combine, Guidance, classifier_free, combini
 from limner.sampling.interpolants import Discrete, Interpolant, Preconditioned
 from limner.sampling.predictions import Prediction
 from limner.systems import previews
+from limner.systems.objectives import Objective
 from limner.text.labels import Labels
 from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, unreached
 from limner.types import Conditioning, Control, Defaults, Denoise, Images, Latents, Reference, Request
@@ -90,19 +91,6 @@ def controlled(
 
     assert added.mid is not None
     return Residuals(tuple(map(scaled, added.down, scales)), scaled(added.mid, scales[-1]))
-
-
-def mean_square(output: Tensor, target: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """The mean of the squared errors (b, c, h, w), each multiplied by what "mask" (b, 1, H, W) has at its place and by
-    its row's "weight" (b,), where the batch has them."""
-    if "mask" not in batch and "weight" not in batch:
-        return F.mse_loss(output, target)
-    error = F.mse_loss(output, target, reduction="none")
-    if "mask" in batch:
-        error = error * F.interpolate(batch["mask"], size=error.shape[-2:], mode="area")
-    if "weight" in batch:
-        error = error * batch["weight"][:, None, None, None]
-    return error.mean()
 
 
 @dataclass(frozen=True)
@@ -218,6 +206,8 @@ class DiffusionSystem(nn.Module):
     they are."""
     task = "text-to-image"
     phases = ("main",)
+    objective = Objective()
+    """What it learns by."""
 
     def __init__(
         self,
@@ -281,10 +271,10 @@ class DiffusionSystem(nn.Module):
     # ---------------------------------------------------------------- training
 
     def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
-        """Mean squared error of the prediction, at times that the interpolant draws.
+        """Mean squared error of the prediction, as `objective` says.
 
-        `batch` has "captions" and either "latents" (b, c, h, w) or "images" (b, 4, H, W); it may have "mask"
-        (b, 1, H, W) and "weight" (b,), by which errors are multiplied.
+        `batch` has "captions" and either "latents" (b, c, h, w) or "images" (b, 4, H, W); it may have a "mask"
+        (b, 1, H, W) of what counts and a "weight" (b,) of how much each row does.
         """
         x0 = batch.get("latents")
         if x0 is None:
@@ -293,8 +283,8 @@ class DiffusionSystem(nn.Module):
         n, device = len(x0), x0.device
         coin = random.Random(generator.initial_seed())  # on the host: asking the device would wait for it
         captions = ["" if coin.random() < self.caption_dropout else caption for caption in batch["captions"]]
-        t, sigma = self.interpolant.draw(n, generator, device)
-        eps = torch.randn(x0.shape, generator=generator, device=device)
+        t, sigma = self.interpolant.draw(n, generator, device, self.objective.times)
+        eps = self.objective.noise(x0, generator)
 
         level = sigma[:, None, None, None]
         alpha = self.interpolant.alpha(level)  # type: ignore[arg-type]
@@ -303,7 +293,9 @@ class DiffusionSystem(nn.Module):
         if self.told_guidance is not None:
             cond = replace(cond, guidance=self.told_guidance(torch.ones(n, device=device)))
         output = self.network(x, t, cond)
-        return {"loss": mean_square(output.float(), self.prediction.target(x0, eps, alpha, level), batch)}
+        target = self.prediction.target(x0, eps, alpha, level)
+        counts = batch.get("mask"), batch.get("weight")
+        return {"loss": self.objective.error(output.float(), target, self.prediction, alpha, level, *counts)}
 
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         return list(self.network.parameters())

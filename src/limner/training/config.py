@@ -10,12 +10,13 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 
 from limner.adapters.trainable import AdapterConfig
 from limner.catalog import SystemConfig
 from limner.data.batches import DataConfig
 from limner.errors import FileProblem, UnknownName, UsageError, complaint, wanted
+from limner.systems.objectives import Objective
 from limner.training.adapting import WordConfig
 
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\w[\w.-]*$")]
@@ -49,8 +50,12 @@ class TrainConfig:
     steps: Count
     batch_size: Count
     """Images a step, over all processes together."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW for everything, or Muon for the matrices of repeated blocks and AdamW for the rest."""
+    accumulate: Count = 1
+    """Parts into which each process cuts its share of a step, to hold one in memory at a time; one update for all."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "muon"] = "adamw"
+    """One for everything, or Muon for the matrices of repeated blocks and AdamW for the rest; see `optimizers`."""
+    loss: Objective = Field(default_factory=Objective)
+    """Of diffusion and flows."""
     lr: Positive = 3e-4
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     eps: Positive = 1e-8
@@ -69,13 +74,28 @@ class TrainConfig:
     """The half-life is never more than this fraction of the images seen so far; 0 for the full half-life at once."""
     grad_clip: PositiveOrZero = 1.0
     """Longest gradient (2-norm over a phase's parameters); 0 for no clipping."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the forward pass (autocast); weights, gradients, optimizer and EMA stay as they are, fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the forward pass (autocast); weights, gradients, optimizer and EMA stay as they are, fp32. With fp16 the loss
+    is multiplied so that small gradients survive, by less once large ones do not (arXiv:1710.03740, section 3.2)."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """Where a loss or gradient is not finite no update is made, and the run stops, or goes on with the next step."""
+    max_skips: Count = 10
+    """With on_nan=skip: how many such steps in a row may be left out."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes have each the whole network, or cut it among them, with its averages and moments."""
+    gradient_checkpointing: bool = False
+    """Compute the repeated blocks once more on the way back instead of keeping what is inside them (arXiv:1604.06174):
+    a third more work for far less memory."""
     compile: bool = False
     seed: CountOrZero = 0
     log_every: Count = 50
     sample_every: CountOrZero = 0
     """Steps between sample grids; 0 for none but the last."""
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the pictures that are not learned from, but measured with the averaged weights; by their ids."""
+    validate_every: Count = 500
+    validation_images: Count = 256
+    """How many are drawn from them, and with what noise, is the same every time."""
     save_every: Count = 1000
     keep: Count = 2
     """How many of the newest checkpoints are kept."""
@@ -178,7 +198,7 @@ def _replaced(value: Any, path: list[str], text: str) -> Any:
     is_section = dataclasses.is_dataclass(child) or (isinstance(child, dict) and child)
     new = _replaced(child, rest, text) if rest or is_section else _read(hint, text)
     changed = {**value, head: new} if isinstance(value, dict) else dataclasses.replace(value, **{head: new})
-    if not rest:
+    if not rest and not is_pydantic_dataclass(type(value)):
         _check_range(new)
     return changed
 

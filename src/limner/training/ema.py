@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from limner.training.sharding import put
+
 
 def ema_decay(half_life: float, batch_size: int, images: float, warmup: float) -> float:
     """What is kept of the average at one step of `batch_size` images: 0.5 ** (batch_size / half-life).
@@ -36,7 +38,7 @@ class Ema:
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
         for name, value in self.values.items():
-            value.copy_(values[name])
+            put(value, values[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -8,10 +8,11 @@ the same bits as one that was not, on the same machine and with the same number 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,28 +25,33 @@ from limner import catalog, pictures, pipeline
 from limner.data.batches import SAMPLED, open_batches
 from limner.data.images import Batches
 from limner.data.latents import encoded
-from limner.errors import TrainingDiverged, UsageError
+from limner.errors import UsageError
+from limner.systems.objectives import Objective
 from limner.training import adapting, tuning
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
-from limner.training.memory import check_batch, check_parameters
+from limner.training.ledger import Ledger
+from limner.training.memory import autocast, check_batch, check_parameters, recompute_blocks
 from limner.training.optimizers import clip_gradients, lr_at, step_unless
 from limner.training.processes import STOPS, Processes, StopRequests, join
 from limner.training.report import Report
+from limner.training.sharding import check_sharding, resting, shard, twin, whole
 from limner.training.state import (
     TrainState,
     checkpoint_name,
-    checkpoints,
     claim,
+    copy_tensors,
     final_file,
     newest_checkpoint,
     read_checkpoint,
     reading,
     remove_temporaries,
     save_checkpoint,
+    tensors_of,
     warm_start,
     write_final,
 )
+from limner.training.validation import parted, validate
 
 MOST_PIXELS = 4096
 """A side of a picture to learn from."""
@@ -77,7 +83,7 @@ def train(
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
         torch.manual_seed(config.seed)
-        system: Any = built(config, processes.device) if config.system else loaded(config, processes.device)
+        system: Any = built(config, processes) if config.system else loaded(config, processes.device)
         if not config.data.size:
             config = replace(config, data=replace(config.data, size=system.defaults.width))
         pipeline.check(system.defaults, system.grid, prompt="any")  # the defaults, before anything is spent
@@ -85,6 +91,9 @@ def train(
             pipeline.prepare(system, prompt=prompt)
         check(config, system.grid, config.data.size)
         check_samples(config, system)
+        model: Any = system.base if isinstance(system, adapting.Beside) else system
+        if hasattr(model, "objective"):
+            model.objective = config.loss
         if config.init_from:
             warm_start(system, Path(config.init_from), partial(catalog.load, dtype=torch.float32))
         system.to(processes.device, memory_format=torch.channels_last)
@@ -92,7 +101,15 @@ def train(
         side = images.side
         if not config.data.latent_views:  # classic sets have a size of their own
             check(config, system.grid, side)
+        unlearned: Batches | None = None
+        if config.validation:
+            images, out = parted(images, config.validation)
+            unlearned = encoded(out, system)
         batches: Batches = encoded(images, system)
+        if config.gradient_checkpointing and not recompute_blocks(model):
+            raise UsageError(
+                f"gradient_checkpointing is for networks of repeated blocks, and {config.name} has none: leave it out"
+            )
         check_batch(system, batches, config, processes)
         if config.compile:
             system.compile(dynamic=False)
@@ -104,14 +121,17 @@ def train(
         how: Any = {"export": tuning.export} if config.model else {}
         if isinstance(system, adapting.Beside):
             how = {"draw": adapting.draw, "export": adapting.export}
-        return fit(system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes, **how)
+        return fit(
+            system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes, held=unlearned,
+            **how,
+        )  # fmt: skip
 
 
-def built(config: TrainConfig, device: torch.device) -> Any:
+def built(config: TrainConfig, processes: Processes) -> Any:
     """The system of `config.system` with fresh weights. Raises UsageError, OutOfMemory."""
     assert config.system is not None
     check_pretrained(config)
-    check_parameters(config, device)
+    check_parameters(config, processes.device, processes.world if config.sharding == "fsdp" else 1)
     return catalog.build(config.system)
 
 
@@ -121,6 +141,8 @@ def loaded(config: TrainConfig, device: torch.device) -> Any:
         raise UsageError(f"{config.name} is for a model that is there: give --model NAME or FILE")
     if config.adapter is None and config.word is None:
         return tuning.loaded(config, device)
+    if config.sharding == "fsdp":
+        raise UsageError("sharding=fsdp is for whole networks: leave it out, or adapter and word")
     base = catalog.load(config.model, device, dtype=pipeline.DTYPES[config.keep_model_in])
     if config.word is not None:
         return adapting.Wording(base, config.word, config.seed)
@@ -149,6 +171,8 @@ def check(config: TrainConfig, grid: int, size: int) -> None:
         raise UsageError("data.other_sizes are sizes of kept latents: give data.latent_views=1 or more")
     if config.system is not None and config.system.kind == "autoencoding":
         grid *= 2 if config.system.loss.type == "pixels" else 1  # it learns from latents of half the size too
+        if config.loss != Objective():
+            raise UsageError("loss.… is of diffusion and flows, an autoencoder learns by its own: leave it out")
         if data.latent_views:
             raise UsageError("data.latent_views are latents, an autoencoder learns from pictures: give 0")
     if data.augment != "none" and data.latent_views:
@@ -194,6 +218,15 @@ def vain(config: TrainConfig, side: int) -> list[str]:
         )
     if data.source in SAMPLED and data.cache and data.latent_views < 2 and (data.crop == "random" or data.mirror):
         told.append("data.crop and data.mirror have no effect on one view that is kept: give data.latent_views=2")
+    times = config.loss.times
+    if times.kind != "logit_normal" and (times.mean, times.std) != (0, 1):
+        told.append(f"loss.times.mean and std have no effect with loss.times.kind={times.kind}")
+    if config.validation == 0 and config.validate_every != TrainConfig.validate_every:
+        told.append(f"validate_every={config.validate_every} has no effect with validation=0")
+    if config.optimizer == "adafactor" and config.betas != TrainConfig.betas:
+        told.append("betas have no effect with optimizer=adafactor")
+    if config.optimizer == "prodigy" and config.lr != 1:
+        told.append(f"optimizer=prodigy finds its learning rate and multiplies it by lr={config.lr:g}: 1 is usual")
     if not config.data.latent_views and config.data.size != side:
         told.append(
             f"data.size={config.data.size} has no effect: the pictures of {config.data.source} have {side} pixels"
@@ -225,18 +258,34 @@ def fit(
     processes: Processes | None = None,
     stop: StopRequests | None = None,
     notes: Sequence[str] = (),
+    held: Batches | None = None,
 ) -> int:
     """Train `system`, a types.System that is an nn.Module, to `config.steps`, from the newest checkpoint if `resume`.
 
-    Tells `notes` at the beginning. Returns 0 when finished, else a key of `processes.STOPS`. Raises TrainingDiverged,
-    FileProblem, UsageError.
+    Measures the loss on `held`, if any, now and then. Tells `notes` at the beginning. Returns 0 when finished, else a
+    key of `processes.STOPS`. Raises TrainingDiverged, FileProblem, UsageError.
     """
     processes, stop = processes or Processes(), stop or StopRequests(None)
     if config.batch_size % processes.world:
         raise UsageError(f"batch_size={config.batch_size} cannot be shared by {processes.world} processes evenly")
-    state, ledger = TrainState(system, config), Ledger()
+    if config.batch_size // processes.world % config.accumulate:
+        share = f"the {config.batch_size // processes.world} images of a process"
+        raise UsageError(f"accumulate={config.accumulate} does not cut {share} into parts of one size: give a divisor")
+    losses: dict[str, nn.Module] = {phase: PhaseLoss(system, phase) for phase in system.phases}
+    sharded, whole_system = config.sharding == "fsdp" and processes.world > 1, system
+    if sharded:
+        check_sharding(config, len(losses))
+        whole_system = twin(system) if processes.first else system
+        shard(losses[system.phases[0]], system, processes)
+    state = TrainState(system, config, processes.device)
     notes = [*notes, *(restore(state, run, processes) if resume else ())]
-    losses = {phase: processes.share(PhaseLoss(state, phase)) for phase in system.phases}
+    ledger = Ledger(config, state.ledger, processes.device)
+    if config.sharding == "fsdp" and not sharded:
+        notes.append("sharding=fsdp has no effect with one process")
+    for phase in losses if not sharded else ():
+        state.only(phase)
+        losses[phase] = processes.share(losses[phase])
+    one = torch.ones((), device=processes.device)
     start = state.step
     saved = start if start else -1
     system.train()
@@ -244,7 +293,22 @@ def fit(
     def every(steps: int) -> bool:
         return steps > 0 and state.step > 0 and state.step % steps == 0
 
+    @contextmanager
+    def averaged() -> Iterator[Any]:
+        """The system with the averaged weights, for the first process to use; all enter."""
+        with state.ema.applied(), evaluating(system):
+            if sharded:
+                tensors = {name: whole(tensor) for name, tensor in state.tensors.items()}
+                if processes.first:
+                    own = tensors_of(whole_system)
+                    copy_tensors(tensors, {name: own[name] for name in tensors}, "the processes")
+                    whole_system.eval().to(processes.device)
+            yield whole_system
+            if sharded and processes.first:
+                resting(whole_system)
+
     with stop, Report(run, config.steps, start, state.images, silent=not processes.first) as report:
+        report.begin(processes.world, processes.device)
         for note in notes:
             report.say(note)
         report.say(f"{config.name}: step {start} of {config.steps} on {processes.world} x {processes.device.type}")
@@ -259,16 +323,25 @@ def fit(
                 every(config.save_every),
             )
             if ledger.records and (halt or log or draw_now or save or processes.device.type == "cpu"):
-                ledger.check(run)
+                ledger.check(run, report.say)
             if ledger.records and (halt or log):
-                report.log(state.step, state.images, ledger.means(), list(getattr(batches, "bad", {}).values()))
-            if processes.first and state.step != saved and (halt or save):
-                with report.aside():
-                    save_checkpoint(run / "checkpoints", state.step, state.files(), config.keep)
-                saved = state.step
-            if processes.first and config.sample_prompts and draw_now and state.step > start:
+                bad_samples = list(getattr(batches, "bad", {}).values())
+                report.log(state.step, state.images, ledger.means(), bad_samples)
+            if held is not None and state.step > start and (finished or every(config.validate_every)):
                 with report.aside(), state.ema.applied(), evaluating(system):
-                    report.draw(checkpoint_name(state.step), draw(system, config))
+                    plain = losses if sharded else {phase: PhaseLoss(system, phase) for phase in losses}
+                    measured = validate(plain, held, config, processes)
+                report.validated(state.step, measured)
+            if (processes.first or sharded) and state.step != saved and (halt or save):
+                with report.aside():
+                    files = state.files(processes.first)
+                    if processes.first:
+                        save_checkpoint(run / "checkpoints", state.step, files, config.keep)
+                saved = state.step
+            if (processes.first or sharded) and config.sample_prompts and draw_now and state.step > start:
+                with report.aside(), averaged() as drawing:
+                    if processes.first:
+                        report.draw(checkpoint_name(state.step), draw(drawing, config))
             if halt:
                 break
 
@@ -279,30 +352,47 @@ def fit(
             batch = {k: v.to(processes.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             batch["step"] = state.step
             lr = lr_at(state.step, config)
+            parts = cut(batch, config.accumulate)
             ledger.begin(state.step, lr, list(batch["ids"]))
+            before = [(b, b.clone()) for b in state.buffers] if config.on_nan == "skip" else []
+            scale = state.scaler.scale(one) if config.precision == "fp16" else None
             for phase in system.phases:
                 state.only(phase)
                 parameters = state.parameters[phase]
                 for parameter in parameters:
                     parameter.grad = None
-                with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    terms = losses[phase](batch, generator)
-                terms["loss"].backward()
+                terms: dict[str, Tensor] = {}
+                for k, (part, weight) in enumerate(parts):
+                    if k:  # noise of its own
+                        generator = randomness(config.seed, state.step, processes, f"/{phase}/{k}")
+                    with processes.gathering(losses[phase], last=k == len(parts) - 1):
+                        with autocast(config, processes.device):
+                            found = losses[phase](part, generator)
+                        state.scaler.scale(weight * found["loss"]).backward()
+                    for name, value in found.items():
+                        terms[name] = terms.get(name, 0) + weight * value.detach()
+                for optimizer in state.optimizers[phase] if scale is not None else ():
+                    state.scaler.unscale_(optimizer)
                 norm = clip_gradients(parameters, config.grad_clip)
-                bad = ledger.add(terms, norm, phase if len(system.phases) > 1 else "", processes)
+                bad = ledger.add(terms, norm, phase if len(system.phases) > 1 else "", processes, scale)
                 for optimizer in state.optimizers[phase]:
                     step_unless(optimizer, lr, bad)
+            if scale is not None:
+                state.scaler.update()
+            for buffer, value in before:
+                buffer.copy_(torch.where(bad > 0, value, buffer))
             # a step of a larger size has fewer than config.batch_size, and some ranks may have rows that do not count
             count = batch.get("count", len(batch["ids"]) * processes.world)
             state.ema.update(ema_decay(config.ema_half_life, count, state.images, config.ema_warmup))
             state.step, state.images = state.step + 1, state.images + count
             # -----------------------------------------------------------------------------------------
 
-        if finished and processes.first:
-            with state.ema.applied(), evaluating(system):
-                if hasattr(system, "finish"):
-                    system.finish(batches)
-                write_final(final_file(run, config), lambda path: export(system, config, path))
+        if finished and (processes.first or sharded):
+            with averaged() as final:
+                if processes.first:
+                    if hasattr(final, "finish"):
+                        final.finish(batches)
+                    write_final(final_file(run, config), lambda path: export(final, config, path))
         report.say(
             str(final_file(run, config))
             if finished
@@ -311,9 +401,20 @@ def fit(
     return 0 if finished else stopping
 
 
-def randomness(seed: int, step: int, processes: Processes) -> torch.Generator:
-    """The generator of this step and process, on its device; seeds torch's global ones alike."""
-    digest = hashlib.sha256(f"{seed}/{step}/{processes.rank}".encode()).digest()
+def cut(batch: dict[str, Any], count: int) -> list[tuple[dict[str, Any], float]]:
+    """`batch` in `count` parts (fewer where it has fewer rows), each with its share of the rows."""
+    rows = len(batch["ids"])
+    count = min(count, rows)
+    bounds = [rows * k // count for k in range(count + 1)]
+    return [
+        ({k: v[first:end] if isinstance(v, Tensor | list) else v for k, v in batch.items()}, (end - first) / rows)
+        for first, end in itertools.pairwise(bounds)
+    ]
+
+
+def randomness(seed: int, step: int, processes: Processes, part: str = "") -> torch.Generator:
+    """The generator of this step, process and part of the step, on its device; seeds torch's global ones alike."""
+    digest = hashlib.sha256(f"{seed}/{step}/{processes.rank}{part}".encode()).digest()
     number = int.from_bytes(digest[:8], "big") >> 1
     torch.manual_seed(number)
     return torch.Generator(processes.device).manual_seed(number)
@@ -340,12 +441,11 @@ def restore(state: TrainState, run: Path, processes: Processes) -> list[str]:
 
 
 class PhaseLoss(nn.Module):
-    """A system's loss for one phase as a forward pass, which is what DistributedDataParallel can wrap."""
+    """A system's loss for one phase as a forward pass, which is what DDP and FSDP can wrap."""
 
-    def __init__(self, state: TrainState, phase: str) -> None:
+    def __init__(self, system: nn.Module, phase: str) -> None:
         super().__init__()
-        state.only(phase)
-        self.system, self.phase = state.system, phase
+        self.system, self.phase = system, phase
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         return cast(Any, self.system).loss(batch, self.phase, generator)
@@ -356,61 +456,3 @@ def evaluating(system: nn.Module) -> Iterator[None]:
     system.eval()
     yield
     system.train()
-
-
-@dataclass
-class Record:
-    """What one step said: scalars on the device, and what they were about."""
-
-    step: int
-    lr: float
-    ids: list[str]
-    terms: dict[str, Tensor] = field(default_factory=dict)
-    bad: Tensor | None = None
-
-
-class Ledger:
-    """The steps since the last report. Their numbers stay on the device until somebody looks."""
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-        self.bad: Tensor | None = None
-
-    def begin(self, step: int, lr: float, ids: list[str]) -> None:
-        self.records.append(Record(step, lr, ids))
-
-    def add(self, terms: dict[str, Tensor], norm: Tensor, phase: str, processes: Processes) -> Tensor:
-        """Note a phase's terms; returns 1 from the first loss or gradient that is not finite on, 0 before it."""
-        values = torch.stack([t.detach().float() for t in terms.values()] + [norm.to(terms["loss"].device).float()])
-        values = processes.mean(values)
-        names = [f"{phase}/{name}" if phase else name for name in [*terms, "grad_norm"]]
-        named = dict(zip(names, values.unbind(), strict=True))
-        prefix = f"{phase}/" if phase else ""
-        bad = (~torch.isfinite(named[f"{prefix}loss"] + named[f"{prefix}grad_norm"])).float()
-        self.bad = bad if self.bad is None else torch.maximum(self.bad, bad)
-        self.records[-1].terms |= named
-        self.records[-1].bad = self.bad
-        return self.bad
-
-    def check(self, run: Path) -> None:
-        """Raises TrainingDiverged for the first step that was bad."""
-        flags = torch.stack([r.bad for r in self.records if r.bad is not None]).tolist()
-        if not any(flags):
-            return
-        record = self.records[flags.index(1.0)]
-        terms = ", ".join(f"{name}={float(value):.4g}" for name, value in record.terms.items())
-        folder = run / "checkpoints"
-        advice = f"the last checkpoint in {folder} is good: start from it with a lower lr (init_from=…)"
-        more = f" and {len(record.ids) - 8} more" if len(record.ids) > 8 else ""
-        raise TrainingDiverged(
-            f"step {record.step} diverged: {terms}, lr={record.lr:.3g}, samples {' '.join(record.ids[:8])}{more}; its "
-            f"update was not made, {advice if checkpoints(folder) else 'no checkpoint was saved yet: lower the lr'}"
-        )
-
-    def means(self) -> dict[str, float]:
-        """Of each term over the records, and the last learning rate; then starts afresh."""
-        names = dict.fromkeys(name for record in self.records for name in record.terms)
-        values = {n: torch.stack([r.terms[n] for r in self.records if n in r.terms]).mean() for n in names}
-        means = {name: float(value) for name, value in values.items()} | {"lr": self.records[-1].lr}
-        self.records.clear()
-        return means

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from limner import catalog
 from limner.data.images import Batches
 from limner.devices import memory_of
 from limner.errors import OutOfMemory, UsageError
+from limner.nn.graphs import BLOCKS
 from limner.training.config import TrainConfig
 from limner.training.processes import Processes
 
@@ -21,17 +25,22 @@ MOST_LAYERS, MOST_WIDE = 1000, 100_000
 COMPILED = 3.0
 """Compiled blocks keep less for the way back than what is measured here, but never so much less."""
 
+REPEATED = (*BLOCKS, "resnets", "attentions")
+"""What transformers and U-Nets call their repeated blocks."""
 
-def check_parameters(config: TrainConfig, device: torch.device) -> None:
+
+def check_parameters(config: TrainConfig, device: torch.device, pieces: int = 1) -> None:
     """Raises UsageError for counts beyond any use, OutOfMemory if weights, gradients, moments and averages alone are
-    more than the device's memory."""
+    more than the device's memory, which has all of the weights at first, and then one of so many `pieces`."""
     system = config.system
     assert system is not None
     check_counts(system, "system")
     with torch.device("meta"):
         built = catalog.build(catalog.bare(system))
     count = sum(p.numel() for p in built.parameters() if p.requires_grad)
-    compare(16 * count, device, f"{count / 1e6:,.0f} million parameters take", "make the network smaller")
+    compare(
+        max(4, 16 / pieces) * count, device, f"{count / 1e6:,.0f} million parameters take", "make the network smaller"
+    )
 
 
 def check_counts(section: Any, path: str) -> None:
@@ -51,17 +60,23 @@ def check_batch(system: Any, batches: Batches, config: TrainConfig, processes: P
     device, world = processes.device, processes.world
     batch = batches.batch(0, world, rank=processes.rank, world=world)
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    most = config.batch_size / world
+    most = math.ceil(config.batch_size / world / config.accumulate)
     if "latents" in batch:  # a larger size than data.size has fewer
         pixels = math.prod(batch["latents"].shape[-2:]) * system.grid**2
         most *= min(1.0, config.data.size**2 / pixels)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    with autocast(config, device):
         kept = max(
             kept_by(system, twice(batch), phase, device) - kept_by(system, batch, phase, device)
             for phase in system.phases
         )
     need = most * kept / (COMPILED if config.compile else 1)
     compare(need, device, f"batch_size={config.batch_size} takes", "give a smaller one")
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """Inside, the forward pass has the precision that the config gives it."""
+    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=config.precision != "fp32")
 
 
 def twice(batch: dict[str, Any]) -> dict[str, Any]:
@@ -89,3 +104,33 @@ def compare(need: float, device: torch.device, what: str, advice: str) -> None:
     have = memory_of(device)
     if need > have:
         raise OutOfMemory(f"{what} {need / 1e9:,.0f} GB at least, and there are {have / 1e9:,.0f} GB: {advice}")
+
+
+def recompute_blocks(system: nn.Module) -> int:
+    """Have the repeated blocks of the parts that learn keep their inputs alone for the way back, and compute the rest
+    again there, with the same dropout; returns how many there are."""
+    blocks = list(repeated_blocks(system))
+    for block in blocks:
+        block.forward = partial(_recomputed, block.forward)
+    return len(blocks)
+
+
+def repeated_blocks(system: nn.Module) -> Iterator[nn.Module]:
+    """Of the parts of `system` that learn, the outermost of each nest."""
+    for part in system.children():
+        if any(p.requires_grad for p in part.parameters()):
+            yield from _repeated(part)
+
+
+def _repeated(module: nn.Module) -> Iterator[nn.Module]:
+    for name, child in module.named_children():
+        if name in REPEATED and isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _repeated(child)
+
+
+def _recomputed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, **named)

@@ -1,14 +1,21 @@
-"""AdamW with parameter groups, Muon for the matrices of repeated blocks, the learning rate at every step."""
+"""The optimizers, with parameter groups; Muon for the matrices of repeated blocks; the learning rate at every step."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from limner.errors import UsageError
+from limner.training.sharding import everywhere
 
 if TYPE_CHECKING:
     from limner.training.config import TrainConfig
@@ -43,17 +50,52 @@ def adamw(module: nn.Module, parameters: Iterable[nn.Parameter], config: TrainCo
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
+def adamw8bit(module: nn.Module, parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW whose moments are kept in 8 bits (arXiv:2110.02861), those of tensors of less than 4096 numbers in 32."""
+    made = packaged("bitsandbytes", "adamw8bit").optim.AdamW8bit
+    groups = parameter_groups(module, parameters, config.weight_decay)
+    return made(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def adafactor(module: nn.Module, parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """Adafactor (arXiv:1804.04235): of a matrix's second moment, the means of rows and columns are kept. Its updates
+    are `lr` times as long as the weights that they change."""
+    groups = parameter_groups(module, parameters, config.weight_decay)
+    return torch.optim.Adafactor(groups, lr=config.lr)
+
+
+def prodigy(module: nn.Module, parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """Prodigy (arXiv:2306.06101): AdamW that finds its learning rate, which `lr` multiplies; 1 is usual."""
+    made = packaged("prodigyopt", "prodigy").Prodigy
+    groups = parameter_groups(module, parameters, config.weight_decay)
+    with contextlib.redirect_stdout(io.StringIO()):  # it says that its weight decay is AdamW's
+        return made(groups, lr=config.lr, betas=config.betas, eps=config.eps, safeguard_warmup=config.warmup > 0)
+
+
+def packaged(package: str, optimizer: str) -> Any:
+    """Raises UsageError if it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UsageError(f"optimizer={optimizer} needs {package}: pip install 'limner[train]', or take adamw") from None
+
+
+WHOLE = {"adamw": adamw, "adamw8bit": adamw8bit, "adafactor": adafactor, "prodigy": prodigy}
+
+
 def optimizers_for(
     module: nn.Module, parameters: Iterable[nn.Parameter], config: TrainConfig
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for all `parameters`; with optimizer="muon", Muon for the matrices of repeated blocks, AdamW for the rest.
+    """One of `WHOLE` for all `parameters`; with optimizer="muon", Muon for the matrices of repeated blocks, AdamW for
+    the rest.
 
     Muon (Jordan et al., kellerjordan.github.io/posts/muon) makes every update a near-orthogonal matrix; its length is
-    matched to AdamW's (arXiv:2502.16982, section 2.2), so that the same `lr` and `weight_decay` serve both.
+    matched to AdamW's (arXiv:2502.16982, section 2.2), so that the same `lr` and `weight_decay` serve both. Raises
+    UsageError where a package is missing.
     """
     parameters = list(parameters)
-    if config.optimizer == "adamw":
-        return [adamw(module, parameters, config)]
+    if config.optimizer in WHOLE:
+        return [WHOLE[config.optimizer](module, parameters, config)]
     chosen = {id(p) for p in block_matrices(module)}
     matrices = [p for p in parameters if id(p) in chosen]
     rest = [p for p in parameters if id(p) not in chosen]
@@ -75,12 +117,15 @@ def block_matrices(module: nn.Module) -> list[nn.Parameter]:
 def step_unless(optimizer: torch.optim.Optimizer, lr: float, bad: Tensor) -> None:
     """One update at learning rate `lr`, or none at all where `bad` (float32 scalar on the device) is 1.
 
-    The host does not wait for `bad`: the optimizer reads it on the device, as it does for torch's gradient scaler.
+    AdamW and Muon read `bad` on the device, as they do for torch's gradient scaler; for others the host waits for it.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-    optimizer.found_inf = bad  # type: ignore[attr-defined]
-    optimizer.step()
+    if isinstance(optimizer, Muon | torch.optim.AdamW):
+        optimizer.found_inf = everywhere(bad, optimizer.param_groups[0]["params"][0])  # type: ignore[union-attr]
+        optimizer.step()
+    elif not bad:
+        optimizer.step()
 
 
 class Muon(torch.optim.Muon):
@@ -134,4 +179,4 @@ def clip_gradients(parameters: Iterable[nn.Parameter], longest: float) -> Tensor
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if longest > 0:
         nn.utils.clip_grads_with_norm_(parameters, longest, norm)
-    return norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -6,14 +6,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from limner.errors import UsageError
 
@@ -69,6 +71,14 @@ class Processes:
             return loss
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(loss, device_ids=ids, gradient_as_bucket_view=True)
+
+    @contextmanager
+    def gathering(self, loss: nn.Module, last: bool) -> Iterator[None]:
+        """Around a part of a step: the processes exchange gradients in the `last` alone, all that were summed."""
+        if isinstance(loss, FSDPModule):
+            loss.set_requires_gradient_sync(last)
+        with nullcontext() if last or not hasattr(loss, "no_sync") else cast(Any, loss).no_sync():
+            yield
 
     def leave(self) -> None:
         if self.world > 1:

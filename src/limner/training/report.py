@@ -1,4 +1,5 @@
-"""What a run says: a line to the terminal, metrics.jsonl, TensorBoard, and grids of drawings."""
+"""What a run says: a line to the terminal and log.txt, metrics.jsonl, TensorBoard, grids of drawings, and of each start
+the versions, devices and command line (starts.jsonl)."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import importlib.util
 import io
 import json
 import math
+import platform
 import resource
 import sys
 import time
@@ -20,8 +22,10 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+import limner
 from limner.checkpoints.files import write_atomically
 from limner.data.streams import MOST_NAMED
+from limner.errors import LimnerError
 from limner.training.state import writing
 
 CHECKER = (255, 236)
@@ -29,7 +33,8 @@ CHECKER = (255, 236)
 
 
 class Report:
-    """Writes RUN/metrics.jsonl (one JSON object a line) and, if TensorBoard is installed, RUN/tensorboard; tells rates.
+    """Writes RUN/metrics.jsonl and starts.jsonl (one JSON object a line), log.txt and, if TensorBoard is installed,
+    RUN/tensorboard; tells rates.
 
     `step` and `images` are what was done and seen before. A process other than the first (`silent`) writes and says
     nothing.
@@ -44,6 +49,11 @@ class Report:
         self.task = self.progress.add_task("training", total=steps, completed=step)
         self.bar = self.console.is_terminal and not silent
         self.file: IO[str] | None = None
+        self.log_file: IO[str] | None = None
+        self.unwritten: list[str] = []
+        """What was said, or is to be remembered, before there were files."""
+        self.started: dict[str, Any] = {}
+        self.drawn = ""
         self.board: Any = None
         self.has_board = importlib.util.find_spec("tensorboard") is not None
         self.start, self.mark = step, (step, images, time.perf_counter())
@@ -65,6 +75,12 @@ class Report:
         """The files; not before there is something for them, so that a run that fails at once leaves none."""
         with writing(self.run / "metrics.jsonl"):
             self.file = (self.run / "metrics.jsonl").open("a", encoding="utf-8")
+        with writing(self.run / "log.txt"):
+            self.log_file = (self.run / "log.txt").open("a", encoding="utf-8")
+            self.log_file.writelines(self.unwritten)
+        if self.started:
+            with writing(self.run / "starts.jsonl"), (self.run / "starts.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.started) + "\n")
         if self.has_board:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -76,14 +92,33 @@ class Report:
     ) -> None:
         if self.bar:
             self.progress.stop()
-        if self.file:
-            self.file.close()
-        if self.board:
-            self.board.close()
+        if isinstance(error, LimnerError) and self.log_file:
+            self.log_file.write(f"{error}\n")
+        for file in (self.file, self.log_file, self.board):
+            if file:
+                file.close()
+
+    def begin(self, processes: int, device: torch.device) -> None:
+        """Remember what this start of the run was made with."""
+        self.started = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "step": self.start,
+            "command": sys.argv,
+            "versions": {"limner": limner.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "processes": processes,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        }
 
     def say(self, message: str) -> None:
-        """One line to stdout."""
+        """One line to stdout, and with the time to log.txt."""
         self.console.print(message, markup=False)
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n"
+        if self.log_file:
+            with writing(self.run / "log.txt"):
+                self.log_file.write(line)
+                self.log_file.flush()
+        else:
+            self.unwritten.append(line)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -101,36 +136,48 @@ class Report:
         self.mark, self.away = (step, images, now), 0.0
         rate = (images - seen) / seconds
         left = (self.steps - step) * seconds / max(1, steps)
-        line = {"step": step, "images": images, **values}
-        if bad:
-            line["bad_samples"] = len(bad)
-        line |= {"images_per_second": rate, "seconds_left": left, "memory_gb": peak_memory() / 1e9}
-        if not self.silent and self.file is None:
+        told: dict[str, Any] = {"bad_samples": len(bad)} if bad else {}
+        if news := bad[self.named : MOST_NAMED]:
+            told["left_out"] = list(news)
+        self.named = len(bad)
+        told |= {"images_per_second": rate, "seconds_left": left, "memory_gb": peak_memory() / 1e9}
+        self._write({"step": step, "images": images, **values, **told})
+        terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        pace = f"{rate:.0f} images/s  {told['memory_gb']:.2f} GB  {duration(left)} left{self.drawn}"
+        self.say(f"step {step}/{self.steps}  {terms}  {pace}")
+        if self.bar:
+            losses = "  ".join(f"{n} {v:.4g}" for n, v in values.items() if n.rpartition("/")[2] == "loss")
+            self.progress.update(self.task, completed=step, description=f"{losses}  {pace}")
+
+    def validated(self, step: int, values: dict[str, float]) -> None:
+        """The losses of pictures that are not learned from."""
+        self._write({"step": step, **values})
+        terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.say(f"step {step}/{self.steps}  {terms}")
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.silent:
+            return
+        if self.file is None:
             with self.aside():
                 self._open()
-        if self.file:
-            with writing(self.run / "metrics.jsonl"):
-                written: dict[str, Any] = {k: _rounded(v) for k, v in line.items()}
-                if news := bad[self.named : MOST_NAMED]:
-                    written["left_out"] = list(news)
-                self.named = len(bad)
-                self.file.write(json.dumps(written) + "\n")
-                self.file.flush()
+        assert self.file is not None
+        with writing(self.run / "metrics.jsonl"):
+            rounded = {k: v if isinstance(v, list) else _rounded(v) for k, v in line.items()}
+            self.file.write(json.dumps(rounded) + "\n")
+            self.file.flush()
         if self.board:
             for name, value in line.items():
-                self.board.add_scalar(name, value, step)
-        terms = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.say(
-            f"step {step}/{self.steps}  {terms}  {rate:.0f} images/s  {line['memory_gb']:.2f} GB  {duration(left)} left"
-        )
-        if self.bar:
-            self.progress.update(self.task, completed=step)
+                if not isinstance(value, list):
+                    self.board.add_scalar(name, value, line["step"])
 
     def draw(self, name: str, images: Sequence[Image.Image]) -> None:
         """Write the drawings as one picture, RUN/samples/`name`.png."""
         data = io.BytesIO()
         grid(images).save(data, "PNG")
-        write_atomically(self.run / "samples" / f"{name}.png", data.getvalue())
+        path = self.run / "samples" / f"{name}.png"
+        write_atomically(path, data.getvalue())
+        self.drawn = f"  {path}"
 
 
 def grid(images: Sequence[Image.Image], gap: int = 4) -> Image.Image:

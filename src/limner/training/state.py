@@ -5,7 +5,8 @@ A checkpoint is a folder RUN/checkpoints/step-000123:
     model.safetensors       trained weights, and buffers
     ema.safetensors         moving average of the trained weights, fp32
     optimizer.safetensors   PHASE/PARAMETER/NAME of each optimizer's state
-    state.json              step, images seen, seed, SHA-256 of the frozen weights
+    state.json              step, images seen, seed, SHA-256 of the frozen weights, the scale of the loss (fp16), the
+                            ledger's averages, and those numbers of the optimizers that are no tensors
     config.json             the resolved TrainConfig
     manifest.json           SHA-256 of each of the above
 
@@ -40,6 +41,7 @@ from limner.errors import CheckpointMismatch, FileProblem, UsageError
 from limner.training.config import TrainConfig, from_json, to_json
 from limner.training.ema import Ema
 from limner.training.optimizers import Muon, optimizers_for
+from limner.training.sharding import put, whole
 
 TEMPORARY = ".tmp"
 TORN = ".torn"
@@ -50,9 +52,9 @@ LOCK = "limner.lock"
 
 
 class TrainState:
-    """Step, images seen, weights, the optimizers of each phase, and EMA."""
+    """Step, images seen, weights, the optimizers of each phase, the loss's scaler, EMA, and what a ledger keeps."""
 
-    def __init__(self, system: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, system: nn.Module, config: TrainConfig, device: torch.device | str = "cpu") -> None:
         self.system = system
         self.config = config
         self.step, self.images = 0, 0
@@ -65,12 +67,16 @@ class TrainState:
             isinstance(o, Muon) for found in self.optimizers.values() for o in found
         ):
             raise UsageError("optimizer=muon moves the linear layers of repeated blocks, and here are none: take adamw")
+        self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=config.precision == "fp16")
+        self.ledger: dict[str, Any] = {}
         self.ema = Ema(system)
         own = tensors_of(system)
         frozen = {name for name, p in system.named_parameters() if not p.requires_grad}
         whose = str(getattr(system, "identity", "")).encode()  # of weights that are no part of it
         self.frozen = hashlib.sha256(_pack({n: t for n, t in own.items() if n in frozen}) + whose).hexdigest()
         self.tensors = {n: t for n, t in own.items() if n not in frozen}
+        buffers = {id(b) for b in system.buffers()}
+        self.buffers = [t for n, t in system.state_dict(keep_vars=True).items() if id(t) in buffers and n in own]
 
     def only(self, phase: str) -> None:
         """From here on, gradients are for the parameters of this phase."""
@@ -79,18 +85,22 @@ class TrainState:
             for p in (p for parameters in self.parameters.values() for p in parameters):
                 p.requires_grad_(id(p) in chosen)
 
-    def files(self) -> dict[str, bytes]:
-        """The contents of a checkpoint's files."""
+    def files(self, write: bool = True) -> dict[str, bytes]:
+        """The contents of a checkpoint's files. Where the weights are cut among processes all of them call it; files of
+        those that will not `write` hold no tensors."""
         state = {
             "step": self.step,
             "images": self.images,
             "seed": self.config.seed,
             "frozen": self.frozen,
+            "scaler": self.scaler.state_dict(),
+            "ledger": self.ledger,
+            "optimizers": self._optimizer_numbers(),
         }
         return {
-            "model.safetensors": _pack(self.tensors),
-            "ema.safetensors": _pack(self.ema.values),
-            "optimizer.safetensors": _pack(self._optimizer_tensors()),
+            "model.safetensors": _pack(self.tensors, write),
+            "ema.safetensors": _pack(self.ema.values, write),
+            "optimizer.safetensors": _pack(self._optimizer_tensors(), write),
             "state.json": (json.dumps(state, indent=2) + "\n").encode(),
             "config.json": to_json(self.config).encode(),
         }
@@ -113,6 +123,10 @@ class TrainState:
             copy_tensors(safetensors.torch.load(files["model.safetensors"]), self.tensors, source)
             self.ema.load(safetensors.torch.load(files["ema.safetensors"]))
             self._load_optimizers(safetensors.torch.load(files["optimizer.safetensors"]))
+            self._load_numbers(state.get("optimizers", {}))
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
+            self.ledger = state.get("ledger", {})
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         names = {id(p): name for name, p in self.system.named_parameters()}
@@ -122,7 +136,38 @@ class TrainState:
             for optimizer in optimizers
             for p, state in optimizer.state.items()
             for key, value in state.items()
+            if isinstance(value, Tensor)
         }
+
+    def _optimizer_numbers(self) -> dict[str, Any]:
+        """{phase: for each optimizer {"groups": its own numbers of each, "state": PARAMETER/NAME of those that are no
+        tensors}}."""
+        names = {id(p): name for name, p in self.system.named_parameters()}
+        return {
+            phase: [
+                {
+                    "groups": [{k: v for k, v in g.items() if isinstance(v, int | float)} for g in o.param_groups],
+                    "state": {
+                        f"{names[id(p)]}/{key}": value
+                        for p in sorted(o.state, key=lambda p: names[id(p)])
+                        for key, value in o.state[p].items()
+                        if isinstance(value, int | float)
+                    },
+                }
+                for o in optimizers
+            ]
+            for phase, optimizers in self.optimizers.items()
+        }
+
+    def _load_numbers(self, numbers: Mapping[str, Any]) -> None:
+        parameters = dict(self.system.named_parameters())
+        for phase, told in numbers.items():
+            for optimizer, one in zip(self.optimizers[phase], told, strict=True):
+                for group, values in zip(optimizer.param_groups, one["groups"], strict=True):
+                    group.update(values)
+                for name, value in one["state"].items():
+                    parameter, key = name.split("/")
+                    optimizer.state[parameters[parameter]][key] = value
 
     def _load_optimizers(self, tensors: Mapping[str, Tensor]) -> None:
         """In the memory layout of the parameter, since fused kernels run over both side by side."""
@@ -140,7 +185,8 @@ class TrainState:
             phase, parameter, key = name.split("/")
             p = parameters[parameter]
             like = torch.empty_like(p, dtype=value.dtype) if value.shape == p.shape else value.to(p.device)
-            owners[phase, id(p)].state[p][key] = like.copy_(value)
+            put(like, value)
+            owners[phase, id(p)].state[p][key] = like
 
 
 def warm_start(system: nn.Module, path: Path, load: Callable[[Path], nn.Module]) -> None:
@@ -175,11 +221,20 @@ def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], whe
             found, expected = tuple(source[name].shape), tuple(target[name].shape)
             raise CheckpointMismatch(f"{where}: {name} is {found} in the file, {expected} in this system")
     for name, tensor in target.items():
-        tensor.copy_(source[name])
+        put(tensor, source[name])
 
 
-def _pack(tensors: Mapping[str, Tensor]) -> bytes:
-    return safetensors.torch.save({name: t.detach().contiguous() for name, t in tensors.items()})
+def _pack(tensors: Mapping[str, Tensor], write: bool = True) -> bytes:
+    """What shares its memory is written as often as it is named."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor.detach()).contiguous()
+        if not write:
+            continue
+        apart[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return safetensors.torch.save(apart)
 
 
 # ---------------------------------------------------------------------------------------------------- the run's folder

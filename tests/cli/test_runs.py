@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from limner import recipes
+from limner.training.config import to_json
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    """One that is finished, one that only began, and what is no run."""
+    tiny = recipes.get("icons-tiny")
+    for name, config in (("a", tiny), ("b", replace(tiny, lr=1e-4, compile=True))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(to_json(config))
+    lines: list[dict] = [{"step": 400, "loss": 0.5}, {"step": 800, "validation/loss": 0.4}]
+    lines += [{"step": 800, "loss": 0.3, "images_per_second": 90.0}]
+    (tmp_path / "a" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"loss": 9')
+    (tmp_path / "a" / "final").mkdir()
+    (tmp_path / "a" / "final" / "icons-tiny.safetensors").touch()
+    (tmp_path / "samples").mkdir()
+    return tmp_path
+
+
+def test_runs_lists_how_far_each_came(limner, runs):
+    a, b = json.loads(limner("runs", runs, "--json").out)
+    when = a.pop("when")
+    assert a == {
+        "run": "a",
+        "recipe": "icons-tiny",
+        "step": "800/800",
+        "loss": 0.3,
+        "validation/loss": 0.4,
+        "images_per_second": 90.0,
+        "state": "finished",
+    }
+    assert len(when) == len("2026-01-01 12:00")
+    assert (b["run"], b["step"], b["loss"], b["state"]) == ("b", "0/800", "", "unfinished")
+    assert [line.split()[0] for line in limner("runs", runs).out.splitlines()] == ["RUN", "a", "b"]
+    assert [row["run"] for row in json.loads(limner("runs", runs / "b", "--json").out)] == ["b"]
+
+
+def test_runs_that_are_compared_show_the_fields_that_differ(limner, runs):
+    rows = json.loads(limner("runs", runs / "a", runs / "b", "--json").out)
+    found = {row["field"]: (row[str(runs / "a")], row[str(runs / "b")]) for row in rows}
+    found.pop("when", None)
+    assert found == {
+        "lr": (2e-3, 1e-4),
+        "compile": (False, True),
+        "step": ("800/800", "0/800"),
+        "loss": (0.3, ""),
+        "validation/loss": (0.4, ""),
+        "images_per_second": (90.0, ""),
+        "state": ("finished", "unfinished"),
+    }
+
+
+def test_where_there_are_no_runs_it_says_how_to_start_one(limner, tmp_path, runs):
+    result = limner("runs", runs / "samples")
+    assert result.code == 3
+    assert "no training run in" in result.err
+    assert "limner train RECIPE --out" in result.err
+    (runs / "a" / "config.json").write_text("{")
+    for asked in ([runs], [runs / "a", runs / "b"]):
+        broken = limner("runs", *asked)
+        assert broken.code == 3
+        assert "a holds no training run: config.json cannot be read" in broken.err
