@@ -146,6 +146,7 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
     return 10 * np.log10(255**2 / ((x - y) ** 2).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_learns_to_give_pictures_back_and_other_networks_learn_on_its_latents(name, limner, here):
     data = open_batches(recipes.get(name).data, 1, torch.device("cpu"))

@@ -99,7 +99,7 @@ def furthest(a: Image.Image, b: Image.Image) -> int:
     return max(high for _, high in ImageChops.difference(a, b).getextrema())
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_a_picture_is_the_same_alone_and_in_a_batch_whatever_its_neighbours_are_told(name, request):
     """Of more chunks, more parts, other turns and other negative prompts."""
     system = request.getfixturevalue(name)
@@ -164,7 +164,7 @@ def test_a_model_that_reads_plainly_says_so():
     with pytest.warns(Ignored) as told:
         (picture,) = pipeline.generate(system, "a (red:2) fox", steps=1, prompt_dialect="a1111", clip_skip=2, seed=1)
     assert [str(w.message) for w in told][-2:] == [
-        "icons-tiny reads prompts plainly, whatever the dialect: brackets and AND are words to it",
+        "icons-tiny reads prompts plainly, whatever the dialect: '(red:2)' is words to it",
         "clip skip has no effect: icons-tiny takes nothing from CLIP's layers",
     ]
     assert not {"prompt_dialect", "clip_skip"} & picture.settings.keys()

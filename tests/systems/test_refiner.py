@@ -22,7 +22,7 @@ def folders(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("switch_at", [0.8, 0.5])
+@pytest.mark.parametrize("switch_at", [0.8, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_it_goes_on_as_that_of_diffusers(folders, switch_at):
     diffusers.utils.logging.set_verbosity_error()
     base, refiner = (diffusers.DiffusionPipeline.from_pretrained(folder) for folder in folders)

@@ -86,6 +86,7 @@ def test_a_second_pass_draws_larger_over_the_first(tiny, tmp_path):
     assert pipeline.generate(tiny, "a red fox", **again)[0].image.tobytes() == picture.image.tobytes()
 
 
+@pytest.mark.slow
 def test_with_hardly_any_strength_the_second_pass_gives_the_first_enlarged():
     pipe = pipeline.load("icons", "cpu")
     told = {"seed": 7, "steps": 4, "width": 128, "height": 128}

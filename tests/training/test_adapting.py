@@ -62,7 +62,7 @@ def test_it_learns_nothing_else_and_says_whose_it_is(limner, here, tiny_model, p
     assert (config["model"], config["adapter"]["rank"], config["system"]) == (str(tiny_model), 2, None)
 
 
-@pytest.mark.parametrize("kind", ["lora", "oft"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("oft", marks=pytest.mark.slow)])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(kind, limner, here, tiny_model, pictures, monkeypatch):
     trained(limner, "whole", tiny_model, pictures, f"adapter.kind={kind}")
     for steps in (1, 3):
@@ -100,7 +100,7 @@ def test_what_cannot_be_is_told_before_the_first_step(limner, here, tiny_model, 
 # ------------------------------------------------------------------- words
 
 
-@pytest.mark.parametrize("model", ["sd1", "sdxl"])
+@pytest.mark.parametrize("model", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_a_word_is_learned_and_said(model, limner, here, pictures, tmp_path):
     folder = getattr(stable_diffusion, model)(tmp_path / model)
     told = [
@@ -160,7 +160,9 @@ def test_captions_that_do_not_say_the_word_get_it_in_front(tmp_path, monkeypatch
 # ------------------------------------------------------------------- whole networks
 
 
-@pytest.mark.parametrize("model", ["icons", "sd1", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize(
+    "model", ["icons", "sd1", "flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd3"))]
+)
 def test_a_network_goes_on_learning_and_its_file_is_read(model, limner, here, pictures, tmp_path, tiny_model):
     makers = {"sd3": flow_models.sd3, "flux": flow_models.flux}
     source = tiny_model

@@ -394,3 +394,12 @@ def test_fields_that_change_nothing_are_told_or_refused():
     assert loop.vain(CONFIG, CONFIG.data.size) == []
     with pytest.raises(UsageError, match="is of diffusion and flows"):
         loop.check(replace(CONFIG, loss=Objective(offset_noise=0.1)), 16, 64)
+
+
+def test_a_loss_that_was_0_until_now_does_not_leap():
+    """As that of a discriminator before its first step."""
+    ledger = loop.Ledger(CONFIG, {}, torch.device("cpu"))
+    assert [ledger.leap("discriminator/loss", 0.0) for _ in range(60)] == [""] * 60
+    assert ledger.leap("discriminator/loss", 1.0) == ""
+    assert [ledger.leap("discriminator/loss", 1.0 + k % 2 / 10) for k in range(60)] == [""] * 60
+    assert "deviations over its mean" in ledger.leap("discriminator/loss", 100.0)

@@ -52,6 +52,7 @@ def test_two_processes_train_what_one_trains_with_the_same_batch(tmp_path):
 FSDP = replace(CONFIG, sharding="fsdp", accumulate=2, validation=0.1, validate_every=10, validation_images=20)
 
 
+@pytest.mark.slow  # gloo may mix two collectives on a busy machine
 def test_fsdp_trains_what_ddp_trains_and_any_number_of_processes_goes_on(tmp_path):
     assert train(tmp_path / "ddp", 2, replace(FSDP, sharding="ddp")) + train(tmp_path / "fsdp", 2, FSDP) == [0] * 4
     assert train(tmp_path / "2", 2, FSDP, looks=13) == [0, 0]

@@ -59,7 +59,7 @@ def read_encoder(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[st
         side = round(shapes["embeddings.position_embedding.weight"][0] ** 0.5)
         # pictures need not be whole patches wide: those of So400m/14-384 have 27 and 6 pixels more
         size = int(settings.get("image_size", 384 if (patch, side) == (14, 27) else patch * side))
-        if size // patch != side:
+        if patch and size // patch != side:
             raise ValueError(f"pictures of {size} pixels have no {side} x {side} patches of {patch}")
         config = SigLIPConfig(
             width=width,
