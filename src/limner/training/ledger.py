@@ -115,8 +115,9 @@ class Ledger:
         as more than that."""
         mean, variance, seen = self.kept["losses"].get(name, (value, 0.0, 0))
         deviation = max(math.sqrt(variance), 1e-3 * abs(mean))
-        # one that was 0 until now, as that of a discriminator before its start, is new, not far
-        far = seen >= FIRST and deviation > 0 and value > mean + SPIKE * deviation
+        if not deviation:  # all were 0, as those of a discriminator before its start: they tell nothing of what comes
+            seen = 0
+        far = seen >= FIRST and value > mean + SPIKE * deviation
         said = f"{(value - mean) / deviation:.0f} deviations over its mean {mean:.4g}" if far else ""
         difference = (mean + SPIKE * deviation if far else value) - mean
         share = max(1 / (seen + 1), 1 / MEMORY)
