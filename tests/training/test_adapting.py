@@ -50,6 +50,8 @@ def test_a_folder_of_pictures_becomes_a_file_that_draws_what_the_run_showed(
     assert shown[0].tobytes() == drawn.tobytes() != plain.tobytes()
     told = limner("inspect", "run/lora.safetensors")
     assert "LoRA" in told.out
+    (row,) = json.loads(limner("runs", "run", "--json").out)
+    assert (row["recipe"], row["state"]) == ("lora", "finished")
 
 
 def test_it_learns_nothing_else_and_says_whose_it_is(limner, here, tiny_model, pictures):

@@ -51,13 +51,14 @@ def summary(run: Path) -> dict[str, Any]:
     """What a run is and how far it came; "" where it has not said yet."""
     config, last = config_of(run), metrics(run)
     written = [path for path in (run / "metrics.jsonl", run / "config.json") if path.exists()]
-    final = run / "final" / f"{config.get('name')}.safetensors"
+    name = f"{(config.get('word') or config).get('name')}.safetensors"
+    finished = any(file.exists() for file in (run / "final" / name, run / name))  # an adapter lies beside, not within
     return {
         "run": run.name or str(run),
         "recipe": config.get("name", ""),
         "step": f"{last.get('step', 0)}/{config.get('steps')}",
         **{name: last.get(name, "") for name in METRICS},
-        "state": "finished" if final.exists() else "unfinished",
+        "state": "finished" if finished else "unfinished",
         "when": time.strftime("%Y-%m-%d %H:%M", time.localtime(written[0].stat().st_mtime)),
     }
 
