@@ -216,10 +216,11 @@ def prefixes(found: Foreign) -> tuple[str, ...]:
     return ("cond_stage_model.transformer." if quick else "cond_stage_model.model.",)
 
 
-def export(found: Foreign) -> dict[str, Tensor]:
-    """The tensors of a single file of this model. Raises CheckpointMismatch."""
+def export(found: Foreign, ours: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of a single file of this model, with `ours` in place of those that it was read with. Raises
+    CheckpointMismatch."""
     towers = {p: tower_layout(p, tower) for p, tower in zip(prefixes(found), found.text.towers, strict=True)}
-    ours = layouts.read(found.layout, found.tensors, found.source)
+    ours = layouts.read(found.layout, found.tensors, found.source) if ours is None else ours
     written = layouts.write(layout(found.network, found.autoencoder, towers), ours)
     return written | (marks(found) if found.network.vector_width else {})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class WordConfig:
     like: str = "picture"
 
 
-class Beside(nn.Module):
+class Beside(nn.Module, ABC):
     """A system as the loop knows it, whose only weights are what is learned beside a model; `base` is that model, which
     is not a part of it. What it has no answer to, the model answers."""
 
@@ -65,16 +66,17 @@ class Beside(nn.Module):
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         return list(self.parameters())
 
+    @abstractmethod
     def on(self) -> None:
         """Have the model compute with what is learned."""
-        raise NotImplementedError
 
+    @abstractmethod
     def off(self) -> None:
-        raise NotImplementedError
+        """Have the model compute as it did before."""
 
+    @abstractmethod
     def write(self, path: Path) -> None:
         """The file that users attach, whole or not at all."""
-        raise NotImplementedError
 
     def changes(self) -> bool:
         """Whether anything was learned yet: what is nothing cannot be attached."""

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from limner import catalog
-from limner.checkpoints import files, layouts, single_files
+from limner.checkpoints import files, single_files
 from limner.errors import UsageError
 from limner.models.unet import UNetConfig
 from limner.training.config import TrainConfig
@@ -34,12 +34,7 @@ def export(system: Any, config: TrainConfig, path: Path) -> None:
         return
     ours = {name: tensor.detach().cpu() for name, tensor in system.state_dict().items()}
     if isinstance(found.network, UNetConfig):
-        towers = zip(single_files.prefixes(found), found.text.towers, strict=True)
-        layout = single_files.layout(
-            found.network, found.autoencoder, {p: single_files.tower_layout(p, tower) for p, tower in towers}
-        )
-        written = layouts.write(layout, ours)
-        written |= single_files.marks(found) if found.network.vector_width else {}
+        written = single_files.export(found, ours)
         dtype = torch.float16
     else:
         written = {name.removeprefix("network."): t for name, t in ours.items() if name.startswith("network.")}
