@@ -3,10 +3,10 @@
     python benchmarks/training.py --what full lora --batch 4 --steps 30 --json
 
 `full` trains the U-Net, `lora` an adapter of rank 16 on its attention (the example's targets). Ours is
-`limner.training.loop.fit` as it is, with its records and averages, on latents that are kept (`data.latent_views`).
-diffusers' is the loop of `train_text_to_image.py` and `train_text_to_image_lora.py`: bf16 by autocast, AdamW, gradients
-clipped, CLIP read at each step, and pictures encoded at each step (`diffusers`) or latents that are kept, as those
-scripts cannot (`kept`). All in one process, in turns, each with the memory of its own; images a second, and gigabytes.
+`limner.training.loop.fit` as it is, with its records and, as the scripts, without averages, on latents that are kept
+(`data.latent_views`). diffusers' is the loop of `train_text_to_image.py` and `train_text_to_image_lora.py`: bf16 by
+autocast, AdamW, gradients clipped, CLIP read at each step, and pictures encoded at each step (`diffusers`) or latents
+that are kept, as those scripts cannot (`kept`). All in one process, in turns, each with the memory of its own; images a second, and gigabytes.
 """
 
 from __future__ import annotations
@@ -117,12 +117,14 @@ def ours(asked: Any, what: str, device: torch.device, compile: bool = False) -> 
     config = TrainConfig(
         name="benchmark", model="sd1", adapter=adapter, data=DataConfig(source="shapes", size=asked.side), lr=1e-5,
         steps=asked.steps, batch_size=asked.batch, precision="bf16", log_every=10**6, save_every=10**6, compile=compile,
+        ema_half_life=0,
     )  # fmt: skip
     system.to(device, memory_format=torch.channels_last)
+    system.text_encoder.to(torch.bfloat16)  # as precision=bf16 keeps it, and the scripts do
     if compile:
         system.compile(dynamic=False)
     if adapter is not None:
-        system.requires_grad_(False)
+        system.requires_grad_(False).to(torch.bfloat16)  # as it keeps a model
         system = adapting.Adapting(system, adapter, 0)
         system.base.weights_hash = str
     batches: Any = Kept(asked.batch, asked.side, system.autoencoder.channels, device)

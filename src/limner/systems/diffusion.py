@@ -276,6 +276,10 @@ class DiffusionSystem(nn.Module):
         `batch` has "captions" and either "latents" (b, c, h, w) or "images" (b, 4, H, W); it may have a "mask"
         (b, 1, H, W) of what counts and a "weight" (b,) of how much each row does.
         """
+        return self.error(self.examples(batch, generator))
+
+    def examples(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """What the network is asked of a batch, x, t and "cond", and what `error` needs to judge its answer."""
         x0 = batch.get("latents")
         if x0 is None:
             with torch.no_grad():
@@ -292,10 +296,15 @@ class DiffusionSystem(nn.Module):
         cond = self.sized(self.text_encoder.encode(captions), x0.shape[3] * self.grid, x0.shape[2] * self.grid)
         if self.told_guidance is not None:
             cond = replace(cond, guidance=self.told_guidance(torch.ones(n, device=device)))
-        output = self.network(x, t, cond)
         target = self.prediction.target(x0, eps, alpha, level)
-        counts = batch.get("mask"), batch.get("weight")
-        return {"loss": self.objective.error(output.float(), target, self.prediction, alpha, level, *counts)}
+        asked = {"x": x, "t": t, "cond": cond, "target": target, "alpha": alpha, "sigma": level}
+        return asked | {name: batch[name] for name in ("mask", "weight") if name in batch}
+
+    def error(self, examples: dict[str, Any]) -> dict[str, Tensor]:
+        """The loss of the network's answers to `examples`."""
+        asked = dict(examples)
+        output = self.network(asked.pop("x"), asked.pop("t"), asked.pop("cond"))
+        return {"loss": self.objective.error(output.float(), prediction=self.prediction, **asked)}
 
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         return list(self.network.parameters())

@@ -61,7 +61,10 @@ class Beside(nn.Module, ABC):
         return self.base.model_hash
 
     def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
-        return self.base.loss(batch, phase, generator)
+        return self.base.error(self.examples(batch, generator))
+
+    def examples(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        return self.base.examples(batch, generator)
 
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         return list(self.parameters())
@@ -167,10 +170,10 @@ class Wording(Beside):
         own = F.embedding((ids - count).clamp(min=0), vectors.to(known.dtype))
         return torch.where((ids >= count)[..., None], own, known)
 
-    def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
+    def examples(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         name, captions = self.config.name, batch["captions"]
         said = [c if self.said.search(c) else f"{name}, {c}" if c else name for c in captions]
-        return self.base.loss(batch | {"captions": said}, phase, generator)
+        return self.base.examples(batch | {"captions": said}, generator)
 
     def write(self, path: Path) -> None:
         names = [self.config.name] if len(self.vectors) == 1 else list(PAIR)

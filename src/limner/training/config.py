@@ -44,8 +44,8 @@ class TrainConfig:
     network."""
     adapter: AdapterConfig | None = None
     word: WordConfig | None = None
-    keep_model_in: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
-    """What the weights of `model` are kept in where they stay as they are."""
+    keep_model_in: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    """What the weights of `model` are kept in where they stay as they are; "auto" is what `precision` is."""
     data: DataConfig
     steps: Count
     batch_size: Count
@@ -68,14 +68,15 @@ class TrainConfig:
     lr_schedule: Literal["cosine", "constant"] = "cosine"
     lr_final: Fraction = 0.0
     """What the cosine ends at, as a fraction of `lr`."""
-    ema_half_life: Positive = 50_000.0
-    """Images after which a weight counts half in the moving average."""
+    ema_half_life: PositiveOrZero = 50_000.0
+    """Images after which a weight counts half in the moving average; 0 for no average: the weights are what is left."""
     ema_warmup: PositiveOrZero = 0.05
     """The half-life is never more than this fraction of the images seen so far; 0 for the full half-life at once."""
     grad_clip: PositiveOrZero = 1.0
     """Longest gradient (2-norm over a phase's parameters); 0 for no clipping."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the forward pass (autocast); weights, gradients, optimizer and EMA stay as they are, fp32. With fp16 the loss
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Of the forward pass (autocast); weights, gradients, optimizer and EMA stay as they are, fp32. "auto" is bf16 on a
+    GPU that has it, else fp32. With fp16 the loss
     is multiplied so that small gradients survive, by less once large ones do not (arXiv:1710.03740, section 3.2)."""
     on_nan: Literal["stop", "skip"] = "stop"
     """Where a loss or gradient is not finite no update is made, and the run stops, or goes on with the next step."""
@@ -87,6 +88,9 @@ class TrainConfig:
     """Compute the repeated blocks once more on the way back instead of keeping what is inside them (arXiv:1604.06174):
     a third more work for far less memory."""
     compile: bool = False
+    cuda_graphs: bool = True
+    """On one GPU, record the passes of a diffusion or flow and replay them, which spares a small batch the waiting for
+    the host; not with `compile` or `gradient_checkpointing`."""
     seed: CountOrZero = 0
     log_every: Count = 50
     sample_every: CountOrZero = 0

@@ -23,15 +23,18 @@ def ema_decay(half_life: float, batch_size: int, images: float, warmup: float) -
 
 
 class Ema:
-    """Averages the parameters of `module` that are trained; frozen ones and buffers are the module's own."""
+    """Averages the parameters of `module` that are trained; frozen ones and buffers are the module's own, and so is all
+    if it is to `keep` none."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    def __init__(self, module: nn.Module, keep: bool = True) -> None:
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad and keep}
         self.values = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """values <- decay * values + (1 - decay) * parameters."""
+        if not self.values:
+            return
         parameters = [p.detach().float() for p in self.parameters.values()]
         torch._foreach_lerp_(list(self.values.values()), parameters, 1 - decay)
 

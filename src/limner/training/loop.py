@@ -31,8 +31,9 @@ from limner.training import adapting, tuning
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
 from limner.training.ledger import Ledger
-from limner.training.memory import autocast, check_batch, check_parameters, recompute_blocks
+from limner.training.memory import check_batch, check_parameters, kept_in, recompute_blocks
 from limner.training.optimizers import clip_gradients, lr_at, step_unless
+from limner.training.passes import Passes
 from limner.training.processes import STOPS, Processes, StopRequests, join
 from limner.training.report import Report
 from limner.training.sharding import check_sharding, resting, shard, twin, whole
@@ -143,7 +144,7 @@ def loaded(config: TrainConfig, device: torch.device) -> Any:
         return tuning.loaded(config, device)
     if config.sharding == "fsdp":
         raise UsageError("sharding=fsdp is for whole networks: leave it out, or adapter and word")
-    base = catalog.load(config.model, device, dtype=pipeline.DTYPES[config.keep_model_in])
+    base = catalog.load(config.model, device, dtype=kept_in(config, device))
     if config.word is not None:
         return adapting.Wording(base, config.word, config.seed)
     assert config.adapter is not None
@@ -285,6 +286,7 @@ def fit(
     for phase in losses if not sharded else ():
         state.only(phase)
         losses[phase] = processes.share(losses[phase])
+    passes = Passes(system, losses, state, config, processes)
     one = torch.ones((), device=processes.device)
     start = state.step
     saved = start if start else -1
@@ -359,18 +361,15 @@ def fit(
             for phase in system.phases:
                 state.only(phase)
                 parameters = state.parameters[phase]
-                for parameter in parameters:
-                    parameter.grad = None
+                passes.begin(phase)
                 terms: dict[str, Tensor] = {}
                 for k, (part, weight) in enumerate(parts):
                     if k:  # noise of its own
                         generator = randomness(config.seed, state.step, processes, f"/{phase}/{k}")
                     with processes.gathering(losses[phase], last=k == len(parts) - 1):
-                        with autocast(config, processes.device):
-                            found = losses[phase](part, generator)
-                        state.scaler.scale(weight * found["loss"]).backward()
+                        found = passes(phase, part, generator, weight)
                     for name, value in found.items():
-                        terms[name] = terms.get(name, 0) + weight * value.detach()
+                        terms[name] = terms.get(name, 0) + weight * value
                 for optimizer in state.optimizers[phase] if scale is not None else ():
                     state.scaler.unscale_(optimizer)
                 norm = clip_gradients(parameters, config.grad_clip)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from limner import catalog
+from limner import catalog, pipeline
 from limner.data.images import Batches
 from limner.devices import memory_of
 from limner.errors import OutOfMemory, UsageError
@@ -73,10 +73,27 @@ def check_batch(system: Any, batches: Batches, config: TrainConfig, processes: P
     compare(need, device, f"batch_size={config.batch_size} takes", "give a smaller one")
 
 
+def precision_of(config: TrainConfig, device: torch.device) -> str:
+    """That of the forward pass on this device."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     """Inside, the forward pass has the precision that the config gives it."""
-    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=config.precision != "fp32")
+    precision = precision_of(config, device)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+def kept_in(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """What weights of a model that is there are kept in. Raises UsageError where passes could not read them."""
+    precision = precision_of(config, device)
+    name = precision if config.keep_model_in == "auto" else config.keep_model_in
+    if precision == "fp32" != name:
+        raise UsageError(f"keep_model_in={name} is for passes in 16 bits: give precision=bf16, too")
+    return pipeline.DTYPES[name]
 
 
 def twice(batch: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def check_sharding(config: TrainConfig, phases: int) -> None:
     """Raises UsageError where the whole of a matrix is needed, or of a system's phases, or of all that overflowed."""
     for name, found, wanted in (
         ("optimizer", config.optimizer, "adamw"),
-        ("precision", config.precision, "bf16 or fp32"),
+        ("precision", config.precision.replace("auto", "fp32"), "bf16 or fp32"),
         ("phases", str(phases), "1"),
     ):
         if found not in wanted.split(" or "):

@@ -3,7 +3,7 @@
 A checkpoint is a folder RUN/checkpoints/step-000123:
 
     model.safetensors       trained weights, and buffers
-    ema.safetensors         moving average of the trained weights, fp32
+    ema.safetensors         moving average of the trained weights, fp32, if there is one
     optimizer.safetensors   PHASE/PARAMETER/NAME of each optimizer's state
     state.json              step, images seen, seed, SHA-256 of the frozen weights, the scale of the loss (fp16), the
                             ledger's averages, and those numbers of the optimizers that are no tensors
@@ -69,7 +69,7 @@ class TrainState:
             raise UsageError("optimizer=muon moves the linear layers of repeated blocks, and here are none: take adamw")
         self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=config.precision == "fp16")
         self.ledger: dict[str, Any] = {}
-        self.ema = Ema(system)
+        self.ema = Ema(system, keep=config.ema_half_life > 0)
         own = tensors_of(system)
         frozen = {name for name, p in system.named_parameters() if not p.requires_grad}
         whose = str(getattr(system, "identity", "")).encode()  # of weights that are no part of it
@@ -99,7 +99,7 @@ class TrainState:
         }
         return {
             "model.safetensors": _pack(self.tensors, write),
-            "ema.safetensors": _pack(self.ema.values, write),
+            **({"ema.safetensors": _pack(self.ema.values, write)} if self.ema.values else {}),
             "optimizer.safetensors": _pack(self._optimizer_tensors(), write),
             "state.json": (json.dumps(state, indent=2) + "\n").encode(),
             "config.json": to_json(self.config).encode(),
@@ -109,9 +109,10 @@ class TrainState:
         """Become what `files` remember; `source` names them in messages. Raises FileProblem, CheckpointMismatch."""
         with reading(source):
             if from_json(files["config.json"], f"{source}/{CONFIG}") != self.config:
+                weights = "ema" if "ema.safetensors" in files else "model"
                 raise FileProblem(
                     f"{source} was trained with another config than this run's {CONFIG}; put that file back as it was, "
-                    f"or start a new run with init_from={source}/ema.safetensors"
+                    f"or start a new run with init_from={source}/{weights}.safetensors"
                 )
             state = json.loads(files["state.json"])
             if state["frozen"] != self.frozen:
@@ -121,7 +122,8 @@ class TrainState:
                 )
             self.step, self.images = int(state["step"]), int(state["images"])
             copy_tensors(safetensors.torch.load(files["model.safetensors"]), self.tensors, source)
-            self.ema.load(safetensors.torch.load(files["ema.safetensors"]))
+            if self.ema.values:
+                self.ema.load(safetensors.torch.load(files["ema.safetensors"]))
             self._load_optimizers(safetensors.torch.load(files["optimizer.safetensors"]))
             self._load_numbers(state.get("optimizers", {}))
             if self.scaler.is_enabled():
@@ -229,7 +231,7 @@ def _pack(tensors: Mapping[str, Tensor], write: bool = True) -> bytes:
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():
-        value = whole(tensor.detach()).contiguous()
+        value = whole(tensor.detach()).cpu().contiguous()  # whose order may be another, and a GPU have no room
         if not write:
             continue
         apart[name] = value.clone() if value.data_ptr() in seen else value

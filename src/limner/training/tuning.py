@@ -13,14 +13,16 @@ from limner.checkpoints import files, single_files
 from limner.errors import UsageError
 from limner.models.unet import UNetConfig
 from limner.training.config import TrainConfig
+from limner.training.memory import kept_in
 
 
 def loaded(config: TrainConfig, device: torch.device) -> Any:
-    """The model of `config.model` in float32, of which the network is trained. Raises UsageError, FileProblem."""
+    """The model of `config.model`, of which the network is trained, in float32. Raises UsageError, FileProblem."""
     system = catalog.load(config.model, device, dtype=torch.float32)
     if not hasattr(system, "network"):
         raise UsageError(f"{system.name} has no network that draws from words: train one with its own recipe")
     system.network.requires_grad_(True)
+    system.text_encoder.to(kept_in(config, device))
     return system
 
 
@@ -28,6 +30,10 @@ def export(system: Any, config: TrainConfig, path: Path) -> None:
     """Write one file: a model of ours, or a Stable Diffusion with all its parts, as it was; of other transformers the
     network alone, in the names of their authors, in 16 bits. Raises FileProblem, UsageError."""
     source = catalog.find(config.model)
+    if next(system.text_encoder.parameters()).dtype != torch.float32:  # all but the network is as it was
+        whole: Any = catalog.load(source, dtype=torch.float32)
+        whole.network.load_state_dict(system.network.state_dict())
+        system = whole
     found = catalog.recognise(source)
     if found is None:
         catalog.save(system, catalog.stored(source), path)
@@ -39,5 +45,5 @@ def export(system: Any, config: TrainConfig, path: Path) -> None:
     else:
         written = {name.removeprefix("network."): t for name, t in ours.items() if name.startswith("network.")}
         dtype = torch.bfloat16
-    whole = {name: t.to(dtype) if t.is_floating_point() else t for name, t in written.items()}
-    files.write_atomically(path, save({name: t.contiguous() for name, t in whole.items()}, {"format": "pt"}))
+    packed = {name: t.to(dtype) if t.is_floating_point() else t for name, t in written.items()}
+    files.write_atomically(path, save({name: t.contiguous() for name, t in packed.items()}, {"format": "pt"}))
