@@ -37,6 +37,10 @@ Clock = Callable[..., Tensor]
 """`(network, rows, cond, ...)` -> what the network is told of the time, as `told_time` says."""
 
 
+More = Callable[[Tensor, Tensor, Conditioning], Sequence[Any]]
+"""(x, t, cond) -> what a network is told after these, such as the residuals of a control."""
+
+
 def told_time(
     time: float, walk: Mapping[float, float], network: Any, rows: int, cond: Conditioning, *more: Tensor
 ) -> Tensor:
@@ -270,8 +274,10 @@ class DiffusionSystem(nn.Module):
 
     # ---------------------------------------------------------------- training
 
-    def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
-        """Mean squared error of the prediction, as `objective` says.
+    def loss(
+        self, batch: dict[str, Any], phase: str, generator: torch.Generator, more: More = lambda x, t, cond: ()
+    ) -> dict[str, Tensor]:
+        """Mean squared error of the prediction, as `objective` says. `more` gives what the network is told besides.
 
         `batch` has "captions" and either "latents" (b, c, h, w) or "images" (b, 4, H, W); it may have a "mask"
         (b, 1, H, W) of what counts and a "weight" (b,) of how much each row does.
@@ -292,7 +298,7 @@ class DiffusionSystem(nn.Module):
         cond = self.sized(self.text_encoder.encode(captions), x0.shape[3] * self.grid, x0.shape[2] * self.grid)
         if self.told_guidance is not None:
             cond = replace(cond, guidance=self.told_guidance(torch.ones(n, device=device)))
-        output = self.network(x, t, cond)
+        output = self.network(x, t, cond, *more(x, t, cond))
         target = self.prediction.target(x0, eps, alpha, level)
         counts = batch.get("mask"), batch.get("weight")
         return {"loss": self.objective.error(output.float(), target, self.prediction, alpha, level, *counts)}
@@ -821,10 +827,14 @@ class DiffusionSystem(nn.Module):
     def shown(self, control: Control, request: Request) -> Tensor:
         """All that a control may see of it: the picture, or (1, c, h, w) its latents, which some take `scaled` alone,
         and not shifted."""
-        hint, sees = self.hint(control, request), getattr(control.network, "sees", "pixels")
+        return self.as_seen(control.network, self.hint(control, request), request.vae_tile)
+
+    def as_seen(self, network: nn.Module, hint: Tensor, tile: int | None = None) -> Tensor:
+        """The same of hints (b, 3, h, w) in [0, 1] for a control's network."""
+        sees = getattr(network, "sees", "pixels")
         if sees == "pixels":
             return hint
-        latents = self.encode(2 * hint.to(self.device) - 1, request.vae_tile)
+        latents = self.encode(2 * hint.to(self.device) - 1, tile)
         return self.autoencoder.scale * self.autoencoder.from_latents(latents) if sees == "scaled" else latents
 
     def see(self, control: Control, hint: Tensor, place: tuple[int, int, int, int]) -> Any:
