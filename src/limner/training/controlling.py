@@ -194,8 +194,8 @@ def unreached(network: nn.Module) -> list[nn.Parameter]:
 
 
 def draw(system: Controlling, config: Any) -> list[Image.Image]:
-    """Prompt i with seed i, after a hint, which comes before the drawing: by the very code that draws for users, from
-    the file that the run would leave now."""
+    """Prompt i with seed i and a hint, to the left of the drawing: by the very code that draws for users, from the file
+    that the run would leave now."""
     base, shown = system.base, []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{config.file_name}.safetensors"
@@ -204,6 +204,14 @@ def draw(system: Controlling, config: Any) -> list[Image.Image]:
             size = pipeline.size_of(base, hint)
             request = pipeline.prepare(base, prompt=prompt, seed=i, control=[open_control(base, file, hint)], **size)
             (drawn,) = pipeline.draw(base, [prompt], [i], request)
-            shown += [hint, pictures.to_pil(drawn)]
+            shown.append(beside(hint, pictures.to_pil(drawn)))
     stack(base).controls.clear()
     return shown
+
+
+def beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two pictures, the first in the second's size, as one."""
+    both = Image.new("RGBA", (2 * right.width, right.height))
+    both.paste(left.resize(right.size), (0, 0))
+    both.paste(right, (right.width, 0))
+    return both
