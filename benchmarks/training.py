@@ -6,7 +6,8 @@
 `limner.training.loop.fit` as it is, with its records and, as the scripts, without averages, on latents that are kept
 (`data.latent_views`). diffusers' is the loop of `train_text_to_image.py` and `train_text_to_image_lora.py`: bf16 by
 autocast, AdamW, gradients clipped, CLIP read at each step, and pictures encoded at each step (`diffusers`) or latents
-that are kept, as those scripts cannot (`kept`). All in one process, in turns, each with the memory of its own; images a second, and gigabytes.
+that are kept, as those scripts cannot (`kept`). All in one process, in turns, each with the memory of its own; images a
+second, and gigabytes.
 """
 
 from __future__ import annotations

@@ -7,9 +7,14 @@ that was cut short would have ended with.
 import argparse
 from pathlib import Path
 
+import torch
+
 from limner import catalog
 from limner.checkpoints import files
+from limner.training import tuning
+from limner.training.adapting import Beside
 from limner.training.config import from_json
+from limner.training.loop import loaded
 from limner.training.state import CONFIG, warm_start
 
 if __name__ == "__main__":
@@ -20,13 +25,19 @@ if __name__ == "__main__":
     options = parser.parse_args()
     checkpoint = Path(options.source)
     if (checkpoint / "ema.safetensors").is_file():
-        config = from_json((checkpoint / CONFIG).read_text(), str(checkpoint / CONFIG)).system
-        system = catalog.build(config)
+        trained = from_json((checkpoint / CONFIG).read_text(), str(checkpoint / CONFIG))
+        config = trained.system
+        system = catalog.build(config) if config else loaded(trained, torch.device("cpu"))
         warm_start(system, checkpoint / "ema.safetensors", catalog.load)
     else:
         path = catalog.find(options.source)
         _, stored = files.load(path)
         stored.pop("quantization", None)
         system, config = catalog.load(path), catalog.parse(stored, path)
-    catalog.save(system, config, options.out, bits=options.bits)
+    if config:
+        catalog.save(system, config, options.out, bits=options.bits)
+    elif isinstance(system, Beside):  # in the bits that its run says
+        system.write(options.out)
+    else:
+        tuning.export(system, trained, options.out)
     print(f"{options.out}: {options.out.stat().st_size / 2**20:.2f} MiB")

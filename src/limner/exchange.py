@@ -20,7 +20,16 @@ from limner import catalog
 from limner.adapters import control, words
 from limner.adapters import files as adapters
 from limner.adapters.names import block
-from limner.checkpoints import components, estimators, files, flows, folders, layouts, single_files
+from limner.checkpoints import (
+    components,
+    estimators,
+    files,
+    flows,
+    folders,
+    joint_dit_controlnet,
+    layouts,
+    single_files,
+)
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.quantization import gathered
 from limner.errors import CheckpointMismatch, FileProblem, UsageError
@@ -58,7 +67,7 @@ def inspect(source: str | Path) -> dict[str, Any]:
         return told | {"bytes": path.stat().st_size, "precision": _precision(learned), **_word(learned)}
     tensors, metadata = files.read(path)
     told |= {"bytes": path.stat().st_size, "tensors": len(tensors), "precision": _precision(tensors)}
-    if files.CONFIG_KEY in metadata:
+    if files.CONFIG_KEY in metadata and not control.is_control(tensors):
         config = catalog.parse(files.config_in(metadata, path), path)
         return told | {"kind": "file of limner", "model": config.name, "family": config.family}
     if (run := catalog.run_of(path)) is not None:
@@ -201,7 +210,8 @@ def _control(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Of a ControlNet or a T2I-Adapter: whose."""
     part = components.recognise({name.removeprefix("control_model."): tuple(t.shape) for name, t in tensors.items()})
     found, problem = control.bases(path, tensors)
-    told = {"kind": part.what if part else "ControlNet", "needs": components.MODEL, "base": found}
+    known = part is not None and not joint_dit_controlnet.is_one(tensors)
+    told = {"kind": part.what if part and known else "ControlNet", "needs": components.MODEL, "base": found}
     return told | {"hash": files.digest(path)} | ({"problem": problem} if problem else {})
 
 

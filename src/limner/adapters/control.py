@@ -18,12 +18,22 @@ from limner import catalog, hints, metadata, pictures
 from limner.adapters import asking, makers
 from limner.adapters.attaching import check_weights, stack
 from limner.adapters.files import BASES, bare, name_of
-from limner.checkpoints import controlnet, files, flow_controlnets, folders, parts, t2i_adapter
+from limner.checkpoints import (
+    controlnet,
+    files,
+    flow_controlnets,
+    folders,
+    joint_dit_controlnet,
+    parts,
+    t2i_adapter,
+)
 from limner.checkpoints.components import UNETS
 from limner.errors import Assumed, CheckpointMismatch, FileProblem, LimnerError, UnknownName, UsageError
 from limner.models.controlnet import KINDS, ControlNet
 from limner.models.flux import FluxConfig
 from limner.models.flux_controlnet import FluxControlNet
+from limner.models.joint_dit import JointDiTConfig
+from limner.models.joint_dit_controlnet import JointDiTControlNet
 from limner.models.mmdit import MMDiTConfig
 from limner.models.mmdit_controlnet import MMDiTControlNet
 from limner.models.t2i_adapter import T2IAdapter
@@ -37,8 +47,8 @@ MAKES = {maker: maker for maker in hints.MAKERS if maker in KINDS} | {
 }  # fmt: skip
 """The kind of picture that a maker makes, to a union that has none of its name."""
 KIND = {"--control": "ControlNet", "--ip-adapter": "IP-Adapter"}
-Network = ControlNet | T2IAdapter | FluxControlNet | MMDiTControlNet
-Base = UNetConfig | FluxConfig | MMDiTConfig
+Network = ControlNet | T2IAdapter | FluxControlNet | MMDiTControlNet | JointDiTControlNet
+Base = UNetConfig | FluxConfig | MMDiTConfig | JointDiTConfig
 
 
 def open_control(
@@ -210,7 +220,7 @@ def is_control(tensors: Mapping[str, Tensor]) -> bool:
     """Whether tensors of these names are of a network that is read here."""
     ends = ("controlnet_cond_embedding.conv_in.weight", "input_hint_block.0.weight")
     of_unet = any(name.endswith(ends) for name in tensors) or t2i_adapter.is_one(tensors)
-    return of_unet or bool(flow_controlnets.family(tensors))
+    return of_unet or bool(flow_controlnets.family(tensors)) or joint_dit_controlnet.is_one(tensors)
 
 
 def bases(path: Path, tensors: Mapping[str, Tensor]) -> tuple[list[str], str]:
@@ -218,8 +228,9 @@ def bases(path: Path, tensors: Mapping[str, Tensor]) -> tuple[list[str], str]:
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     found, problem = [], ""
     rows: list[tuple[str, Base, Mapping[str, Tensor], int]] = []
-    if its := flow_controlnets.family(tensors):
-        kind = FluxConfig if its == flow_controlnets.FLUX else MMDiTConfig
+    ours, its = joint_dit_controlnet.is_one(tensors), flow_controlnets.family(tensors)
+    if ours or its:
+        kind = JointDiTConfig if ours else FluxConfig if its == flow_controlnets.FLUX else MMDiTConfig
         for config in (entry.config for entry in catalog.entries()):
             if isinstance(config, catalog.DiffusionConfig) and isinstance(config.network, kind):
                 rows.append((config.name, config.network, {}, config.autoencoder.factor))
@@ -265,6 +276,8 @@ def _read(
     settings: Mapping[str, Any] | None = None,
 ) -> Network:
     try:
+        if isinstance(base, JointDiTConfig) or joint_dit_controlnet.is_one(tensors):
+            return joint_dit_controlnet.read(parts.weights(path)[0], base, factor)
         if not isinstance(base, UNetConfig):
             return flow_controlnets.read(path, tensors, base, factor, settings or {})
         if its := flow_controlnets.family(tensors):
@@ -273,7 +286,7 @@ def _read(
         if t2i_adapter.is_one(tensors):
             return t2i_adapter.read(path, tensors, base, factor)
         return controlnet.read(path, tensors, base, own)
-    except (IndexError, TypeError, ValueError, ZeroDivisionError, UsageError) as error:
+    except (IndexError, TypeError, ValueError, RuntimeError, ZeroDivisionError, UsageError) as error:
         raise CheckpointMismatch(f"{path} is like a ControlNet, but its shapes do not fit together") from error
 
 
@@ -283,7 +296,7 @@ def _network(system: Any, path: Path) -> tuple[Network, str]:
     adapters = stack(system)
     config = getattr(base, "config", None)
     if not isinstance(config, Base):
-        raise UsageError(f"{system.name} takes no ControlNets: those are for Stable Diffusion and FLUX.1")
+        raise UsageError(f"{system.name} takes no ControlNets: those are for Stable Diffusion, FLUX.1 and icons")
     if getattr(system, "enlarges", 1) > 1:
         raise UsageError(f"{system.name} takes no ControlNets: it follows the picture that it enlarges")
     settings = folders.Settings(path / "config.json").values if path.is_dir() else {}

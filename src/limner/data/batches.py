@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from limner import hints
 from limner.data import transforms
+from limner.data.hinted import made, to_hints
 from limner.data.images import ImageSet, to_float
 from limner.data.samples import Samples, told_bare
 from limner.errors import FileProblem, UnknownName, UsageError
@@ -28,8 +30,10 @@ class DataConfig:
     save_to_disk). `folder` where its files lie ("" = the usual place), or the one file of shards or Parquet.
     `size` in pixels; `limit` > 0 keeps the first so many; `latent_views` > 0 encodes so many views of a picture once
     instead of encoding each batch; `cache` keeps rendered pictures, or of samples their latents, in this folder ("" =
-    in memory only). `other_sizes` are rows of (width, height, share of the steps) at which latents are drawn beside
-    `size`: each step has one size, and one larger than `size` holds fewer pictures, so that no step has more pixels.
+    in memory only). `hints` are what a control network is told: what a maker of `limner.hints` makes of the pictures
+    as they are drawn, or of samples NAME-hint.png "beside" a picture. `other_sizes` are rows of (width, height, share
+    of the steps) at which latents are drawn beside `size`: each step has one size, and one larger than `size` holds
+    fewer pictures, so that no step has more pixels.
 
     Of samples: `image_column` and `caption_column` name columns, or fields of JSON, that are not called as usual.
     `buckets` gives each picture the shape nearest its own, in steps of `bucket_step` pixels a side, no larger than
@@ -56,6 +60,7 @@ class DataConfig:
     crop: Literal["center", "random"] = "center"
     mirror: bool = False
     masks: Literal["beside", "alpha", "none"] = "beside"
+    hints: str = "none"
     trigger: str = ""
     shuffle_tags: bool = False
     keep_tags: int = 0
@@ -90,6 +95,7 @@ def check_fields(config: DataConfig) -> None:
             raise UsageError(
                 f"data.{name}={getattr(config, name)} has no effect on data.source={config.source}: leave it out"
             )
+    check_hints(config)
     if config.source in SAMPLED and not config.folder:
         raise UsageError(f"data.source={config.source} needs data.folder=PATH")
     vain = [
@@ -109,26 +115,48 @@ def check_fields(config: DataConfig) -> None:
         raise UsageError("data.bucket_step is of pixels and data.bucket_ratio of the longer to the shorter: from 1 on")
 
 
+def check_hints(config: DataConfig) -> None:
+    """Raises UsageError, UnknownName for hints that cannot be had."""
+    if config.hints == "beside" and config.source not in SAMPLED:
+        raise UsageError(
+            f"data.hints=beside: nothing lies beside pictures of data.source={config.source}: name a maker"
+        )
+    if config.hints in hints.WITH_MODELS:
+        raise UsageError(
+            f"data.hints={config.hints}: a model finds that in pictures; make them first, put them beside as "
+            "NAME-hint.png and give data.hints=beside"
+        )
+    if config.hints not in ("none", "beside"):
+        hints.known(config.hints)
+
+
 def open_samples(config: DataConfig) -> Samples:
     """The samples of one of `SAMPLED`. Raises FileProblem, UsageError, MissingExtra."""
-    folder, masks = Path(config.folder), config.masks == "beside"
+    folder, beside = Path(config.folder), (config.masks == "beside", config.hints == "beside")
     if not folder.exists():
         raise FileProblem(f"data.folder={folder} does not exist")
     if config.source == "folder":
         from limner.data.folders import open_folder
 
-        samples = open_folder(folder, config.caption_column, masks)
+        samples = open_folder(folder, config.caption_column, *beside)
     elif config.source == "webdataset":
         from limner.data.shards import open_shards
 
-        samples = open_shards(folder, config.caption_column, masks)
+        samples = open_shards(folder, config.caption_column, *beside)
     else:
         from limner.data.tables import open_parquet, open_saved
 
-        columns = (config.image_column, config.caption_column, masks)
+        columns = (config.image_column, config.caption_column, *beside)
         samples = (
             open_parquet(folder, *columns) if config.source == "parquet" else open_saved(folder, config.split, *columns)
         )
+    if config.hints == "beside":
+        if not samples.hints:
+            raise FileProblem(
+                f"no picture in {folder} has a hint: put NAME-hint.png beside NAME, or give data.hints=canny"
+            )
+        for i in (i for i, hint in enumerate(samples.hints) if hint is None):
+            samples.problems.setdefault(i, f"{samples.ids[i]} has no hint beside it")
     if told := told_bare(samples):
         print(told, file=sys.stderr)
     return samples
@@ -212,7 +240,15 @@ class ImageBatches:
             images = transforms.for_autoencoder(images, generator)
         elif self.config.augment == "view":
             images = transforms.view(images, self.set.mirror[draw.index].to(self.device), generator)
-        return {"images": images, "captions": draw.captions, "ids": [self.set.ids[i] for i in draw.index.tolist()]}
+        seen = {"hints": to_hints(made(self.config.hints, images))} if self.config.hints != "none" else {}
+        ids = [self.set.ids[i] for i in draw.index.tolist()]
+        return {"images": images, "captions": draw.captions, "ids": ids} | seen
+
+    def first(self, count: int) -> list[tuple[str, Tensor]]:
+        """A caption and the hint, bytes (c, h, w), of each of the first so many pictures."""
+        index = torch.arange(min(count, len(self)))
+        seen = made(self.config.hints, self.pictures(index)).cpu()
+        return [(self.set.captions[i][0], one) for i, one in zip(index.tolist(), seen, strict=True)]
 
     def pictures(self, index: Tensor) -> Tensor:
         """Float images (len(index), 4, h, w) on the device."""

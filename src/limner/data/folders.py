@@ -22,9 +22,10 @@ CAPTIONS = ("text", "caption", "captions", "prompt")
 """What the caption is called where nobody says, in lines of JSON and in tables; the first that is there."""
 
 
-def open_folder(path: Path, caption_column: str = "", masks: bool = True) -> Samples:
+def open_folder(path: Path, caption_column: str = "", masks: bool = True, hints: bool = False) -> Samples:
     """Every PNG, JPEG and WebP under `path`, in the order of their names; with `masks`, NAME-mask.png and NAME.mask.png
-    are those of NAME. Ids are file names relative to `path`, captions without one "".
+    are those of NAME, and with `hints`, NAME-hint.png and NAME.hint.png. Ids are file names relative to `path`,
+    captions without one "".
 
     Raises FileProblem: no such folder, no pictures, a line that is no caption, captions whose pictures are missing.
     """
@@ -33,19 +34,26 @@ def open_folder(path: Path, caption_column: str = "", masks: bool = True) -> Sam
     found = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
     files = {p.relative_to(path).as_posix(): p for p in found}
     stems = {stem_of(name) for name in files}
-    of = {mask_of(stem_of(name)): name for name in files} if masks else {}
-    names = [name for name in files if not (masks and mask_of(stem_of(name)) in stems)]
+    kinds = [what for what, wanted in (("mask", masks), ("hint", hints)) if wanted]
+    of = {what: {mask_of(stem_of(name), what): name for name in files} for what in kinds}
+    names = [name for name in files if not any(mask_of(stem_of(name), what) in stems for what in kinds)]
     problems: dict[str, str] = {}
     captions = _captions(path, names, caption_column, problems)
     if not names:
         raise no_picture(path, "put PNG, JPEG or WebP files there")
-    beside: list[Blob | None] = [Piece(files[of[s]]) if (s := stem_of(name)) in of else None for name in names]
+
+    def beside(what: str) -> list[Blob | None]:
+        found = of.get(what, {})
+        blobs = [Piece(files[found[s]]) if (s := stem_of(name)) in found else None for name in names]
+        return list(blobs) if any(blobs) else []
+
     return Samples(
         name=str(path),
         ids=names,
         captions=[captions.get(name, ("",)) for name in names],
         pictures=[Piece(files[name]) for name in names],
-        masks=beside if any(beside) else [],
+        masks=beside("mask"),
+        hints=beside("hint"),
         problems={i: problems[name] for i, name in enumerate(names) if name in problems},
     )
 

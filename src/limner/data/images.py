@@ -53,7 +53,8 @@ class Batches(Protocol):
     So a resumed run needs nothing but its step to go on with the same data. `size` is the global batch;
     rank r of `world` gets its slice of it, as long as any other's. A batch is {"images": float (b, 4, h, w) in [-1, 1],
     "captions": list of b strings, "ids": list of b strings}, or has what a system asked to be cached for "images". It
-    may be smaller than `size`. It may have "mask" (b, 1, h, w) in [0, 1], by which each pixel counts in the loss, and
+    may be smaller than `size`. It may have "hints" (b, 3, h, w) in [0, 1], what a control network is told of pictures
+    of h x w pixels, "mask" (b, 1, h, w) in [0, 1], by which each pixel counts in the loss, and
     "weight" (b,), by which each row counts in its mean, with "count", how many rows of all ranks do.
     """
 

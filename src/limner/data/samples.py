@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from limner.data.images import premultiply
 from limner.errors import FileProblem, ImageProblem
+from limner.hints import on_white
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -60,9 +61,9 @@ class Samples:
     """n pictures of any size, with captions.
 
     `ids` a name for each, unique, that tells a person where it is. `captions` several ways to describe each, at least
-    one (may be ""). `pictures` and `masks` their bytes; a mask is white where the picture should be learned, and None
-    is white all over. `problems` why some of them, by position, cannot be learned from, as far as that is known
-    without looking at the picture.
+    one (may be ""). `pictures`, `masks` and `hints` their bytes; a mask is white where the picture should be learned,
+    and None is white all over; a hint is what a control network is told. `problems` why some of them, by position,
+    cannot be learned from, as far as that is known without looking at the picture.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Samples:
     pictures: Sequence[Blob]
     masks: list[Blob | None] = field(default_factory=list)
     problems: dict[int, str] = field(default_factory=dict)
+    hints: list[Blob | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -93,6 +95,13 @@ class Samples:
             return None
         name = f"the mask of {self.ids[i]}"
         return decode(_read(blob, name), name).convert("L")
+
+    def hint(self, i: int) -> Image.Image:
+        """The hint on white, as opaque RGBA. Raises ImageProblem."""
+        blob, name = self.hints[i], f"the hint of {self.ids[i]}"
+        if blob is None:
+            raise ImageProblem(f"{self.ids[i]} has no hint")
+        return on_white(decode(_read(blob, name), name)).convert("RGBA")
 
     def _bytes(self, i: int, most: int = -1) -> bytes:
         return _read(self.pictures[i], self.ids[i], most)
@@ -183,9 +192,9 @@ def alternatives(value: object) -> tuple[str, ...] | None:
     return None
 
 
-def mask_of(stem: str) -> str:
-    """Of which picture a file of this stem may be the mask: fox for fox-mask and fox.mask, else ""."""
-    return stem[:-5] if stem.endswith(("-mask", ".mask")) else ""
+def mask_of(stem: str, what: str = "mask") -> str:
+    """Of which picture a file of this stem may be the mask, or the hint: fox for fox-mask and fox.mask, else ""."""
+    return stem[: -len(what) - 1] if stem.endswith((f"-{what}", f".{what}")) else ""
 
 
 def some(names: Sequence[str], most: int = 10) -> str:

@@ -1,7 +1,8 @@
 """WebDataset shards -> Samples: tar files whose members of one name and many endings are a sample.
 
 A sample KEY has KEY.jpg, .jpeg, .png or .webp, its caption in KEY.txt, KEY.caption (one a line) or KEY.json, and may
-have a mask, KEY.mask.png. Members are found once, at the beginning; then any is read from its place in the file.
+have a mask, KEY.mask.png, and a hint, KEY.hint.png. Members are found once, at the beginning; then any is read from its
+place in the file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ TEXTS = ("txt", "caption", "json")
 PICTURES = tuple(ending[1:] for ending in ENDINGS)
 
 
-def open_shards(path: Path, caption_column: str = "", masks: bool = True) -> Samples:
+def open_shards(path: Path, caption_column: str = "", masks: bool = True, hints: bool = False) -> Samples:
     """The samples of one .tar, or of all below a folder in the order of their names. Ids are SHARD/MEMBER.
 
     Raises FileProblem: no shards, one that is torn, compressed or no tar, no pictures, captions without a picture.
@@ -41,17 +42,23 @@ def open_shards(path: Path, caption_column: str = "", masks: bool = True) -> Sam
                 captions = _captions(parts, f"{name}/{key}", caption_column)
             except ImageProblem as problem:
                 made.problems[len(made)] = str(problem)
-            mask = next((parts[f"mask.{e}"] for e in PICTURES if f"mask.{e}" in parts), None)
+            mask, hint = (
+                next((parts[f"{what}.{e}"] for e in PICTURES if f"{what}.{e}" in parts), None)
+                for what in ("mask", "hint")
+            )
             made.ids.append(identity)
             made.captions.append(captions)
             pictures.append(parts[ending])
             made.masks.append(mask if masks else None)
+            made.hints.append(hint if hints else None)
     if lost:
         raise FileProblem(f"{len(lost)} captions in {path} have no picture: {some(lost)}; make these shards anew")
     if not pictures:
         raise no_picture(path, "a WebDataset shard has KEY.jpg, .png or .webp and KEY.txt or KEY.json")
     if not any(made.masks):
         made.masks = []
+    if not any(made.hints):
+        made.hints = []
     return made
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 
 from limner.checkpoints.files import write_atomically
 from limner.data.epochs import Bucket
+from limner.data.hinted import to_hints
 from limner.data.images import to_float
 from limner.data.streams import Look, Stream
 from limner.errors import FileProblem, ImageProblem
@@ -82,11 +83,14 @@ class StoredLatents:
         try:
             samples = self.stream.samples
             blobs = [samples.pictures[i], samples.masks[i] if samples.masks else None]
+            blobs += [samples.hints[i]] if samples.hints else []
             stamps = [blob and blob.stamp() for blob in blobs]
         except OSError as error:
             raise ImageProblem(f"{self.stream.samples.ids[i]} cannot be read: {error.strerror}") from error
         looks = [self.look(i, view) for view in range(self.views)]
         told = [VERSION, stamps, bucket.width, bucket.height, looks, self.stream.config.masks, self.model]
+        if (hints := self.stream.config.hints) != "none":  # those without stay what they were
+            told.append(hints)
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def file(self, i: int) -> Path:
@@ -106,8 +110,8 @@ class StoredLatents:
             return "torn"
 
     def read(self, i: int) -> tuple[dict[str, Tensor], str]:
-        """{"latents": (views, c, h, w), "masks": uint8 (views, 1, H, W) if there are any} of a sample, and their key.
-        Raises FileProblem."""
+        """{"latents": (views, c, h, w)} of a sample, and their key; where there are any, also "masks", uint8 (views, 1,
+        H, W), and "hints", uint8 (views, 1 or 3, H, W). Raises FileProblem."""
         path = self.file(i)
         try:
             with safe_open(path, "pt") as file:
@@ -143,7 +147,10 @@ class StoredLatents:
             latents = [self.system.encode(to_float(pictures[:, v, :4].to(device))) for v in range(self.views)]
         kept = {"latents": torch.stack(latents, 1).to(torch.float16).cpu()}
         if stream.masked:
-            kept["masks"] = pictures[:, :, 4:]
+            kept["masks"] = pictures[:, :, 4:5]
+        if stream.config.hints != "none":
+            hints = [stream.hints_of(to_float(pictures[:, v].to(device))) for v in range(self.views)]
+            kept["hints"] = torch.stack(hints, 1).cpu()
         for k, i in enumerate(seen):
             one = {name: tensor[k].contiguous() for name, tensor in kept.items()}
             if self.folder is None:
@@ -160,6 +167,8 @@ class StoredLatents:
         batch = {"latents": latents} | stream.told_of(step, [i for i, _ in taken], rows, weights, len(indices))
         if stream.masked:
             batch["mask"] = torch.stack([kept["masks"] for _, kept in taken]).to(stream.device).float() / 255
+        if "hints" in taken[0][1]:
+            batch["hints"] = to_hints(torch.stack([kept["hints"] for _, kept in taken]).to(stream.device))
         return batch
 
     def _read(self, i: int, bucket: Bucket, look: Look) -> dict[str, Tensor]:

@@ -8,15 +8,18 @@ import sys
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from limner.data import transforms
 from limner.data.batches import seeded
 from limner.data.epochs import Bucket, Epochs, bucket_sizes, nearest, share
+from limner.data.hinted import made, to_hints
 from limner.data.images import to_float
 from limner.data.samples import Samples, covering, some
 from limner.errors import FileProblem, ImageProblem, UsageError
@@ -44,9 +47,9 @@ class Look:
 class Stream:
     """Batches of {"images" (b, 4, h, w) in [-1, 1], "captions", "ids"} of Samples; see `limner.data.images.Batches`.
 
-    Where the samples have masks, also "mask" (b, 1, h, w) in [0, 1]. Where a batch cannot be shared evenly by the
-    processes, also "weight" (b,), what each row counts in the mean, and "count", the rows of all processes that count;
-    see `limner.data.epochs.share`.
+    Where the samples have masks, also "mask" (b, 1, h, w) in [0, 1], and with data.hints "hints" (b, 3, h, w). Where a
+    batch cannot be shared evenly by the processes, also "weight" (b,), what each row counts in the mean, and "count",
+    the rows of all processes that count; see `limner.data.epochs.share`.
 
     A bad sample is told on stderr and its place taken by the next of its bucket; `bad` has all that were met, by
     position, with the reason. Raises FileProblem if none is left, or at the first with data.bad=raise.
@@ -63,6 +66,7 @@ class Stream:
         """`members` are the places of those that are read, None for all."""
         self.samples, self.config, self.seed, self.device = samples, config, seed, device
         self.masked = config.masks == "alpha" or bool(samples.masks)
+        self.hinted = bool(samples.hints)
         self.pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), "limner-data")
         self.pending: dict[tuple[int, int, int, int], list[Future[tuple[int, Any]]]] = {}
         self.bad: dict[int, str] = {}
@@ -110,7 +114,26 @@ class Stream:
             mirror = torch.full((len(planes),), self.config.mirror, device=self.device)
             planes = transforms.view(planes, mirror, generator)
         batch = {"images": planes[:, :4]} | self.told_of(step, ids, rows, weights, len(indices))
-        return batch | ({"mask": (planes[:, 4:] + 1) / 2} if self.masked else {})
+        if self.config.hints != "none":
+            batch["hints"] = to_hints(self.hints_of(planes))
+        return batch | ({"mask": (planes[:, 4:5] + 1) / 2} if self.masked else {})
+
+    def hints_of(self, planes: Tensor) -> Tensor:
+        """Of what `picture` gave, as float in [-1, 1]: those beside the pictures, or made of these, in bytes."""
+        if self.hinted:
+            return (planes[:, -3:] + 1).mul(127.5).round().to(torch.uint8)
+        return made(self.config.hints, planes[:, :4])
+
+    def first(self, count: int) -> list[tuple[str, Tensor]]:
+        """A caption and the hint, bytes (c, h, w), of each of the first so many good pictures."""
+        found: list[tuple[str, Tensor]] = []
+        rows = sorted((i, bucket.width, bucket.height) for bucket in self.buckets for i in bucket.members)
+        for i, width, height in rows:
+            if len(found) < count:
+                with suppress(ImageProblem):
+                    planes = to_float(torch.from_numpy(self.picture(i, width, height, (0.5, 0.5), False))[None])
+                    found.append((self.caption(i, random.Random(i)), self.hints_of(planes)[0]))
+        return found
 
     def told_of(
         self, step: int, ids: list[int], rows: list[int], weights: list[float] | None, count: int
@@ -174,7 +197,8 @@ class Stream:
             yield from self.pool.map(function, members[start : start + 4096])
 
     def picture(self, i: int, width: int, height: int, place: tuple[float, float], mirror: bool) -> np.ndarray:
-        """uint8 (4, height, width), or (5, height, width) where there are masks. Raises ImageProblem."""
+        """uint8 (4, height, width), and one plane more where there are masks, and then three of hints that lie beside.
+        Raises ImageProblem."""
         picture = self.samples.load(i)
         mask = self.samples.mask(i) if self.config.masks == "beside" else None
         if self.config.masks == "alpha":
@@ -187,6 +211,12 @@ class Stream:
         if self.masked:
             white = np.full((height, width, 1), 255, np.uint8)
             parts.append(white if mask is None else covering(mask, width, height, place))
+        if self.hinted:
+            hint = self.samples.hint(i)
+            if hint.size != picture.size:
+                found, wanted = ("{} x {}".format(*one.size) for one in (hint, picture))
+                raise ImageProblem(f"the hint of {self.samples.ids[i]} has {found} pixels, the picture {wanted}")
+            parts.append(covering(hint, width, height, place)[..., :3])
         planes = np.concatenate(parts, -1).transpose(2, 0, 1)
         return np.ascontiguousarray(planes[..., ::-1] if mirror else planes)
 

@@ -7,12 +7,13 @@ in memory.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from limner.data.folders import CAPTIONS
-from limner.data.samples import Blob, Piece, Samples, alternatives, no_picture
+from limner.data.samples import Piece, Samples, alternatives, no_picture
 from limner.devices import memory_of
 from limner.errors import FileProblem, ImageProblem, MissingExtra, UnknownName, UsageError
 
@@ -40,7 +41,9 @@ class Cell:
         return f"{Piece(self.file).stamp()}/{self.row}"
 
 
-def open_parquet(path: Path, image_column: str = "", caption_column: str = "", masks: bool = True) -> Samples:
+def open_parquet(
+    path: Path, image_column: str = "", caption_column: str = "", masks: bool = True, hints: bool = False
+) -> Samples:
     """The rows of one .parquet file, or of all below a folder in the order of their names. Ids are FILE:ROW.
 
     Raises FileProblem, UnknownName for a column, MissingExtra.
@@ -60,16 +63,23 @@ def open_parquet(path: Path, image_column: str = "", caption_column: str = "", m
             "the package 'datasets' and give data.source=hf"
         )
 
+    beside = [what for what, asked in (("mask", masks), ("hint", hints)) if asked]
+
     def read(file: Path) -> Any:
         names = parquet.read_schema(file).names
-        wanted = dict.fromkeys((*_columns(file, names, image_column, caption_column), *(["mask"] if masks else [])))
+        wanted = dict.fromkeys((*_columns(file, names, image_column, caption_column), *beside))
         return parquet.ParquetFile(file).read(columns=[name for name in wanted if name in names])
 
-    return _samples(path, files, read, pyarrow, image_column, caption_column, masks)
+    return _samples(path, files, read, pyarrow, image_column, caption_column, beside)
 
 
 def open_saved(
-    path: Path, split: str = "train", image_column: str = "", caption_column: str = "", masks: bool = True
+    path: Path,
+    split: str = "train",
+    image_column: str = "",
+    caption_column: str = "",
+    masks: bool = True,
+    hints: bool = False,
 ) -> Samples:
     """A dataset, or the `split` of several, that `save_to_disk` of Hugging Face `datasets` wrote. Ids are FILE:ROW.
 
@@ -98,11 +108,18 @@ def open_saved(
     def read(file: Path) -> Any:
         return pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
 
-    return _samples(path, files, read, pyarrow, image_column, caption_column, masks)
+    beside = [what for what, asked in (("mask", masks), ("hint", hints)) if asked]
+    return _samples(path, files, read, pyarrow, image_column, caption_column, beside)
 
 
 def _samples(
-    path: Path, files: list[Path], read: Any, pyarrow: Any, image_column: str, caption_column: str, masks: bool
+    path: Path,
+    files: list[Path],
+    read: Any,
+    pyarrow: Any,
+    image_column: str,
+    caption_column: str,
+    beside: Sequence[str],
 ) -> Samples:
     made = Samples(str(path), [], [], pictures := [], masks=[])
     for file in files:
@@ -122,15 +139,15 @@ def _samples(
             made.captions.append(captions or ("",))
             if captions is None:
                 made.problems[i] = f"{made.ids[i]} has {type(value).__name__}, not text, in the column {caption}"
-        covers: list[Blob | None] = [None] * count
-        if masks and "mask" in names:
-            column = table["mask"]
-            covers = [Cell(column, i, file) if column[i].is_valid else None for i in range(count)]
-        made.masks += covers
+        for what, found in (("mask", made.masks), ("hint", made.hints)):
+            cells = table[what] if what in beside and what in names else []
+            found += [Cell(cells, i, file) if cells and cells[i].is_valid else None for i in range(count)]
     if not made.ids:
         raise no_picture(path, "its tables have no rows")
     if not any(made.masks):
         made.masks = []
+    if not any(made.hints):
+        made.hints = []
     return made
 
 

@@ -10,6 +10,7 @@ same picture on a finer or coarser grid.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,7 +43,34 @@ JOINT_DIT_ICONS = JointDiTConfig()
 JOINT_DIT_TINY = JointDiTConfig(channels=8, width=64, depth=2, num_heads=2, hidden=128, base_grid=8)
 
 
-class JointDiT(nn.Module):
+class Trunk(nn.Module):
+    """What a JointDiT and a ControlNet for it have alike: how they are told of times, words and places."""
+
+    config: JointDiTConfig
+    time_in: TimeEmbedding
+    pooled_in: nn.Linear
+    modulation: nn.Linear
+
+    def modulate_by(self, t: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """A lone row is computed as one of two: matrix products of one row round differently from those of many, and an
+        image must not depend on the size of its batch."""
+        if len(t) == 1:
+            c, modulation = self.modulate_by(t.repeat(2), pooled.repeat(2, 1))
+            return c[:1], modulation[:1]
+        c = F.silu(self.time_in(t) + self.pooled_in(pooled))
+        return c, self.modulation(c).unflatten(-1, (6, -1))
+
+    def rope(self, text: int, height: int, width: int, device: torch.device) -> Tensor:
+        """Rotary table (2, text + height * width, head_width): the grid is centred on 0, text sits at 0."""
+        unit = self.config.base_grid / min(height, width)
+        rows = unit * (torch.arange(height, device=device) - (height - 1) / 2)
+        columns = unit * (torch.arange(width, device=device) - (width - 1) / 2)
+        grid = torch.cartesian_prod(rows, columns)
+        positions = torch.cat([grid.new_zeros(text, 2), grid])
+        return rope_table(positions, self.config.width // self.config.num_heads)
+
+
+class JointDiT(Trunk):
     def __init__(self, config: JointDiTConfig) -> None:
         super().__init__()
         self.config = config
@@ -74,8 +102,16 @@ class JointDiT(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.final.weight)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Latents (b, c, h, w) at times t (b,) in [0, 1] -> velocity (b, c, h, w)."""
+    def together(self, parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+        """What several networks add at once."""
+        return [sum(there[1:], there[0]) if (there := [x for x in same if x is not None]) else None
+                for same in zip(*parts, strict=True)]  # fmt: skip
+
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Conditioning, residuals: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
+        """Latents (b, c, h, w) at times t (b,) in [0, 1] -> velocity (b, c, h, w). `residuals` of a ControlNet, (b, n,
+        d) or None for each block, are added to the image tokens before it."""
         assert cond.tokens is not None
         assert cond.mask is not None
         assert cond.pooled is not None
@@ -87,31 +123,15 @@ class JointDiT(nn.Module):
         table = self.rope(text.shape[1], height, width, x.device)
 
         tokens = torch.cat([text, image], dim=1)  # b (l + n) d
-        for block in self.blocks:
+        for block, added in zip(self.blocks, residuals or [None] * len(self.blocks), strict=True):
+            if added is not None:
+                tokens = torch.cat([tokens[:, : text.shape[1]], tokens[:, text.shape[1] :] + added], dim=1)
             tokens = block(tokens, modulation, table)
         tokens = tokens[:, text.shape[1] :]
 
         shift, scale = (self.final_modulation + c[:, None]).chunk(2, dim=1)
         tokens = self.final(modulate(tokens, shift, scale))
         return rearrange(tokens, "b (h w) c -> b c h w", h=height)
-
-    def modulate_by(self, t: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """A lone row is computed as one of two: matrix products of one row round differently from those of many, and an
-        image must not depend on the size of its batch."""
-        if len(t) == 1:
-            c, modulation = self.modulate_by(t.repeat(2), pooled.repeat(2, 1))
-            return c[:1], modulation[:1]
-        c = F.silu(self.time_in(t) + self.pooled_in(pooled))
-        return c, self.modulation(c).unflatten(-1, (6, -1))
-
-    def rope(self, text: int, height: int, width: int, device: torch.device) -> Tensor:
-        """Rotary table (2, text + height * width, head_width): the grid is centred on 0, text sits at 0."""
-        unit = self.config.base_grid / min(height, width)
-        rows = unit * (torch.arange(height, device=device) - (height - 1) / 2)
-        columns = unit * (torch.arange(width, device=device) - (width - 1) / 2)
-        grid = torch.cartesian_prod(rows, columns)
-        positions = torch.cat([grid.new_zeros(text, 2), grid])
-        return rope_table(positions, self.config.width // self.config.num_heads)
 
 
 class Block(nn.Module):

@@ -28,6 +28,9 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "finetune": adapters.finetune,
     "finetune-tiny": adapters.finetune_tiny,
     "word": adapters.word,
+    "control": adapters.control,
+    "control-tiny": adapters.control_tiny,
+    "t2i-adapter": adapters.t2i_adapter,
 }
 
 

@@ -1,12 +1,16 @@
 """What a model that is there learns: an adapter (LoRA, arXiv:2106.09685, and its kin), a word (textual inversion,
-arXiv:2208.01618), or all of its network."""
+arXiv:2208.01618), what tells it of a picture (ControlNet, arXiv:2302.05543, and T2I-Adapter, arXiv:2302.08453), or all
+of its network."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from limner.adapters.trainable import AdapterConfig
 from limner.data.batches import DataConfig
 from limner.training.adapting import WordConfig
 from limner.training.config import TrainConfig
+from limner.training.controlling import ControlConfig
 
 
 def lora() -> TrainConfig:
@@ -66,6 +70,49 @@ def word() -> TrainConfig:
         log_every=10,
         sample_every=500,
     )
+
+
+def control() -> TrainConfig:
+    """A ControlNet, for thousands of pictures or more: give --model and --data; data.hints says what it is told of
+    them. The learning rate is the authors' for a copy of Stable Diffusion; what begins anew, as for icons, wants 1e-3.
+    """
+    return TrainConfig(
+        name="control",
+        model="sd1",
+        control=ControlConfig(),
+        data=DataConfig(source="folder", size=0, latent_views=1, hints="canny"),
+        steps=20_000,
+        batch_size=8,
+        lr=1e-5,
+        betas=(0.9, 0.999),
+        warmup=200,
+        lr_schedule="constant",
+        ema_half_life=5000,
+        save_every=1000,
+        log_every=20,
+        sample_every=1000,
+    )
+
+
+def control_tiny() -> TrainConfig:
+    return TrainConfig(
+        name="control-tiny",
+        model="icons",
+        control=ControlConfig(depth=2),
+        data=DataConfig(source="shapes", size=128, latent_views=1, limit=16, hints="canny"),
+        steps=10,
+        batch_size=2,
+        lr=1e-3,
+        warmup=2,
+        ema_half_life=4,
+        save_every=10,
+        log_every=5,
+    )
+
+
+def t2i_adapter() -> TrainConfig:
+    """A T2I-Adapter of a Stable Diffusion: as `control`, at the authors' learning rate."""
+    return replace(control(), name="t2i-adapter", control=ControlConfig(kind="t2i_adapter"), lr=1e-5)
 
 
 def finetune() -> TrainConfig:

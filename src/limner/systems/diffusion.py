@@ -37,6 +37,10 @@ Clock = Callable[..., Tensor]
 """`(network, rows, cond, ...)` -> what the network is told of the time, as `told_time` says."""
 
 
+More = Callable[[Tensor, Tensor, Conditioning], Sequence[Any]]
+"""(x, t, cond) -> what a network is told after these, such as the residuals of a control."""
+
+
 def told_time(
     time: float, walk: Mapping[float, float], network: Any, rows: int, cond: Conditioning, *more: Tensor
 ) -> Tensor:
@@ -300,11 +304,12 @@ class DiffusionSystem(nn.Module):
         asked = {"x": x, "t": t, "cond": cond, "target": target, "alpha": alpha, "sigma": level}
         return asked | {name: batch[name] for name in ("mask", "weight") if name in batch}
 
-    def error(self, examples: dict[str, Any]) -> dict[str, Tensor]:
-        """The loss of the network's answers to `examples`."""
-        asked = dict(examples)
-        output = self.network(asked.pop("x"), asked.pop("t"), asked.pop("cond"))
-        return {"loss": self.objective.error(output.float(), prediction=self.prediction, **asked)}
+    def error(self, examples: dict[str, Any], more: More = lambda x, t, cond: ()) -> dict[str, Tensor]:
+        """The loss of the network's answers to `examples`. `more` gives what the network is told besides."""
+        judged = dict(examples)
+        asked = judged.pop("x"), judged.pop("t"), judged.pop("cond")
+        output = self.network(*asked, *more(*asked))
+        return {"loss": self.objective.error(output.float(), prediction=self.prediction, **judged)}
 
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         return list(self.network.parameters())
@@ -830,10 +835,14 @@ class DiffusionSystem(nn.Module):
     def shown(self, control: Control, request: Request) -> Tensor:
         """All that a control may see of it: the picture, or (1, c, h, w) its latents, which some take `scaled` alone,
         and not shifted."""
-        hint, sees = self.hint(control, request), getattr(control.network, "sees", "pixels")
+        return self.as_seen(control.network, self.hint(control, request), request.vae_tile)
+
+    def as_seen(self, network: nn.Module, hint: Tensor, tile: int | None = None) -> Tensor:
+        """The same of hints (b, 3, h, w) in [0, 1] for a control's network."""
+        sees = getattr(network, "sees", "pixels")
         if sees == "pixels":
             return hint
-        latents = self.encode(2 * hint.to(self.device) - 1, request.vae_tile)
+        latents = self.encode(2 * hint.to(self.device) - 1, tile)
         return self.autoencoder.scale * self.autoencoder.from_latents(latents) if sees == "scaled" else latents
 
     def see(self, control: Control, hint: Tensor, place: tuple[int, int, int, int]) -> Any:

@@ -61,10 +61,13 @@ class Beside(nn.Module, ABC):
         return self.base.model_hash
 
     def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
-        return self.base.error(self.examples(batch, generator))
+        return self.error(self.examples(batch, generator))
 
     def examples(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         return self.base.examples(batch, generator)
+
+    def error(self, examples: dict[str, Any]) -> dict[str, Tensor]:
+        return self.base.error(examples)
 
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         return list(self.parameters())

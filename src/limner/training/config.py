@@ -18,6 +18,7 @@ from limner.data.batches import DataConfig
 from limner.errors import FileProblem, UnknownName, UsageError, complaint, wanted
 from limner.systems.objectives import Objective
 from limner.training.adapting import WordConfig
+from limner.training.controlling import ControlConfig
 
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\w[\w.-]*$")]
 Count = Annotated[int, Field(gt=0, lt=10**12)]
@@ -40,10 +41,11 @@ class TrainConfig:
     system: SystemConfig | None = None
     """What is trained from nothing, or from `init_from`."""
     model: str = ""
-    """Or a model that is there, by name, file or folder. An `adapter` or a `word` is trained beside it, without one its
-    network."""
+    """Or a model that is there, by name, file or folder. An `adapter`, a `word` or a `control` is trained beside it,
+    without one its network."""
     adapter: AdapterConfig | None = None
     word: WordConfig | None = None
+    control: ControlConfig | None = None
     keep_model_in: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """What the weights of `model` are kept in where they stay as they are; "auto" is what `precision` is."""
     data: DataConfig
@@ -104,7 +106,8 @@ class TrainConfig:
     keep: Count = 2
     """How many of the newest checkpoints are kept."""
     sample_prompts: tuple[str, ...] = ()
-    """One drawing each in a grid; none, no grid."""
+    """One drawing each in a grid, with a `control` beside its hint; none, no grid, or with a `control` the captions of
+    the first pictures."""
     init_from: str = ""
     """A final weights file, or a checkpoint's model.safetensors or ema.safetensors, to start the weights from."""
 

@@ -27,7 +27,7 @@ from limner.data.images import Batches
 from limner.data.latents import encoded
 from limner.errors import UsageError
 from limner.systems.objectives import Objective
-from limner.training import adapting, tuning
+from limner.training import adapting, controlling, tuning
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
 from limner.training.ledger import Ledger
@@ -73,8 +73,8 @@ def train(
     """
     if config.system and config.model:
         raise UsageError(f"{config.name} trains a system of its own: leave model out")
-    if config.adapter and config.word:
-        raise UsageError(f"{config.name} trains an adapter and a word: leave one of them out")
+    if len(beside := [name for name in ("adapter", "word", "control") if getattr(config, name)]) > 1:
+        raise UsageError(f"{config.name} trains {' and '.join(beside)}: leave all but one of them out")
     config, given = replace(config, system=catalog.settled(config.system) if config.system else None), config
     with StopRequests(stop_after) as stop, ExitStack() as held:
         processes = join(device)
@@ -96,7 +96,8 @@ def train(
         if hasattr(model, "objective"):
             model.objective = config.loss
         if config.init_from:
-            warm_start(system, Path(config.init_from), partial(catalog.load, dtype=torch.float32))
+            opened = system.opened if config.control else partial(catalog.load, dtype=torch.float32)
+            warm_start(system, Path(config.init_from), opened)
         system.to(processes.device, memory_format=torch.channels_last)
         images = open_batches(config.data, config.seed, processes.device)
         side = images.side
@@ -106,6 +107,9 @@ def train(
         if config.validation:
             images, out = parted(images, config.validation)
             unlearned = encoded(out, system)
+        if isinstance(system, controlling.Controlling):
+            captions = system.show(out if config.validation else images)
+            config = replace(config, sample_prompts=config.sample_prompts or tuple(captions))
         batches: Batches = encoded(images, system)
         if config.gradient_checkpointing and not recompute_blocks(model):
             raise UsageError(
@@ -121,7 +125,8 @@ def train(
             notes.append("system.autoencoder is that of the file which system.autoencoder_from names")
         how: Any = {"export": tuning.export} if config.model else {}
         if isinstance(system, adapting.Beside):
-            how = {"draw": adapting.draw, "export": adapting.export}
+            draw = controlling.draw if config.control else adapting.draw
+            how = {"draw": draw, "export": adapting.export}
         return fit(
             system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes, held=unlearned,
             **how,
@@ -140,13 +145,15 @@ def loaded(config: TrainConfig, device: torch.device) -> Any:
     """The model of `config.model` with what is trained of it. Raises UsageError, FileProblem."""
     if not config.model:
         raise UsageError(f"{config.name} is for a model that is there: give --model NAME or FILE")
-    if config.adapter is None and config.word is None:
+    if config.adapter is None and config.word is None and config.control is None:
         return tuning.loaded(config, device)
     if config.sharding == "fsdp":
-        raise UsageError("sharding=fsdp is for whole networks: leave it out, or adapter and word")
+        raise UsageError("sharding=fsdp is for whole networks: leave it out, or adapter, word and control")
     base = catalog.load(config.model, device, dtype=kept_in(config, device))
     if config.word is not None:
         return adapting.Wording(base, config.word, config.seed)
+    if config.control is not None:
+        return controlling.Controlling(base, config.control, config.seed)
     assert config.adapter is not None
     return adapting.Adapting(base, config.adapter, config.seed)
 
@@ -168,6 +175,12 @@ def check_pretrained(config: TrainConfig) -> None:
 def check(config: TrainConfig, grid: int, size: int) -> None:
     """Raises UsageError where the system cannot learn from pictures of this size, or in this form."""
     data = config.data
+    if config.control and data.hints == "none":
+        raise UsageError("a control learns what hints say: give data.hints=canny, or another maker, or beside")
+    if data.hints != "none" and not config.control:
+        raise UsageError(
+            f"data.hints={data.hints} has no effect on {config.name}, which trains no control: leave it out"
+        )
     if data.other_sizes and not data.latent_views:
         raise UsageError("data.other_sizes are sizes of kept latents: give data.latent_views=1 or more")
     if config.system is not None and config.system.kind == "autoencoding":

@@ -324,7 +324,7 @@ def config_of(run: Path) -> TrainConfig:
 def final_file(run: Path, config: TrainConfig) -> Path:
     """Where a finished run leaves its weights."""
     name = f"{config.file_name}.safetensors"
-    return run / name if config.adapter or config.word else run / "final" / name
+    return run / name if config.adapter or config.word or config.control else run / "final" / name
 
 
 def write_final(path: Path, export: Callable[[Path], object]) -> None:
