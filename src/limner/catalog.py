@@ -81,6 +81,8 @@ from limner.text.unigram import T5Tokenizer
 from limner.types import Defaults
 
 WEIGHTS = Path(__file__).parent / "weights"
+CONTROLS = {"icons-canny": ("icons", "follows edges of a picture: --control icons-canny=IMAGE:1,canny")}
+"""ControlNets that ship: of which model, and what they do."""
 _ICONS = Defaults(
     width=256, height=256, steps=12, guidance=3.0, min_size=128, max_size=512, sampler="dpmpp_2m", strength=0.8
 )
@@ -970,6 +972,11 @@ def _multiplies_bf16() -> bool:
 def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """All in `dtype`, but for the autoencoder: SDXL's overflows in float16."""
     return {name: t.to(torch.float32 if name.startswith("autoencoder.") else dtype) for name, t in tensors.items()}
+
+
+def shipped(name: str) -> Path | None:
+    """The file of a ControlNet that ships."""
+    return WEIGHTS / name / f"{name}.safetensors" if name in CONTROLS else None
 
 
 def find(source: str | Path) -> Path:

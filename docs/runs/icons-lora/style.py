@@ -1,6 +1,7 @@
 """A style that `icons` never saw, and how much of it a LoRA brings, and at what price for the others.
 
-    python style.py pictures SPRITES FOLDER COUNT        so many sprites of monsters as pictures and captions
+    python style.py pictures SPRITES FOLDER COUNT         so many sprites of monsters as pictures and captions
+    python style.py others ICONS FOLDER COUNT             so many drawings of the model itself, of training captions
     python style.py measure SPRITES ICONS OUT [LORA ...]  a JSON line for the model alone, and for each LoRA
 
 The style is that of the sprites of Dungeon Crawl (32 pixels, shown eightfold), called "dungeon sprite of ...". Whether
@@ -59,6 +60,18 @@ def pictures(sprites: str, folder: str, count: str) -> None:
         picture = evaluation.to_picture(enlarged(images.images[k : k + 1])[0])
         picture.save(Path(folder, f"{k:04}.png"))
         Path(folder, f"{k:04}.txt").write_text(names[k] + "\n")
+
+
+def others(icons: str, folder: str, count: str) -> None:
+    """What the LoRA is to leave as it is, as the model draws it (prior preservation, arXiv:2208.12242)."""
+    system, pack = pipeline.load("icons").system, open_icons(Path(icons))
+    records = [r for r in pack.records if r.split == "train"]
+    random.Random(0).shuffle(records)
+    captions = [random.Random(k).choice(r.captions) for k, r in enumerate(records[: int(count)])]
+    seeds = [10_000 + k for k in range(len(captions))]
+    for k, image in enumerate(evaluation.draw(system, captions, seeds, 128)):
+        evaluation.to_picture(image).save(Path(folder, f"other-{k:04}.png"))
+        Path(folder, f"other-{k:04}.txt").write_text(captions[k] + "\n")
 
 
 def probe(sprites: Tensor, icons: Tensor) -> Any:
@@ -143,4 +156,4 @@ def measure(sprites: str, icons: str, out: str, *loras: str) -> None:
 
 
 if __name__ == "__main__":
-    {"pictures": pictures, "measure": measure}[sys.argv[1]](*sys.argv[2:])
+    {"pictures": pictures, "others": others, "measure": measure}[sys.argv[1]](*sys.argv[2:])

@@ -64,15 +64,15 @@ def open_control(
     maker_model: str | Path | None = None,
     kind: str = "",
 ) -> Control:
-    """The ControlNet or T2I-Adapter in a file or a folder of diffusers and the picture it is told, which `maker`, one
-    of `limner.hints.MAKERS`, makes of `image`; without, `image` is that picture. `depth` and `pose` are found through
-    `maker_model`: a folder of transformers, a file beside its config.json, or hf:owner/name. A union is told its
-    `kind`, one of `limner.models.controlnet.KINDS`, or of `flux_controlnet.KINDS` for FLUX.1, which follows from
-    `maker` if there is one.
+    """The ControlNet or T2I-Adapter in a file or a folder of diffusers, or of the name of one that ships
+    (`catalog.CONTROLS`), and the picture it is told, which `maker`, one of `limner.hints.MAKERS`, makes of `image`;
+    without, `image` is that picture. `depth` and `pose` are found through `maker_model`: a folder of transformers, a
+    file beside its config.json, or hf:owner/name. A union is told its `kind`, one of `limner.models.controlnet.KINDS`,
+    or of `flux_controlnet.KINDS` for FLUX.1, which follows from `maker` if there is one.
 
     Raises FileProblem, CheckpointMismatch for one of another model, ImageProblem, UsageError, UnknownName.
     """
-    path = Path(file)
+    path = catalog.shipped(str(file)) or Path(file)
     check_weights(path.name, weight)
     if not all(isinstance(n, int | float) and math.isfinite(n) for n in (start, end)) or not 0 <= start < end <= 1:
         raise UsageError(f"{path.name} is told from {start!r:.40} to {end!r:.40}: give rising numbers from 0 to 1")

@@ -192,7 +192,7 @@ def paint(
         typer.Option(
             "--control",
             metavar="FILE=IMAGE[:WEIGHT]",
-            help="A ControlNet or T2I-Adapter and the picture it follows; may be given again. "
+            help="A ControlNet or T2I-Adapter and the picture it follows; may be given again; icons-canny ships. "
             "FILE=IMAGE:0.8,canny,end=0.7 follows edges of IMAGE, at the first 0.7 of the steps. Also sobel, scribble, "
             "blur, tile, invert; depth=MODEL, pose=MODEL (of one person) as a Depth Anything or ViTPose finds them, a "
             "folder or hf:owner/name; start=; guess; kind=depth of a union.",

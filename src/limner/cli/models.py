@@ -11,11 +11,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON array of ob
 
 
 def models_command(as_json: AsJson = False) -> None:
-    """List the models; weights are bundled, or needed from you."""
+    """List the models, and ControlNets that ship; weights are bundled, or needed from you."""
     from limner import catalog
 
     columns = ("name", "family", "task", "weights", "summary")
-    print_rows([{c: getattr(entry, c) for c in columns} for entry in catalog.entries()], as_json)
+    rows = [{c: getattr(entry, c) for c in columns} for entry in catalog.entries()]
+    for name, (model, summary) in catalog.CONTROLS.items():
+        values = (name, f"ControlNet of {model}", "control", "bundled", summary)
+        rows.append(dict(zip(columns, values, strict=True)))
+    print_rows(rows, as_json)
 
 
 def recipes_command(

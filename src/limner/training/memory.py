@@ -102,19 +102,17 @@ def twice(batch: dict[str, Any]) -> dict[str, Any]:
 
 def kept_by(system: nn.Module, batch: dict[str, Any], phase: str, device: torch.device) -> int:
     """Bytes of the tensors, other than weights, that the loss keeps for its gradient."""
-    seen: dict[int, int] = {}
+    seen: dict[int, torch.UntypedStorage] = {}  # all of it until here, so that no memory is used twice
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:  # not the tensor: one that its own function keeps would never be freed
         storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        seen[storage.data_ptr()] = storage
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        terms = system.loss(batch, phase, torch.Generator(device).manual_seed(0))  # type: ignore[operator]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+        system.loss(batch, phase, torch.Generator(device).manual_seed(0))  # type: ignore[operator]
     for parameter in system.parameters():
         seen.pop(parameter.untyped_storage().data_ptr(), None)
-    del terms  # until here, so that no memory was used twice
-    return sum(seen.values())
+    return sum(storage.nbytes() for storage in seen.values())
 
 
 def compare(need: float, device: torch.device, what: str, advice: str) -> None:
