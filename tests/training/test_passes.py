@@ -90,12 +90,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", ["plain", "parts", "few"])
-@pytest.mark.parametrize("moves", [False, True])
-def test_acted_recordings_train_as_passes_do(tmp_path, monkeypatch, way, moves):
-    config = replace(CONFIG, **WAYS[way])
-    plain, none = trained(tmp_path / "plain", config, "cpu")
-    assert set(none) == {0}
+@pytest.fixture
+def acts(monkeypatch):
+    """Has a CPU do as if it recorded."""
     inside = passes.Passes.__init__
 
     def recording(self, system, losses, state, config, processes):
@@ -116,11 +113,35 @@ def test_acted_recordings_train_as_passes_do(tmp_path, monkeypatch, way, moves):
     monkeypatch.setattr(passes.Passes, "__init__", recording)
     monkeypatch.setattr(passes.Passes, "again", noting)
     monkeypatch.setattr(Graphs, "graph_of", graph_of)
+
+
+@pytest.mark.parametrize("way", ["plain", "parts", "few"])
+@pytest.mark.parametrize("moves", [False, True])
+def test_acted_recordings_train_as_passes_do(tmp_path, request, way, moves):
+    config = replace(CONFIG, **WAYS[way])
+    plain, none = trained(tmp_path / "plain", config, "cpu")
+    assert set(none) == {0}
+    request.getfixturevalue("acts")
     acted, count = trained(tmp_path / "acted", config, "cpu", moves)
     assert max(count) >= 2  # of several sizes
     assert not moves or count[8] == 0 < count[7]
     for name, weight in plain.items():
         torch.testing.assert_close(acted[name], weight, rtol=1e-4, atol=1e-5)  # sums are in another order
+
+
+def test_what_cannot_be_recorded_trains_without(tmp_path, acts, monkeypatch):
+    def refuses(self, call, device):
+        call()  # which has gone half its way
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Graphs, "graph_of", refuses)
+    with pytest.warns(UserWarning, match="cuda_graphs=true has no effect"):
+        told, count = trained(tmp_path / "told", CONFIG, "cpu")
+    monkeypatch.undo()
+    plain, _ = trained(tmp_path / "plain", CONFIG, "cpu")
+    assert set(count) == {0}
+    for name, weight in plain.items():
+        torch.testing.assert_close(told[name], weight, rtol=0, atol=0)
 
 
 @pytest.mark.gpu

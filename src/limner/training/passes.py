@@ -7,6 +7,7 @@ recording reads it: a system that can be recorded tells them apart, as `examples
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -102,7 +103,14 @@ class Passes:
                 self.made.pop(next(name for name in self.made if not name[-1]))
             own = told.own()
             torch.cuda.empty_cache()  # what the same took without a recording
-            graph, found = self.graphs.graph_of(lambda: self.back(lambda: self.error(own), weight), self.device)
+            try:
+                graph, found = self.graphs.graph_of(lambda: self.back(lambda: self.error(own), weight), self.device)
+            except RuntimeError as error:  # what asks the host something cannot be recorded
+                warnings.warn(f"cuda_graphs=true has no effect, these passes cannot be recorded: {error}", stacklevel=2)
+                self.records = False
+                for parameter in parameters if fresh else ():
+                    parameter.grad = None
+                return self.back(lambda: self.error(told), weight)
             self.made[key] = own, graph, found
             if fresh:
                 self.first, self.grads = kind, [p.grad for p in parameters]
