@@ -133,6 +133,9 @@ def test_it_begins_as_its_paper_has_it_and_its_file_is_read_bit_for_bit(kind, ba
         copied = [name for name in mine if name in own]
         assert all(torch.equal(mine[name], own[name]) for name in copied)
         assert {"conv_in.weight", "mid_block.resnets.1.conv2.bias"} <= set(copied)
+    begun = [Controlling(system.base, ControlConfig(kind=kind), seed).state_dict().values() for seed in (0, 0, 1)]
+    same = [all(map(torch.equal, begun[0], others)) for others in begun[1:]]
+    assert same == [True, False]
     noised(system.control, 4)
     system.write(tmp_path / "net.safetensors")
     read = open_control(system.base, tmp_path / "net.safetensors", Image.new("RGB", (8, 8))).network.state_dict()
