@@ -111,8 +111,8 @@ def control_tiny() -> TrainConfig:
 
 
 def t2i_adapter() -> TrainConfig:
-    """A T2I-Adapter of a Stable Diffusion: as `control`, at the authors' learning rate."""
-    return replace(control(), name="t2i-adapter", control=ControlConfig(kind="t2i_adapter"), lr=1e-5)
+    """A T2I-Adapter of a Stable Diffusion: as `control`; this learning rate is its authors', too."""
+    return replace(control(), name="t2i-adapter", control=ControlConfig(kind="t2i_adapter"))
 
 
 def finetune() -> TrainConfig:

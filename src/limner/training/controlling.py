@@ -181,13 +181,13 @@ def t2i_config(size: UNetConfig, factor: int) -> T2IAdapterConfig:
 
 
 def unreached(network: nn.Module) -> list[nn.Parameter]:
-    """What no loss depends on: the words' part of a last block, after its attention."""
+    """What no loss depends on: in a last block, what the words ask, and what is made of them after."""
     if isinstance(network, MMDiTControlNet):
         last: Any = network.joint_blocks[-1].context_block
-        parts = [last.attn.proj, last.mlp]
+        parts = [last.attn.proj, last.mlp, *([last.attn.ln_q] if last.attn.normed else [])]
     elif isinstance(network, FluxControlNet):
         last = network.double_blocks[-1]
-        parts = [last.txt_attn.proj, last.txt_mlp]
+        parts = [last.txt_attn.proj, last.txt_mlp, last.txt_attn.norm.query_norm]
     else:
         parts = []
     return [parameter for part in parts for parameter in part.parameters()]
