@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from limner.errors import UnknownName
-from limner.recipes import adapters, autoencoders, icons, stable_diffusion
+from limner.recipes import adapters, autoencoders, distillation, icons, stable_diffusion
 from limner.training.config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
@@ -28,6 +28,12 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "finetune": adapters.finetune,
     "finetune-tiny": adapters.finetune_tiny,
     "word": adapters.word,
+    "lcm": distillation.lcm,
+    "lcm-tiny": distillation.lcm_tiny,
+    "lcm-lora": distillation.lcm_lora,
+    "lcm-lora-tiny": distillation.lcm_lora_tiny,
+    "guidance-distillation": distillation.guidance,
+    "guidance-distillation-tiny": distillation.guidance_tiny,
 }
 
 

@@ -18,6 +18,7 @@ from limner.data.batches import DataConfig
 from limner.errors import FileProblem, UnknownName, UsageError, complaint, wanted
 from limner.systems.objectives import Objective
 from limner.training.adapting import WordConfig
+from limner.training.distilling import DistillationConfig
 
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\w[\w.-]*$")]
 Count = Annotated[int, Field(gt=0, lt=10**12)]
@@ -44,6 +45,8 @@ class TrainConfig:
     network."""
     adapter: AdapterConfig | None = None
     word: WordConfig | None = None
+    distillation: DistillationConfig | None = None
+    """`model` teaches its network, a copy of it, or an `adapter`, to draw with fewer evaluations; see `distilling`."""
     keep_model_in: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
     """What the weights of `model` are kept in where they stay as they are."""
     data: DataConfig

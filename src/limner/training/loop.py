@@ -27,7 +27,7 @@ from limner.data.images import Batches
 from limner.data.latents import encoded
 from limner.errors import UsageError
 from limner.systems.objectives import Objective
-from limner.training import adapting, tuning
+from limner.training import adapting, distilling, tuning
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
 from limner.training.ledger import Ledger
@@ -74,6 +74,8 @@ def train(
         raise UsageError(f"{config.name} trains a system of its own: leave model out")
     if config.adapter and config.word:
         raise UsageError(f"{config.name} trains an adapter and a word: leave one of them out")
+    if config.system and config.distillation:
+        raise UsageError(f"{config.name} trains a system of its own, which has no teacher: leave distillation out")
     config, given = replace(config, system=catalog.settled(config.system) if config.system else None), config
     with StopRequests(stop_after) as stop, ExitStack() as held:
         processes = join(device)
@@ -106,14 +108,15 @@ def train(
             images, out = parted(images, config.validation)
             unlearned = encoded(out, system)
         batches: Batches = encoded(images, system)
-        if config.gradient_checkpointing and not recompute_blocks(model):
+        learning = system if isinstance(system, distilling.DistillingNetwork) else model
+        if config.gradient_checkpointing and not recompute_blocks(learning):
             raise UsageError(
                 f"gradient_checkpointing is for networks of repeated blocks, and {config.name} has none: leave it out"
             )
         check_batch(system, batches, config, processes)
         if config.compile:
             system.compile(dynamic=False)
-        notes = [*vain(config, side), *getattr(images, "notes", ())]
+        notes = [*vain(config, side), *getattr(images, "notes", ()), *getattr(system, "notes", ())]
         if getattr(images, "masked", False) and config.system is not None and config.system.kind == "autoencoding":
             notes.append(f"masks have no effect on {config.name}: data.masks=none does not look for them")
         if config.system != given.system:
@@ -139,6 +142,8 @@ def loaded(config: TrainConfig, device: torch.device) -> Any:
     """The model of `config.model` with what is trained of it. Raises UsageError, FileProblem."""
     if not config.model:
         raise UsageError(f"{config.name} is for a model that is there: give --model NAME or FILE")
+    if config.distillation is not None:
+        return distilling.loaded(config, device)
     if config.adapter is None and config.word is None:
         return tuning.loaded(config, device)
     if config.sharding == "fsdp":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save
@@ -12,7 +13,9 @@ from limner import catalog
 from limner.checkpoints import files, single_files
 from limner.errors import UsageError
 from limner.models.unet import UNetConfig
-from limner.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from limner.training.config import TrainConfig
 
 
 def loaded(config: TrainConfig, device: torch.device) -> Any:
@@ -25,13 +28,20 @@ def loaded(config: TrainConfig, device: torch.device) -> Any:
 
 
 def export(system: Any, config: TrainConfig, path: Path) -> None:
-    """Write one file: a model of ours, or a Stable Diffusion with all its parts, as it was; of other transformers the
-    network alone, in the names of their authors, in 16 bits. Raises FileProblem, UsageError."""
-    source = catalog.find(config.model)
+    write(system, config.model, path)
+
+
+def write(system: Any, model: str, path: Path) -> None:
+    """Write one file of what `model` has become: a model of ours, or a Stable Diffusion with all its parts, as it was;
+    of other transformers the network alone, in the names of their authors, in 16 bits. Raises FileProblem, UsageError.
+    """
+    source = catalog.find(model)
     found = catalog.recognise(source)
     if found is None:
-        catalog.save(system, catalog.stored(source), path)
+        now: Any = {"network": system.network.config, "defaults": system.defaults}
+        catalog.save(system, replace(catalog.stored(source), **now), path)
         return
+    found = replace(found, network=system.network.config)
     ours = {name: tensor.detach().cpu() for name, tensor in system.state_dict().items()}
     if isinstance(found.network, UNetConfig):
         written = single_files.export(found, ours)
