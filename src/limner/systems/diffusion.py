@@ -292,7 +292,7 @@ class DiffusionSystem(nn.Module):
         cond = self.sized(self.text_encoder.encode(captions), x0.shape[3] * self.grid, x0.shape[2] * self.grid)
         if self.told_guidance is not None:
             cond = replace(cond, guidance=self.told_guidance(torch.ones(n, device=device)))
-        output = self.network(x, t, cond)
+        output = self.network(x, t, cond)[:, : x0.shape[1]]  # a variance beside it is not learned
         target = self.prediction.target(x0, eps, alpha, level)
         counts = batch.get("mask"), batch.get("weight")
         return {"loss": self.objective.error(output.float(), target, self.prediction, alpha, level, *counts)}

@@ -291,7 +291,7 @@ class DistillingNetwork(Distilling):
         if not told or catalog.recognise(catalog.find(self.source)) is None:
             return []
         return [
-            "its file will be taken for a consistency model's, as of all U-Nets that are told guidance: draw with --sampler "
+            "its file will pass for a consistency model, as all U-Nets do that are told guidance: draw with --sampler "
             f"{self.base.defaults.sampler} --steps {self.base.defaults.steps}"
         ]
 

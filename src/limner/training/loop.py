@@ -27,6 +27,7 @@ from limner.data.images import Batches
 from limner.data.latents import encoded
 from limner.errors import UsageError
 from limner.systems.objectives import Objective
+from limner.text.labels import LabelsConfig
 from limner.training import adapting, distilling, tuning
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
@@ -161,11 +162,12 @@ def check_pretrained(config: TrainConfig) -> None:
     if system is None or system.kind != "diffusion" or config.init_from:
         return
     parts = {"autoencoder_from": system.autoencoder_from}
-    parts |= {"text_encoder_from": system.text_encoder_from} if system.text_encoder != "minilm" else {}
+    if system.text_encoder != "minilm" and not isinstance(system.text_encoder, LabelsConfig):
+        parts["text_encoder_from"] = system.text_encoder_from
     if missing := [f"system.{name}=FILE" for name, source in parts.items() if not source]:
         raise UsageError(
-            f"{config.name} learns with an autoencoder and a text encoder that are trained already: name a file or "
-            f"folder that has them, such as one of {system.family}, with {' and '.join(missing)}"
+            f"{config.name} learns with an autoencoder{' and a text encoder' * (len(parts) > 1)} trained already: name "
+            f"a file or folder of them, such as one of {system.family}, with {' and '.join(missing)}"
         )
 
 
