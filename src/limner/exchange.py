@@ -98,7 +98,7 @@ def convert(source: str | Path, target: str | Path) -> tuple[Path, Mapping[str, 
     try:
         found = catalog.recognise(path)
     except CheckpointMismatch:  # for want of its other parts, perhaps, which would not help
-        if path.is_file() and _adapter(path):
+        if path.is_file() and adapters.is_adapter(adapters.contents_of(path)):
             raise UsageError(f"{path} is an adapter: say in whose names, --to kohya, diffusers or comfyui") from None
         if path.is_file() and (alone := flows.alone(files.read(path)[0], path)):
             raise UsageError(CONVERTED.format(path, catalog.config_of(alone).family)) from None

@@ -1,8 +1,8 @@
 """An adapter's file in the names of another program: the same numbers, where that program has a place for them.
 
-What is one matrix in one program and several in another (queries, keys and values of FLUX.1 and Stable Diffusion 3) is
-cut and joined, for LoRA and DoRA: apart, all have the first factor of the whole; joined, first factors that differ stand
-below each other, and each second one has zeros for those of the others, which go away again where it is cut.
+What is one matrix in one program and several in another, as queries, keys and values of FLUX.1, is cut and joined, for
+LoRA and DoRA: apart, all have the first factor of the whole; joined, first factors that differ stand below each other,
+and each second one has zeros for those of the others, which go away again where it is cut.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ def respelled(
             if row.convolution:
                 parts |= {name: parts[name][..., None, None] for name in ("up", "down", "dora") if name in parts}
             if "dora" in parts and program == DIFFUSERS:
-                if parts["dora"].numel() != len(parts["up" if "up" in parts else "dora"]):
+                if not of_rows(parts["dora"], len(parts.get("up", weight))):
                     raise UsageError(f"{spelling} has no place for lengths of columns, as {adapter.path} has")
                 parts["dora"] = parts["dora"].flatten()
             if lost := sorted(parts.keys() - keys.keys()):
                 what = "DoRA of no LoRA" if lost == ["dora"] else entry.kind.title
                 raise UsageError(f"{spelling} has no place for {what} ({lost[0]}), as {adapter.path} has for {module}")
-            tensors |= {f"{row.name}.{keys[name]}": part.contiguous() for name, part in parts.items()}
+            tensors |= {f"{row.name}.{keys[name]}": part.contiguous().clone() for name, part in parts.items()}
             alphas[row.name] = entry.scale.alpha
             if program == DIFFUSERS:
                 continue
@@ -105,6 +105,11 @@ def plain(entry: Entry, linear: bool) -> Entry:
     return replace(entry, parts=parts, scale=scale, swapped=False)
 
 
+def of_rows(lengths: Tensor, height: int) -> bool:
+    """Whether DoRA's lengths are of so many rows, and not of columns."""
+    return len(lengths) == height and lengths[0].numel() == 1
+
+
 def placed(
     entries: Sequence[Entry], rows: Sequence[Written], height: int, adapter: Adapter
 ) -> list[tuple[Written, Entry]]:
@@ -115,7 +120,7 @@ def placed(
         return [(theirs[where], entry) for where, entry in mine.items()]
     first = entries[0]
     if any(entry.parts.keys() - {"up", "down", "up_bias", "dora"} for entry in entries) or any(
-        "dora" in entry.parts and len(entry.parts["dora"]) != len(entry.parts["up"]) for entry in entries
+        "dora" in entry.parts and not of_rows(entry.parts["dora"], len(entry.parts["up"])) for entry in entries
     ):
         raise UsageError(
             f"{first.kind.title} on {first.module} cannot be {'cut' if first.rows is None else 'joined'} as the other "

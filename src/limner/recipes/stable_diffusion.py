@@ -78,10 +78,10 @@ def sdxl() -> TrainConfig:
 
 
 def sd2_v_tiny() -> TrainConfig:
-    return replace(sd1_tiny(), name="sd2-v-tiny", system=catalog.entry("sd2-v-tiny").config)
+    return replace(sd1_tiny(), name="sd2-v-tiny", system=catalog.entry("sd2-v-tiny").config, steps=400, batch_size=16)
 
 
 def sdxl_tiny() -> TrainConfig:
     return replace(
-        sd1_tiny(), name="sdxl-tiny", system=catalog.entry("sdxl-tiny").config, loss=Objective(offset_noise=0.05)
+        sd2_v_tiny(), name="sdxl-tiny", system=catalog.entry("sdxl-tiny").config, loss=Objective(offset_noise=0.05)
     )

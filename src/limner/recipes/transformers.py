@@ -86,6 +86,7 @@ def sd3_tiny() -> TrainConfig:
         name="sd3-tiny",
         system=catalog.entry("sd3-tiny").config,
         loss=Objective(times=Times(kind="logit_normal")),
+        batch_size=16,
     )
 
 
@@ -95,5 +96,9 @@ def flux_tiny() -> TrainConfig:
 
 def dit_tiny() -> TrainConfig:
     return replace(
-        stable_diffusion.sd1_tiny(), name="dit-tiny", system=catalog.entry("dit-tiny").config, weight_decay=0.0
+        stable_diffusion.sd1_tiny(),
+        name="dit-tiny",
+        system=catalog.entry("dit-tiny").config,
+        steps=1200,
+        weight_decay=0.0,
     )
