@@ -335,6 +335,7 @@ def loaded(config: TrainConfig, device: torch.device) -> Distilling:
     if dtype == torch.float8_e4m3fn:
         raise UsageError("keep_model_in=fp8 is for adapters: give bf16, or an adapter")
     student = DistillingNetwork(catalog.load(config.model, device, dtype=torch.float32), how, config.model)
+    tuning.check_name(config, student.base)
     student.base.network.to(dtype)
     return student
 

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save
 
 from limner import catalog
-from limner.checkpoints import files, single_files
+from limner.checkpoints import dit, files, single_files
 from limner.errors import UsageError
+from limner.models.dit import DiTConfig
 from limner.models.unet import UNetConfig
 
 if TYPE_CHECKING:
@@ -23,8 +24,16 @@ def loaded(config: TrainConfig, device: torch.device) -> Any:
     system = catalog.load(config.model, device, dtype=torch.float32)
     if not hasattr(system, "network"):
         raise UsageError(f"{system.name} has no network that draws from words: train one with its own recipe")
+    check_name(config, system)
     system.network.requires_grad_(True)
     return system
+
+
+def check_name(config: TrainConfig, system: Any) -> None:
+    """Raises UsageError where the file that a run would leave is known by its name alone, and has another."""
+    network = system.network.config
+    if isinstance(network, DiTConfig) and network.to_data and not dit.says(Path(config.name), "sit"):
+        raise UsageError(f"a SiT's file is told from a DiT's by its name alone: give name=sit-{config.name}")
 
 
 def export(system: Any, config: TrainConfig, path: Path) -> None:
@@ -33,8 +42,8 @@ def export(system: Any, config: TrainConfig, path: Path) -> None:
 
 def write(system: Any, model: str, path: Path) -> None:
     """Write one file of what `model` has become: a model of ours, or a Stable Diffusion with all its parts, as it was;
-    of other transformers the network alone, in the names of their authors, in 16 bits. Raises FileProblem, UsageError.
-    """
+    of other transformers the network alone, in the names of their authors, a DiT's in 32 bits and others' in 16. Raises
+    FileProblem, UsageError."""
     source = catalog.find(model)
     found = catalog.recognise(source)
     if found is None:
@@ -48,6 +57,6 @@ def write(system: Any, model: str, path: Path) -> None:
         dtype = torch.float16
     else:
         written = {name.removeprefix("network."): t for name, t in ours.items() if name.startswith("network.")}
-        dtype = torch.bfloat16
+        dtype = torch.float32 if isinstance(found.network, DiTConfig) else torch.bfloat16
     whole = {name: t.to(dtype) if t.is_floating_point() else t for name, t in written.items()}
     files.write_atomically(path, save({name: t.contiguous() for name, t in whole.items()}, {"format": "pt"}))
