@@ -355,7 +355,7 @@ CATALOG = {
             "dit-tiny",
             "DiT",
             "a DiT, told one of 40 classes",
-            replace(DIT_TINY, channels=8, num_classes=40, guided_channels=8),
+            replace(DIT_TINY, channels=8, width=128, depth=3, num_heads=4, num_classes=40, guided_channels=8),
             text_encoder=_SHAPES,
             interpolant=dit.NOISE,
         ),

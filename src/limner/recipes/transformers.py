@@ -99,6 +99,6 @@ def dit_tiny() -> TrainConfig:
         stable_diffusion.sd1_tiny(),
         name="dit-tiny",
         system=catalog.entry("dit-tiny").config,
-        steps=1200,
+        steps=800,
         weight_decay=0.0,
     )
