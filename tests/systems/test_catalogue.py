@@ -41,8 +41,8 @@ def test_every_parameter_receives_a_gradient(name):
     batch = open_batches(config.data, 0, torch.device("cpu")).batch(0, 8)
     sum(system.loss(batch, phase, torch.Generator().manual_seed(0))["loss"] for phase in system.phases).backward()
     silent = [n for n, p in system.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    # a rotary table leaves keys' and queries' gains alive; nothing may be silent
-    assert silent == []
+    # a rotary table leaves keys' and queries' gains alive; nothing may be silent, but what SD3's words ask at last
+    assert silent == ["network.joint_blocks.1.context_block.attn.ln_q.weight"] * (name == "sd3-tiny")
 
 
 def test_an_image_is_the_same_alone_and_anywhere_in_a_batch():

@@ -86,7 +86,7 @@ def sd3_tiny() -> TrainConfig:
         name="sd3-tiny",
         system=catalog.entry("sd3-tiny").config,
         loss=Objective(times=Times(kind="logit_normal")),
-        batch_size=16,
+        batch_size=24,
     )
 
 
