@@ -70,8 +70,9 @@ def denoised(interpolant: Any, x: Tensor, level: Tensor, mean: Tensor) -> Tensor
 
 
 def ending(scale: float) -> Any:
-    """x0 for which the consistency function is where the path of the teacher ends that is guided by `scale`. Guidance
-    moves the mean alone, and on a path (x - alpha * mean) / sqrt(alpha^2 spread^2 + sigma^2) stays what it is."""
+    """x0 for which the consistency function is where the trajectory of the teacher ends that is guided by `scale`.
+    Guidance moves the mean alone, and on a trajectory (x - alpha * mean) / sqrt(alpha^2 spread^2 + sigma^2) stays what
+    it is."""
 
     def does(interpolant: Any, x: Tensor, level: Tensor, mean: Tensor) -> Tensor:
         mean = MEANS[1] + scale * (MEANS[0] - MEANS[1])
@@ -111,7 +112,7 @@ KINDS = [("flow", "velocity"), (FlowConfig(shift=3.0), "velocity"), (VPConfig(),
 
 
 @pytest.mark.parametrize(("noise", "prediction"), KINDS)
-def test_what_a_student_learns_is_where_the_guided_teachers_path_ends(noise, prediction):
+def test_what_a_student_learns_is_where_the_guided_teacher_ends(noise, prediction):
     base = base_of(noise, prediction)
 
     def learning(does: Any, steps: int) -> tuple[float, float]:
@@ -148,21 +149,21 @@ def test_the_student_of_guidance_says_what_the_guided_teacher_says(noise, predic
 
 
 @pytest.mark.parametrize(("noise", "prediction"), [*KINDS, ("flow", "x0")])
-def test_at_the_end_of_the_path_a_student_says_what_it_is_given(noise, prediction):
+def test_at_the_end_a_student_says_what_it_is_given(noise, prediction):
     base = base_of(noise, prediction)
     student = student_of(base, lambda interpolant, x, level, mean: 3 * x + 1)
     x, cond = torch.randn(SHAPE, generator=seeded()), base.text_encoder.encode(["a"] * SHAPE[0])
-    times, sigmas = distilling.path(base.interpolant, 50)
+    times, sigmas = distilling.levels(base.interpolant, 50)
     t, level = torch.full((SHAPE[0],), times[0]), torch.full((SHAPE[0], 1, 1, 1), sigmas[0])
     says = student.consistent(x, t, level, cond, torch.ones(SHAPE[0]))
     assert torch.equal(says, base.interpolant.input_scale(level) * x)
 
 
-def test_the_path_is_that_of_the_published_models():
-    times, sigmas = distilling.path(interpolants.get(VPConfig()), 50)
+def test_the_levels_are_those_of_the_published_models():
+    times, sigmas = distilling.levels(interpolants.get(VPConfig()), 50)
     assert times == [0, *range(19, 1000, 20)]
     assert sigmas[-1] == interpolants.get(VPConfig()).sigmas[999]
-    levels = distilling.path(interpolants.get(FlowConfig(shift=3.0)), 4)[1]
+    levels = distilling.levels(interpolants.get(FlowConfig(shift=3.0)), 4)[1]
     assert levels == pytest.approx([0, 0.5, 0.75, 0.9, 1])
 
 
@@ -302,9 +303,9 @@ def test_what_cannot_be_is_refused(tiny_model, told, why):
         DistillingNetwork(catalog.load(tiny_model), DistillationConfig(**told), "")
 
 
-def test_a_model_without_a_path_or_told_already_is_refused(tmp_path):
+def test_a_model_without_timesteps_or_a_flow_or_told_already_is_refused(tmp_path):
     with pytest.raises(UsageError, match="timesteps or a flow"):
-        distilling.path(interpolants.get(EDMConfig()), 50)
+        distilling.levels(interpolants.get(EDMConfig()), 50)
     base = catalog.load(flow_models.flux(tmp_path), dtype=torch.float32)
     with pytest.raises(UsageError, match="is told its guidance already"):
         DistillingNetwork(base, DistillationConfig(kind="guidance"), "")

@@ -1,9 +1,9 @@
 """A model that is there taught to draw in a few steps, or without a second evaluation for guidance.
 
-Consistency distillation (LCM, arXiv:2310.04378; as an adapter, arXiv:2311.05556): the student says of every x on a path
-of the guided teacher where that path ends, by learning at one level of noise what it says itself one of the teacher's
-steps below. Guidance distillation (arXiv:2210.03142, stage one): the student says at once what the guided teacher says
-in two evaluations.
+Consistency distillation (LCM, arXiv:2310.04378; as an adapter, arXiv:2311.05556): the student says of every x on a
+trajectory of the guided teacher where that ends, by learning at one level of noise what it says itself one of the
+teacher's steps below. Guidance distillation (arXiv:2210.03142, stage one): the student says at once what the guided
+teacher says in two evaluations.
 
 The student is a copy of the teacher's network, or an adapter on it. Many scales of guidance are for a network that is
 told one: a copy of a U-Net or of a FLUX.1 gets the place for it. All others learn one scale, for good.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -51,8 +52,9 @@ DATA, TIME_SCALE = 0.5, 10.0
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
     """`guidance` is one scale, 1 for none, or the least and the most of many that the student is told. Of `consistency`
-    alone: the teacher's path has so many `steps`; the `loss` of a difference d is sqrt(d^2 + huber^2) - huber, or d^2;
-    the target is said by the student's average, which keeps `average` of itself a step, or with 0 by the student."""
+    alone: the teacher's trajectory has so many `steps`; the `loss` of a difference d is sqrt(d^2 + huber^2) - huber, or
+    d^2; the target is said by the student's average, which keeps `average` of itself a step, or with 0 by the student.
+    """
 
     kind: Literal["consistency", "guidance"] = "consistency"
     guidance: tuple[float, ...] = (3.0,)
@@ -88,9 +90,9 @@ class Distilling(Beside):
         return self.ask(self.learning, x, t, level, cond, self.told, scale)
 
     @property
+    @abstractmethod
     def learning(self) -> Any:
         """The student's network."""
-        raise AssertionError("a student has a network")
 
     @contextmanager
     def taught(self) -> Iterator[Any]:
@@ -131,7 +133,9 @@ class Distilling(Beside):
         if "step" in batch:
             self.follow(batch["step"])
         x0 = batch["latents"] if "latents" in batch else self.base.encode(batch["images"])
-        cond, nothing = self.read(batch["captions"], x0), self.read([""] * len(x0), x0, 2.5)
+        cond, nothing = self.read(batch["captions"], x0), None
+        if self.base.told_guidance is None:
+            nothing = self.read([""], x0, 2.5).map(lambda v: v.expand(len(x0), *v.shape[1:]))
         low, high = self.how.guidance[0], self.how.guidance[-1]
         scale = low + (high - low) * torch.rand(len(x0), generator=generator, device=x0.device)
         counts = batch.get("mask"), batch.get("weight")
@@ -162,7 +166,7 @@ class Distilling(Beside):
         teacher leads from x (arXiv:2310.04378, equation 16; the step is DDIM's, which for a flow is Euler's)."""
         base: Any = self.base
         interpolant = base.interpolant.sized(x0.shape[2] * x0.shape[3] // 4)
-        times, sigmas = (torch.tensor(row, device=x0.device) for row in path(interpolant, self.how.steps))
+        times, sigmas = (torch.tensor(row, device=x0.device) for row in levels(interpolant, self.how.steps))
         place = torch.randint(1, len(times), (len(x0),), generator=generator, device=x0.device)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         (t, level), (end, below) = ((times[k], sigmas[k][:, None, None, None]) for k in (place, place - 1))
@@ -177,8 +181,8 @@ class Distilling(Beside):
         return self.consistent(x, t, level, cond, scale) - target
 
     def consistent(self, x: Tensor, t: Tensor, level: Tensor, cond: Any, scale: Tensor) -> Tensor:
-        """Where the path through x ends, as the student says: of a flow x0 = x - sigma * v, which at sigma = 0 is x by
-        itself, of timesteps a mixture of x and x0 that is x at the first (equation 9)."""
+        """Where the trajectory through x ends, as the student says: of a flow x0 = x - sigma * v, which at sigma = 0 is
+        x by itself, of timesteps a mixture of x and x0 that is x at the first (equation 9)."""
         base: Any = self.base
         alpha = base.interpolant.alpha(level)
         x0 = base.prediction.to_x0(self.student(x, t, level, cond, scale), x, alpha, level)
@@ -360,12 +364,12 @@ def check(base: Any, how: DistillationConfig, told: bool) -> None:
         return
     if not 0 <= how.average < 1 or not (0 < how.huber < math.inf):
         raise UsageError(f"distillation.average={how.average:g}, huber={how.huber:g}: give 0 to below 1, and above 0")
-    path(base.interpolant, how.steps)
+    levels(base.interpolant, how.steps)
 
 
-def path(interpolant: Interpolant, steps: int) -> tuple[list[float], list[float]]:
-    """Times and sigmas of the teacher's path, rising from its end: of timesteps the first and every so many-th, as LCM
-    has them, of a flow evenly spaced ones, shifted as its schedules are. Raises UsageError."""
+def levels(interpolant: Interpolant, steps: int) -> tuple[list[float], list[float]]:
+    """Times and sigmas of the teacher's trajectory, rising from its end: of timesteps the first and every so many-th,
+    as LCM has them, of a flow evenly spaced ones, shifted as its schedules are. Raises UsageError."""
     if not 1 <= steps <= 1000:
         raise UsageError(f"distillation.steps={steps}: give 1 to 1000")
     if isinstance(interpolant, Discrete):
@@ -376,10 +380,10 @@ def path(interpolant: Interpolant, steps: int) -> tuple[list[float], list[float]
         return [float(k) for k in places], [interpolant.sigmas[k] for k in places]
     if not isinstance(interpolant, Flow):
         raise UsageError("consistency is learned along timesteps or a flow, and this model has neither")
-    levels = [k / steps for k in range(steps + 1)]
+    sigmas = [k / steps for k in range(steps + 1)]
     if isinstance(interpolant, Shifted):
-        levels = [interpolant.at(1000 * level) for level in levels]
-    return levels, levels
+        sigmas = [interpolant.at(1000 * sigma) for sigma in sigmas]
+    return sigmas, sigmas
 
 
 def grow(network: Any) -> Any:
