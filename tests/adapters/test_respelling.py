@@ -124,6 +124,18 @@ def test_parts_of_a_matrix_that_are_not_alike_are_refused(systems, tmp_path):
     turned(system, contents, "comfyui", tmp_path / "c.safetensors")
 
 
+def test_halves_that_lie_the_other_way_round_are_turned(systems, tmp_path):
+    system, name = systems["flux"], "transformer.norm_out.linear"
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{name}.lora_A.weight": zoo.noise(generator, 2, 64),
+        f"{name}.lora_B.weight": zoo.noise(generator, 128, 2),
+    }
+    there = turned(system, written(tmp_path / "a.safetensors", tensors), "kohya", tmp_path / "b.safetensors")
+    up = there.tensors["lora_unet_final_layer_adaLN_modulation_1.lora_up.weight"]
+    assert torch.equal(up, torch.cat(tensors[f"{name}.lora_B.weight"].chunk(2)[::-1]))
+
+
 @pytest.mark.parametrize("spelling", ["kohya", "comfyui"])
 def test_the_command_writes_the_file_and_keeps_what_it_says_of_itself(limner, here, tiny_model, spelling):
     name = {"kohya": "lora_unet_blocks_0_qkv", "comfyui": "diffusion_model.blocks.0.qkv"}[spelling]

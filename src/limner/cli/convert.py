@@ -27,7 +27,7 @@ def convert_command(
         str | None, typer.Option("-m", "--model", help="What the adapter is for, if its names do not tell.")
     ] = None,
 ) -> None:
-    """Write a model in the other layout, or an adapter in another program's names.
+    """Write a model in another layout, or an adapter in other names.
 
     TARGET is a single file in the names of the original programs, or a folder in those of diffusers; of an adapter, a
     file.

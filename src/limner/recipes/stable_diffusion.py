@@ -78,7 +78,7 @@ def sdxl() -> TrainConfig:
 
 
 def sd2_v_tiny() -> TrainConfig:
-    return replace(sd1_tiny(), name="sd2-v-tiny", system=catalog.entry("sd2-v-tiny").config, steps=400, batch_size=16)
+    return replace(sd1_tiny(), name="sd2-v-tiny", system=catalog.entry("sd2-v-tiny").config)
 
 
 def sdxl_tiny() -> TrainConfig:
