@@ -36,10 +36,10 @@ from limner.models.autoencoder import (
     VQConfig,
 )
 from limner.models.dcae import DCAE, DCAE_ICONS, DCAE_TINY, DCAEConfig
-from limner.models.dit import DIT_XL_2, DIT_XL_2_512, SIT_XL_2, DiT, DiTConfig
-from limner.models.flux import FLUX_CONTROL, FLUX_DEV, FLUX_FILL, FLUX_SCHNELL, Flux, FluxConfig
+from limner.models.dit import DIT_TINY, DIT_XL_2, DIT_XL_2_512, SIT_XL_2, DiT, DiTConfig
+from limner.models.flux import FLUX_CONTROL, FLUX_DEV, FLUX_FILL, FLUX_SCHNELL, FLUX_TINY, Flux, FluxConfig
 from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, JointDiTConfig
-from limner.models.mmdit import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiT, MMDiTConfig
+from limner.models.mmdit import SD3_MEDIUM, SD3_TINY, SD35_LARGE, SD35_MEDIUM, MMDiT, MMDiTConfig
 from limner.models.unet import (
     SD1,
     SD1_EDIT,
@@ -146,14 +146,14 @@ SystemConfig = Annotated[AutoencodingConfig | DiffusionConfig, Field(discriminat
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A row of the catalogue; `file` is the bundled weight file, None where weights must be trained or given. Without a
-    `recipe` of the same name, they must be given."""
+    """A row of the catalogue; `file` is the bundled weight file, None where weights must be trained or given. `recipe`
+    trains them, "" is the one of the row's name; where it is None, they must be given."""
 
     config: AutoencodingConfig | DiffusionConfig
     summary: str
     file: Path | None = None
     task: str = field(default="")
-    recipe: bool = True
+    recipe: str | None = ""
     latent_rgb: previews.Map | None = None
     """What previews of `file` are made with (see `limner.systems.previews`), where it is not published."""
 
@@ -210,7 +210,32 @@ def _stable_diffusion(name: str, summary: str, **changes: Any) -> Entry:
         name=name, family="Stable Diffusion 1", network=SD1, autoencoder=KL_SD1, text_encoder=SD1_TEXT,
         interpolant=VPConfig(), prediction="eps", defaults=_SD,
     )  # fmt: skip
-    return Entry(config=replace(config, **changes), task=DiffusionSystem.task, summary=summary, recipe=False)
+    return Entry(config=replace(config, **changes), task=DiffusionSystem.task, summary=summary, recipe=None)
+
+
+_UNET_TINY = replace(UNET_TINY, in_channels=8, out_channels=8, depths=(0, 1), text_width=minilm_width)
+_SD3_TINY = replace(SD3_TINY, channels=8, head_width=32, text_width=minilm_width, pooled_width=minilm_width)
+_FLUX_TINY = replace(FLUX_TINY, in_channels=32, out_channels=32, text_width=minilm_width, pooled_width=minilm_width)
+_SHAPES = LabelsConfig(
+    num_classes=40,
+    names=tuple(
+        f"{colour} {shape}, solid {colour} {shape}, outlined {colour} {shape}"
+        for shape in ("circle", "square", "triangle", "diamond", "cross")
+        for colour in ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
+    ),
+)
+
+
+def _miniature(name: str, family: str, what: str, network: Any, **changes: Any) -> Entry:
+    """A row of a family in miniature, on the latents of icons-tiny: what differs from Stable Diffusion 1, or a flow."""
+    timed = not isinstance(changes.get("interpolant"), FlowConfig)
+    config = DiffusionConfig(
+        name=name, family=family, network=network, autoencoder=DCAE_TINY,
+        autoencoder_from=str(Path("icons-tiny", "autoencoder.safetensors")), max_tokens=8, interpolant=VPConfig(),
+        prediction="eps" if timed else "velocity", defaults=replace(_TINY, schedule="auto" if timed else "uniform"),
+    )  # fmt: skip
+    summary = f"coloured shapes, 32 px: {what}, trained in a minute"
+    return Entry(config=replace(config, **changes), task=DiffusionSystem.task, summary=summary)
 
 
 _SD2 = {"family": "Stable Diffusion 2", "network": SD2, "text_encoder": SD2_TEXT}
@@ -231,7 +256,7 @@ def _of_classes(name: str, summary: str, network: DiTConfig, **changes: Any) -> 
         name=name, family="SiT" if network.to_data else "DiT", network=network, autoencoder=KL_SD1,
         text_encoder=LabelsConfig(), interpolant=dit.NOISE, prediction="eps", defaults=defaults,
     )  # fmt: skip
-    return Entry(config=replace(config, **changes), task=DiffusionSystem.task, summary=summary, recipe=False)
+    return Entry(config=replace(config, **changes), task=DiffusionSystem.task, summary=summary, recipe=None)
 
 
 def _flow(name: str, summary: str, **changes: Any) -> Entry:
@@ -240,7 +265,7 @@ def _flow(name: str, summary: str, **changes: Any) -> Entry:
         name=name, family="FLUX.1", network=FLUX_DEV, autoencoder=KL_FLUX, text_encoder=FLUX_DEV_TEXT,
         interpolant=flows.FLUX_NOISE, defaults=_FLUX,
     )  # fmt: skip
-    return Entry(config=replace(config, **changes), task=DiffusionSystem.task, summary=summary, recipe=False)
+    return Entry(config=replace(config, **changes), task=DiffusionSystem.task, summary=summary, recipe=None)
 
 
 _FLUX = Defaults(
@@ -305,31 +330,53 @@ CATALOG = {
         _latent_diffusion("kl-f8-tiny", "the same in miniature, 32 px, trained in a minute", KL_F8_TINY, _F8_TINY),
         _latent_diffusion("vq-f4", "pictures to latents of a codebook and back: LDM-4", VQ_F4, _F4),
         _latent_diffusion("vq-f4-tiny", "the same in miniature, 32 px, trained in a minute", VQ_F4_TINY, _F4_TINY),
-        Entry(
-            config=DiffusionConfig(
-                name="sd1-tiny",
-                family="Stable Diffusion 1",
-                network=replace(UNET_TINY, in_channels=8, out_channels=8, depths=(0, 1), text_width=minilm_width),
-                autoencoder=DCAE_TINY,
-                autoencoder_from=str(Path("icons-tiny", "autoencoder.safetensors")),
-                max_tokens=8,
-                interpolant=VPConfig(),
-                prediction="eps",
-                defaults=replace(_TINY, schedule="auto"),
-            ),
-            task=DiffusionSystem.task,
-            summary="coloured shapes, 32 px: a U-Net that reads text, trained in a minute",
-        ),
-        replace(_stable_diffusion("sd1", "512 px, any file of Stable Diffusion 1"), recipe=True),
-        _stable_diffusion("sd2", "512 px, Stable Diffusion 2 base", **_SD2),
-        _stable_diffusion(
-            "sd2-v",
-            "768 px, Stable Diffusion 2, which predicts v",
-            **_SD2,
+        _miniature("sd1-tiny", "Stable Diffusion 1", "a U-Net that reads text", _UNET_TINY),
+        _miniature(
+            "sd2-v-tiny",
+            "Stable Diffusion 2",
+            "a U-Net that predicts v",
+            replace(_UNET_TINY, linear_projection=True),
             prediction="v",
-            defaults=replace(_SD, width=768, height=768),
         ),
-        _stable_diffusion("sdxl", "1024 px, Stable Diffusion XL", **_SDXL, network=SDXL, text_encoder=SDXL_TEXT),
+        _miniature(
+            "sdxl-tiny",
+            "Stable Diffusion XL",
+            "a U-Net that is told sizes",
+            replace(_UNET_TINY, linear_projection=True, vector_width=minilm_width + 6 * 256),
+        ),
+        _miniature("sd3-tiny", "Stable Diffusion 3", "an MMDiT", _SD3_TINY, interpolant=FlowConfig()),
+        _miniature(
+            "flux-tiny",
+            "FLUX.1",
+            "double and single blocks, told their guidance",
+            _FLUX_TINY,
+            interpolant=flows.FLUX_NOISE,
+            defaults=replace(_TINY, guidance=1.0),
+        ),
+        _miniature(
+            "dit-tiny",
+            "DiT",
+            "a DiT, told one of 40 classes",
+            replace(DIT_TINY, channels=8, width=128, depth=3, num_heads=4, num_classes=40, guided_channels=8),
+            text_encoder=_SHAPES,
+            interpolant=dit.NOISE,
+        ),
+        replace(_stable_diffusion("sd1", "512 px, any file of Stable Diffusion 1"), recipe=""),
+        _stable_diffusion("sd2", "512 px, Stable Diffusion 2 base", **_SD2),
+        replace(
+            _stable_diffusion(
+                "sd2-v",
+                "768 px, Stable Diffusion 2, which predicts v",
+                **_SD2,
+                prediction="v",
+                defaults=replace(_SD, width=768, height=768),
+            ),
+            recipe="",
+        ),
+        replace(
+            _stable_diffusion("sdxl", "1024 px, Stable Diffusion XL", **_SDXL, network=SDXL, text_encoder=SDXL_TEXT),
+            recipe="",
+        ),
         _stable_diffusion(
             "sdxl-refiner",
             "1024 px, Stable Diffusion XL's refiner, best over a picture (-i)",
@@ -366,7 +413,7 @@ CATALOG = {
             prediction="v",
             defaults=replace(_SD, guidance=9.0, strength=1.0, max_size=4096),
         ),
-        _flow("flux-dev", "1024 px, FLUX.1 dev and Krea, which are told their guidance"),
+        replace(_flow("flux-dev", "1024 px, FLUX.1 dev and Krea, which are told their guidance"), recipe="flux"),
         _flow(
             "flux-schnell",
             "1024 px, FLUX.1 schnell, in four steps",
@@ -393,7 +440,10 @@ CATALOG = {
             looks=True,
             defaults=replace(_FLUX, **BESIDE["reference"]),
         ),
-        _flow("sd3-medium", "1024 px, Stable Diffusion 3", **_SD3, network=SD3_MEDIUM, defaults=_SD3_DEFAULTS),
+        replace(
+            _flow("sd3-medium", "1024 px, Stable Diffusion 3", **_SD3, network=SD3_MEDIUM, defaults=_SD3_DEFAULTS),
+            recipe="sd3",
+        ),
         _flow(
             "sd3.5-medium",
             "1024 px, Stable Diffusion 3.5 medium",
@@ -408,7 +458,7 @@ CATALOG = {
             network=SD35_LARGE,
             defaults=replace(_SD3_DEFAULTS, guidance=4.5),
         ),
-        _of_classes("dit", "256 px, the 1000 classes of ImageNet, by number or name", DIT_XL_2),
+        replace(_of_classes("dit", "256 px, the 1000 classes of ImageNet, by number or name", DIT_XL_2), recipe=""),
         _of_classes("dit-512", "512 px, the same", DIT_XL_2_512),
         _of_classes(
             "sit",
@@ -478,6 +528,7 @@ def check(config: DiffusionConfig) -> None:
             raise UsageError(f"network.vector_width={network.vector_width} is not {pooled} and 5 or 6 numbers of 256")
     if isinstance(network, MMDiTConfig | FluxConfig):
         pooled = text.pooled_width if isinstance(text, SD3TextConfig | FluxTextConfig) else 0
+        pooled = minilm_width if text == "minilm" else pooled
         if network.pooled_width != pooled:
             raise UsageError(f"network.pooled_width={network.pooled_width}, but the text encoder's vector has {pooled}")
     if (config.prediction, config.interpolant) == ("eps", "flow"):
@@ -568,8 +619,8 @@ def minilm(max_tokens: int = 24) -> MiniLM:
 def _load_part(part: nn.Module, name: str, source: str, network: Any) -> None:
     """Give the autoencoder or the text encoder beside a network, whichever `name` says that `part` is, its weights in a
     file. Raises FileProblem, CheckpointMismatch, UsageError."""
-    if isinstance(part, MiniLM | Labels | JoinedText):
-        raise UsageError(f"system.text_encoder_from={source} is for CLIP's towers: this system reads with what ships")
+    if isinstance(part, MiniLM | Labels):
+        raise UsageError(f"system.text_encoder_from={source} is for CLIP and T5: this system reads with what ships")
     path = _source(source)
     if not path.exists():
         advice = ""
@@ -578,6 +629,9 @@ def _load_part(part: nn.Module, name: str, source: str, network: Any) -> None:
             recipe = next((c.name for c in ours if c.autoencoder == part.config), "")
             advice = f"train one with `limner train {recipe} --out runs/{recipe}`, or " if recipe else ""
         raise FileProblem(f"no {name.replace('_', ' ')} {path}: {advice}name its file with system.{name}_from=FILE")
+    if isinstance(part, JoinedText):
+        files.assign(part, _words_of(part, path), path)
+        return
     theirs = path.is_dir() or (not isinstance(part, DCAE) and files.CONFIG_KEY not in files.read(path)[1])
     if theirs and not isinstance(network, JointDiTConfig) and not isinstance(part, DCAE):
         files.assign(part, _part_of(part, name, path, network), path)
@@ -585,6 +639,18 @@ def _load_part(part: nn.Module, name: str, source: str, network: Any) -> None:
     tensors, _ = files.load(path)
     prefix = f"{name}."
     files.assign(part, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, path)
+
+
+def _words_of(part: JoinedText, path: Path) -> dict[str, Tensor]:
+    """The float32 weights of CLIP and T5 in a whole Stable Diffusion 3 or FLUX.1. Raises FileProblem,
+    CheckpointMismatch."""
+    found = recognise(path)
+    if found is None or not isinstance(found.network, MMDiTConfig | FluxConfig):
+        raise CheckpointMismatch(f"{path} is no Stable Diffusion 3 or FLUX.1 with its text encoders: give one")
+    prefix = "text_encoder."
+    rows = {ours.removeprefix(prefix): place for ours, place in found.layout.items() if ours.startswith(prefix)}
+    layouts.fit(rows, part.state_dict(), found.tensors, path)
+    return {ours: t.float() for ours, t in layouts.read(rows, found.tensors, path).items()}
 
 
 def _part_of(part: Any, name: str, path: Path, network: UNetConfig) -> dict[str, Tensor]:
@@ -899,6 +965,14 @@ def fitted(found: Foreign) -> AutoencodingSystem | DiffusionSystem:
     return system
 
 
+def skeleton(source: str | Path) -> AutoencodingSystem | DiffusionSystem:
+    """The system of a name, file or folder, as `load` takes them, with nothing in its weights. Raises UnknownName,
+    FileProblem, CheckpointMismatch."""
+    path = find(source)
+    found = recognise(path)
+    return _bare(stored(path), path) if found is None else fitted(found)
+
+
 def _bare(
     config: AutoencodingConfig | DiffusionConfig, path: Path, tokenizers: Sequence[CLIPTokenizer | T5Tokenizer] = ()
 ) -> AutoencodingSystem | DiffusionSystem:
@@ -987,7 +1061,8 @@ def find(source: str | Path) -> Path:
         row = CATALOG[str(source)]
         if row.weights == "needed":
             use = "-m RUN" if row.task != AutoencodingSystem.task else "-m RUN -i IMAGE, which gives the picture back"
-            train = f"train them with `limner train {row.name} --out RUN` and give {use}; or " if row.recipe else ""
+            train = f"train them with `limner train {row.recipe or row.name} --out RUN` and give {use}; or "
+            train = "" if row.recipe is None else train
             raise FileProblem(
                 f"the model {row.name!r} has no weights here: {train}give the path of a .safetensors file"
                 f"{'' if row.family.endswith(('transformer', 'autoencoder')) else ' or of a diffusers folder'} with -m"

@@ -20,6 +20,8 @@ from limner import catalog
 from limner.adapters import control, words
 from limner.adapters import files as adapters
 from limner.adapters.names import block
+from limner.adapters.respelling import respelled
+from limner.adapters.trainable import METADATA, PROGRAMS
 from limner.checkpoints import (
     components,
     estimators,
@@ -32,7 +34,7 @@ from limner.checkpoints import (
 )
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.quantization import gathered
-from limner.errors import CheckpointMismatch, FileProblem, UsageError
+from limner.errors import CheckpointMismatch, FileProblem, UnknownName, UsageError
 from limner.models.dit import DiTConfig
 from limner.models.flux import Flux, FluxConfig
 from limner.models.mmdit import MMDiT
@@ -105,6 +107,8 @@ def convert(source: str | Path, target: str | Path) -> tuple[Path, Mapping[str, 
     try:
         found = catalog.recognise(path)
     except CheckpointMismatch:  # for want of its other parts, perhaps, which would not help
+        if path.is_file() and adapters.is_adapter(adapters.contents_of(path)):
+            raise UsageError(f"{path} is an adapter: say in whose names, --to kohya, diffusers or comfyui") from None
         if path.is_file() and (alone := flows.alone(files.read(path)[0], path)):
             raise UsageError(CONVERTED.format(path, catalog.config_of(alone).family)) from None
         raise
@@ -127,6 +131,37 @@ def convert(source: str | Path, target: str | Path) -> tuple[Path, Mapping[str, 
         whole = replace(found, size=defaults.width, sampler=defaults.sampler, schedule=defaults.schedule)
         _placed(target, lambda temporary: _save_folder(whole, temporary))
     return target, found.beside
+
+
+def respell(source: str | Path, target: str | Path, spelling: str, model: str | Path | None = None) -> Path:
+    """Write an adapter's file (`target` ends in .safetensors) in the names of `spelling`: kohya, diffusers or comfyui,
+    whole or not at all. Its `model` is found by its names where it is one of the catalogue's. Returns the path.
+
+    Raises UsageError, UnknownName, FileProblem, CheckpointMismatch.
+    """
+    path, target = Path(source), Path(target)
+    if spelling not in PROGRAMS:
+        raise UnknownName("spelling", spelling, PROGRAMS)
+    contents = adapters.contents_of(path)
+    if not adapters.is_adapter(contents):
+        raise UsageError(f"{path} is no adapter: --to is for LoRA and its kin")
+    system: Any
+    if model is not None:
+        system = catalog.skeleton(model)
+        adapter = adapters.read(path, system)
+    else:
+        found = adapters.bases(contents)
+        if not found:
+            raise UsageError(f"{path} fits no model that Limner knows by itself: name it with -m MODEL")
+        system, adapter = adapters.bare(found[0][0]), found[0][1]
+    if target.exists():
+        raise FileProblem(f"{target} is there already: give another name")
+    if target.suffix != ".safetensors":
+        raise UsageError(f"cannot write {target}: let the name end in .safetensors")
+    tensors, told = respelled(adapter, contents, system, spelling)
+    kept = {name: text for name, text in files.read(contents.path)[1].items() if name != METADATA}
+    _placed(target, lambda temporary: _save(tensors, temporary, {"format": "pt", **kept, **told}))
+    return target
 
 
 def _model(found: Foreign) -> dict[str, Any]:
@@ -265,9 +300,9 @@ def _placed(target: Path, write: Callable[[Path], None]) -> None:
         raise FileProblem(f"cannot write {target}: {error.strerror or error}; nothing was left behind") from error
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, dict(metadata or {"format": "pt"}))
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

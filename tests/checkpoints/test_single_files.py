@@ -18,7 +18,9 @@ from limner.text import bpe
 ROWS = [
     entry.name
     for entry in catalog.entries()
-    if not entry.recipe and isinstance(getattr(entry.config, "network", None), UNetConfig)
+    if not entry.name.endswith("-tiny")
+    and entry.name != "sd1"
+    and isinstance(getattr(entry.config, "network", None), UNetConfig)
 ]
 
 

@@ -12,7 +12,7 @@ from toy import StopAt
 
 from limner import catalog
 from limner.adapters.attaching import stack
-from limner.errors import UsageError
+from limner.errors import Assumed, UsageError
 from limner.training import adapting, loop
 from systems import flow_models, stable_diffusion
 
@@ -191,3 +191,27 @@ def test_a_network_goes_on_learning_and_its_file_is_read(model, limner, here, pi
         changes.append(apart > 1e-2) if name.startswith("network.") else None
         assert name.startswith("network.") or apart < 1e-2, name
     assert sum(changes) > len(changes) / 2
+
+
+def test_a_dit_goes_on_learning_and_a_sits_file_must_say_so(limner, here, pictures, tmp_path):
+    folder = stable_diffusion.dit(tmp_path / "dit")
+    for i, file in enumerate(sorted(pictures.glob("*.txt"))):
+        file.write_text(str(i))
+    few = [*FEW[:-1], "data.size=32", "steps=2", "save_every=2", "ema_half_life=0.1", "precision=fp32", "lr=0.02"]
+    told = ("-d", pictures, "--device", "cpu", *few)
+    done = limner("train", "finetune", "-m", folder, "-o", "run", *told)
+    assert done.code == 0, done.err
+    with pytest.warns(Assumed):
+        after = catalog.load("run/final/finetune.safetensors", dtype=torch.float32, vae=folder / "vae")
+    before = catalog.load(folder, dtype=torch.float32).network.state_dict()
+    changed = {name: not torch.equal(t, before[name]) for name, t in after.network.state_dict().items()}
+    assert [name for name, yes in changed.items() if not yes] == ["pos_embed"]
+
+    (here / "sit.safetensors").symlink_to(here / "run" / "final" / "finetune.safetensors")
+    (here / "vae").symlink_to(folder / "vae")
+    done = limner("train", "finetune", "-m", "sit.safetensors", "-o", "more", *told)
+    assert (done.code, "by its name alone: give name=sit-finetune" in done.err) == (2, True)
+    done = limner("train", "finetune", "-m", "sit.safetensors", "-o", "more", *told, "name=sit-finetune")
+    assert done.code == 0, done.err
+    (here / "more" / "final" / "vae").symlink_to(folder / "vae")
+    assert catalog.load("more/final/sit-finetune.safetensors", dtype=torch.float32).prediction.name == "velocity"

@@ -105,13 +105,18 @@ def written(system: Any, program: str) -> dict[str, list[Written]]:
             rows = [] if place is None or place.kept == "swapped" or place.parts > 1 else _apart(place)
         if rows:
             found[f"network.{name}"] = [replace(row, name=start[program] + row.name) for row in rows]
-    towers = list(encoder) if isinstance(encoder, CLIPTowers) else []
-    for i, tower in enumerate(towers):
-        number = "" if len(towers) == 1 else str(i + 1)
-        comfyui = f"text_encoders.{('clip_l', 'clip_g')[i]}.transformer."
-        start = {KOHYA: f"lora_te{number}_", COMFYUI: comfyui, DIFFUSERS: "text_encoder_2." if i else "text_encoder."}
+    towers = dict(encoder.named_children()) if isinstance(encoder, CLIPTowers | JoinedText) else {}
+    for i, (ours, tower) in enumerate(towers.items()):
+        number = "" if len(towers) == 1 else "3" if ours == T5 else str(i + 1)
+        theirs = ours if isinstance(encoder, JoinedText) else ("clip_l", "clip_g")[i]
+        last = f"_{i + 1}" if i else ""
+        start = {
+            KOHYA: f"lora_te{number}_",
+            COMFYUI: f"text_encoders.{theirs}.transformer.",
+            DIFFUSERS: f"text_encoder{last}.",
+        }
         for name in modules(tower):
-            found[f"text_encoder.{i}.{name}"] = [Written(start[program] + name)]
+            found[f"text_encoder.{ours}.{name}"] = [Written(start[program] + name)]
     if program == KOHYA:
         found = {name: [replace(row, name=row.name.replace(".", "_")) for row in rows] for name, rows in found.items()}
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from limner.errors import UnknownName
-from limner.recipes import adapters, autoencoders, icons, stable_diffusion
+from limner.recipes import adapters, autoencoders, distillation, icons, stable_diffusion, transformers
 from limner.training.config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
@@ -23,6 +23,16 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "vq-f4-tiny": autoencoders.vq_f4_tiny,
     "sd1": stable_diffusion.sd1,
     "sd1-tiny": stable_diffusion.sd1_tiny,
+    "sd2-v": stable_diffusion.sd2_v,
+    "sd2-v-tiny": stable_diffusion.sd2_v_tiny,
+    "sdxl": stable_diffusion.sdxl,
+    "sdxl-tiny": stable_diffusion.sdxl_tiny,
+    "sd3": transformers.sd3,
+    "sd3-tiny": transformers.sd3_tiny,
+    "flux": transformers.flux,
+    "flux-tiny": transformers.flux_tiny,
+    "dit": transformers.dit,
+    "dit-tiny": transformers.dit_tiny,
     "lora": adapters.lora,
     "lora-tiny": adapters.lora_tiny,
     "finetune": adapters.finetune,
@@ -31,6 +41,12 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "control": adapters.control,
     "control-tiny": adapters.control_tiny,
     "t2i-adapter": adapters.t2i_adapter,
+    "lcm": distillation.lcm,
+    "lcm-tiny": distillation.lcm_tiny,
+    "lcm-lora": distillation.lcm_lora,
+    "lcm-lora-tiny": distillation.lcm_lora_tiny,
+    "guidance-distillation": distillation.guidance,
+    "guidance-distillation-tiny": distillation.guidance_tiny,
 }
 
 

@@ -1,10 +1,14 @@
-"""Latent diffusion with a U-Net that reads prompts, as Stable Diffusion 1 is (arXiv:2112.10752), and in miniature."""
+"""Latent diffusion with a U-Net that reads prompts, as Stable Diffusion 1, 2 (arXiv:2112.10752) and XL
+(arXiv:2307.01952) are, and in miniature."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from limner import catalog
 from limner.data.batches import DataConfig
 from limner.recipes import icons
+from limner.systems.objectives import Objective
 from limner.training.config import TrainConfig
 
 
@@ -44,4 +48,40 @@ def sd1_tiny() -> TrainConfig:
         save_every=200,
         log_every=20,
         sample_prompts=("red circle", "outlined blue square", "solid green triangle", "yellow cross"),
+    )
+
+
+def sd2_v() -> TrainConfig:
+    """As `sd1`, with Stable Diffusion 2's U-Net, which reads with OpenCLIP and predicts v (arXiv:2202.00512, appendix
+    D), at 768 pixels. The published one predicted eps at 512 first, and learned v in its last 290,000 steps."""
+    return replace(
+        sd1(),
+        name="sd2-v",
+        system=catalog.entry("sd2-v").config,
+        data=DataConfig(source="icons", size=768, latent_views=2),
+    )
+
+
+def sdxl() -> TrainConfig:
+    """The last stage of Stable Diffusion XL (arXiv:2307.01952, section 2.5): pictures in shapes of about 1024 x 1024
+    pixels in steps of 64, an offset noise of 0.05; before it come 600,000 steps at 256 pixels and 200,000 at 512, each
+    of 2048 pictures (data.size, data.buckets=false, init_from). Learning rate and averages, of which the paper says
+    nothing, are those of `sd1`. The network is told that pictures had the size at which it sees them, uncut."""
+    return replace(
+        sd1(),
+        name="sdxl",
+        system=catalog.entry("sdxl").config,
+        data=DataConfig(source="folder", size=1024, buckets=True),
+        loss=Objective(offset_noise=0.05),
+        gradient_checkpointing=True,
+    )
+
+
+def sd2_v_tiny() -> TrainConfig:
+    return replace(sd1_tiny(), name="sd2-v-tiny", system=catalog.entry("sd2-v-tiny").config)
+
+
+def sdxl_tiny() -> TrainConfig:
+    return replace(
+        sd2_v_tiny(), name="sdxl-tiny", system=catalog.entry("sdxl-tiny").config, loss=Objective(offset_noise=0.05)
     )

@@ -212,6 +212,8 @@ class DiffusionSystem(nn.Module):
     phases = ("main",)
     objective = Objective()
     """What it learns by."""
+    recordable = True
+    """Whether its loss is the `error` of its `examples`."""
 
     def __init__(
         self,
@@ -309,6 +311,7 @@ class DiffusionSystem(nn.Module):
         judged = dict(examples)
         asked = judged.pop("x"), judged.pop("t"), judged.pop("cond")
         output = self.network(*asked, *more(*asked))
+        output = output[:, : judged["target"].shape[1]]  # a variance beside it is not learned
         return {"loss": self.objective.error(output.float(), prediction=self.prediction, **judged)}
 
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:

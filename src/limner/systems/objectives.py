@@ -50,12 +50,15 @@ class Objective:
         error = (output - target).square()
         if self.min_snr_gamma:
             error = error * min_snr(prediction, alpha, sigma, self.min_snr_gamma)
-        if mask is not None:
-            share = F.interpolate(mask.to(error), error.shape[-2:], mode="area")
-            error = error * share / share.mean((1, 2, 3), keepdim=True).clamp(min=1e-6)  # where nothing counts, 0
-        if weight is not None:
-            error = error * weight[:, None, None, None]
-        return error.mean()
+        return counted(error, mask, weight).mean()
+
+
+def counted(error: Tensor, mask: Tensor | None, weight: Tensor | None) -> Tensor:
+    """Errors (b, c, h, w) by what each place and each row counts, as `Objective.error` has it."""
+    if mask is not None:
+        share = F.interpolate(mask.to(error), error.shape[-2:], mode="area")
+        error = error * share / share.mean((1, 2, 3), keepdim=True).clamp(min=1e-6)  # where nothing counts, 0
+    return error if weight is None else error * weight[:, None, None, None]
 
 
 def min_snr(prediction: Prediction, alpha: Scalar, sigma: Tensor, gamma: float) -> Tensor:

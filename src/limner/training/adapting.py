@@ -42,6 +42,8 @@ class Beside(nn.Module, ABC):
     is not a part of it. What it has no answer to, the model answers."""
 
     phases = ("main",)
+    recordable = True
+    """As for `limner.systems.diffusion.DiffusionSystem`."""
 
     def __init__(self, base: Any) -> None:
         super().__init__()

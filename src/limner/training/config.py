@@ -19,6 +19,7 @@ from limner.errors import FileProblem, UnknownName, UsageError, complaint, wante
 from limner.systems.objectives import Objective
 from limner.training.adapting import WordConfig
 from limner.training.controlling import ControlConfig
+from limner.training.distilling import DistillationConfig
 
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\w[\w.-]*$")]
 Count = Annotated[int, Field(gt=0, lt=10**12)]
@@ -46,6 +47,8 @@ class TrainConfig:
     adapter: AdapterConfig | None = None
     word: WordConfig | None = None
     control: ControlConfig | None = None
+    distillation: DistillationConfig | None = None
+    """`model` teaches its network, a copy of it, or an `adapter`, to draw with fewer evaluations; see `distilling`."""
     keep_model_in: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """What the weights of `model` are kept in where they stay as they are; "auto" is what `precision` is."""
     data: DataConfig

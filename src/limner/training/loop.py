@@ -27,7 +27,8 @@ from limner.data.images import Batches
 from limner.data.latents import encoded
 from limner.errors import UsageError
 from limner.systems.objectives import Objective
-from limner.training import adapting, controlling, tuning
+from limner.text.labels import LabelsConfig
+from limner.training import adapting, controlling, distilling, tuning
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
 from limner.training.ledger import Ledger
@@ -75,6 +76,8 @@ def train(
         raise UsageError(f"{config.name} trains a system of its own: leave model out")
     if len(beside := [name for name in ("adapter", "word", "control") if getattr(config, name)]) > 1:
         raise UsageError(f"{config.name} trains {' and '.join(beside)}: leave all but one of them out")
+    if config.system and config.distillation:
+        raise UsageError(f"{config.name} trains a system of its own, which has no teacher: leave distillation out")
     config, given = replace(config, system=catalog.settled(config.system) if config.system else None), config
     with StopRequests(stop_after) as stop, ExitStack() as held:
         processes = join(device)
@@ -111,14 +114,15 @@ def train(
             captions = system.show(out if config.validation else images)
             config = replace(config, sample_prompts=config.sample_prompts or tuple(captions))
         batches: Batches = encoded(images, system)
-        if config.gradient_checkpointing and not recompute_blocks(model):
+        learning = system if isinstance(system, distilling.DistillingNetwork) else model
+        if config.gradient_checkpointing and not recompute_blocks(learning):
             raise UsageError(
                 f"gradient_checkpointing is for networks of repeated blocks, and {config.name} has none: leave it out"
             )
         check_batch(system, batches, config, processes)
         if config.compile:
             system.compile(dynamic=False)
-        notes = [*vain(config, side), *getattr(images, "notes", ())]
+        notes = [*vain(config, side), *getattr(images, "notes", ()), *getattr(system, "notes", ())]
         if getattr(images, "masked", False) and config.system is not None and config.system.kind == "autoencoding":
             notes.append(f"masks have no effect on {config.name}: data.masks=none does not look for them")
         if config.system != given.system:
@@ -145,6 +149,8 @@ def loaded(config: TrainConfig, device: torch.device) -> Any:
     """The model of `config.model` with what is trained of it. Raises UsageError, FileProblem."""
     if not config.model:
         raise UsageError(f"{config.name} is for a model that is there: give --model NAME or FILE")
+    if config.distillation is not None:
+        return distilling.loaded(config, device)
     if config.adapter is None and config.word is None and config.control is None:
         return tuning.loaded(config, device)
     if config.sharding == "fsdp":
@@ -164,11 +170,12 @@ def check_pretrained(config: TrainConfig) -> None:
     if system is None or system.kind != "diffusion" or config.init_from:
         return
     parts = {"autoencoder_from": system.autoencoder_from}
-    parts |= {"text_encoder_from": system.text_encoder_from} if system.text_encoder != "minilm" else {}
+    if system.text_encoder != "minilm" and not isinstance(system.text_encoder, LabelsConfig):
+        parts["text_encoder_from"] = system.text_encoder_from
     if missing := [f"system.{name}=FILE" for name, source in parts.items() if not source]:
         raise UsageError(
-            f"{config.name} learns with an autoencoder and a text encoder that are trained already: name a file or "
-            f"folder that has them, such as one of {system.family}, with {' and '.join(missing)}"
+            f"{config.name} learns with an autoencoder{' and a text encoder' * (len(parts) > 1)} trained already: name "
+            f"a file or folder of them, such as one of {system.family}, with {' and '.join(missing)}"
         )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from limner.data.images import Batches
 from limner.devices import memory_of
 from limner.errors import OutOfMemory, UsageError
 from limner.nn.graphs import BLOCKS
-from limner.training.config import TrainConfig
 from limner.training.processes import Processes
+
+if TYPE_CHECKING:
+    from limner.training.config import TrainConfig
 
 MOST_LAYERS, MOST_WIDE = 1000, 100_000
 """More than any network has; what is within is counted."""
@@ -87,11 +89,12 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
-def kept_in(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """What weights of a model that is there are kept in. Raises UsageError where passes could not read them."""
+def kept_in(config: TrainConfig, device: torch.device, casts: bool = False) -> torch.dtype:
+    """What weights of a model that is there are kept in. Raises UsageError where passes could not read them, but for a
+    system that `casts` what it asks of them."""
     precision = precision_of(config, device)
     name = precision if config.keep_model_in == "auto" else config.keep_model_in
-    if precision == "fp32" != name:
+    if precision == "fp32" and name in ("bf16", "fp16") and not casts:
         raise UsageError(f"keep_model_in={name} is for passes in 16 bits: give precision=bf16, too")
     return pipeline.DTYPES[name]
 

@@ -37,7 +37,7 @@ class Passes:
             and processes.device.type == "cuda"
             and processes.world == 1
             and len(losses) == 1
-            and hasattr(system, "examples")
+            and getattr(system, "recordable", False)
             and not (config.compile or config.gradient_checkpointing)
         )
         self.forget()

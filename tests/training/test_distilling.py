@@ -1,0 +1,424 @@
+"""Students that draw with fewer evaluations: what they learn by hand, by the published script, and as a run's file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from toy import StopAt
+
+from limner import catalog
+from limner.adapters.trainable import AdapterConfig
+from limner.errors import UsageError
+from limner.sampling import interpolants
+from limner.sampling.interpolants import EDMConfig, FlowConfig, VPConfig
+from limner.systems.objectives import Objective
+from limner.training import adapting, distilling, loop
+from limner.training.distilling import DistillationConfig, DistillingAdapter, DistillingNetwork
+from limner.types import Conditioning
+from systems import flow_models, stable_diffusion
+
+SPREAD, MEANS = 0.6, (0.4, -0.3)
+"""Of latents that are normal: their deviation, and their mean with a caption and without."""
+SHAPE = (64, 8, 4, 4)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Normal(nn.Module):
+    """The network that is right about normal latents, (b, c, h, w); `does` makes something else of what it says."""
+
+    def __init__(self, interpolant: Any, prediction: Any) -> None:
+        super().__init__()
+        self.interpolant, self.prediction, self.does = interpolant, prediction, denoised
+        self.config = SimpleNamespace(text_width=1)
+        self.bend = nn.Parameter(torch.zeros(2))
+
+    def forward(self, seen: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        sigma = t
+        if isinstance(self.interpolant, interpolants.Discrete):
+            sigma = torch.tensor(self.interpolant.sigmas)[t.long()]
+        level = sigma[:, None, None, None]
+        x, alpha = seen / self.interpolant.input_scale(level), self.interpolant.alpha(level)
+        said = cond.pooled[:, 0, None, None, None]
+        mean = MEANS[0] * said + MEANS[1] * (1 - said)
+        x0 = self.does(self.interpolant, x, level, mean) + self.bend[0] + self.bend[1] * x
+        return self.prediction.from_x0(x0, x, alpha, level.clamp(min=1e-6))
+
+
+class Words(nn.Module):
+    """Told whether there is a caption, and no more."""
+
+    dialects, clip_skip = ("plain",), None
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        return Conditioning(pooled=torch.tensor([[float(bool(prompt))] for prompt in prompts]))
+
+
+def denoised(interpolant: Any, x: Tensor, level: Tensor, mean: Tensor) -> Tensor:
+    """The mean of x0 given x."""
+    alpha = interpolant.alpha(level)
+    return mean + SPREAD**2 * alpha / (alpha**2 * SPREAD**2 + level**2) * (x - alpha * mean)
+
+
+def ending(scale: float) -> Any:
+    """x0 for which the consistency function is where the trajectory of the teacher ends that is guided by `scale`.
+    Guidance moves the mean alone, and on a trajectory (x - alpha * mean) / sqrt(alpha^2 spread^2 + sigma^2) stays what
+    it is."""
+
+    def does(interpolant: Any, x: Tensor, level: Tensor, mean: Tensor) -> Tensor:
+        mean = MEANS[1] + scale * (MEANS[0] - MEANS[1])
+        alpha = interpolant.alpha(level)
+        last = interpolant.sigmas[0] if isinstance(interpolant, interpolants.Discrete) else 0.0
+        place = (x - alpha * mean) / (alpha**2 * SPREAD**2 + level**2).sqrt()
+        end = mean + math.hypot(SPREAD, last) * place
+        if not last:
+            return end
+        t = 10 * torch.tensor([interpolant.time(s) for s in level.flatten().tolist()])[:, None, None, None].float()
+        skip, out = 0.25 / (t**2 + 0.25), t / (t**2 + 0.25).sqrt()
+        scaled = interpolant.input_scale
+        return (scaled(last) * end - skip * scaled(level) * x) / out.clamp(min=1e-6)
+
+    return does
+
+
+def base_of(noise: Any, prediction: str) -> Any:
+    config = replace(catalog.entry("icons-tiny").config, interpolant=noise, prediction=prediction, autoencoder_from="")
+    base = catalog.build(config).requires_grad_(False)
+    base.text_encoder, base.network = Words(), Normal(base.interpolant, base.prediction)
+    return base
+
+
+def student_of(base: Any, does: Any, **how: Any) -> DistillingNetwork:
+    student = DistillingNetwork(base, DistillationConfig(**{"loss": "l2", "average": 0.0} | how), "")
+    student.network.does = does
+    return student
+
+
+def batch() -> dict[str, Any]:
+    x0 = MEANS[0] + SPREAD * torch.randn(SHAPE, generator=seeded(1))
+    return {"latents": x0, "captions": ["a fox"] * len(x0), "ids": ["0"] * len(x0)}
+
+
+KINDS = [("flow", "velocity"), (FlowConfig(shift=3.0), "velocity"), (VPConfig(), "eps"), (VPConfig(), "v")]
+
+
+@pytest.mark.parametrize(("noise", "prediction"), KINDS)
+def test_what_a_student_learns_is_where_the_guided_teacher_ends(noise, prediction):
+    base = base_of(noise, prediction)
+
+    def learning(does: Any, steps: int) -> tuple[float, float]:
+        """The loss, and the length of its gradient."""
+        student = student_of(base, does, guidance=(2.5,), steps=steps)
+        loss = student.loss(batch(), "main", seeded())["loss"]
+        loss.backward()
+        return loss.item(), student.network.bend.grad.norm().item()
+
+    (coarse, _), (right, slope) = (learning(ending(2.5), steps) for steps in (20, 200))
+    assert right < min(1e-5, 1e-2 * coarse)  # the teacher's step is first order: its error falls with its length
+    for wrong in (ending(1.0), denoised):
+        loss, steep = learning(wrong, 200)
+        assert loss > 10 * right
+        assert steep > 10 * slope
+
+
+@pytest.mark.parametrize(("noise", "prediction"), KINDS)
+def test_the_student_of_guidance_says_what_the_guided_teacher_says(noise, prediction):
+    base = base_of(noise, prediction)
+    base.objective = Objective()
+
+    def guided(scale: float) -> Any:
+        return lambda interpolant, x, level, mean: denoised(
+            interpolant, x, level, MEANS[1] + scale * (MEANS[0] - MEANS[1])
+        )
+
+    def loss(scale: float) -> float:
+        student = student_of(base, guided(scale), kind="guidance", guidance=(2.5,))
+        return student.loss(batch(), "main", seeded())["loss"].item()
+
+    assert loss(2.5) < 1e-6
+    assert loss(2.4) > 100 * loss(2.5)
+
+
+@pytest.mark.parametrize(("noise", "prediction"), [*KINDS, ("flow", "x0")])
+def test_at_the_end_a_student_says_what_it_is_given(noise, prediction):
+    base = base_of(noise, prediction)
+    student = student_of(base, lambda interpolant, x, level, mean: 3 * x + 1)
+    x, cond = torch.randn(SHAPE, generator=seeded()), base.text_encoder.encode(["a"] * SHAPE[0])
+    times, sigmas = distilling.levels(base.interpolant, 50)
+    t, level = torch.full((SHAPE[0],), times[0]), torch.full((SHAPE[0], 1, 1, 1), sigmas[0])
+    says = student.consistent(x, t, level, cond, torch.ones(SHAPE[0]))
+    assert torch.equal(says, base.interpolant.input_scale(level) * x)
+
+
+def test_the_levels_are_those_of_the_published_models():
+    times, sigmas = distilling.levels(interpolants.get(VPConfig()), 50)
+    assert times == [0, *range(19, 1000, 20)]
+    assert sigmas[-1] == interpolants.get(VPConfig()).sigmas[999]
+    levels = distilling.levels(interpolants.get(FlowConfig(shift=3.0)), 4)[1]
+    assert levels == pytest.approx([0, 0.5, 0.75, 0.9, 1])
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory):
+    return stable_diffusion.sd1(tmp_path_factory.mktemp("sd1"))
+
+
+@pytest.mark.parametrize("loss", ["huber", "l2"])
+def test_the_loss_is_that_of_the_published_script(sd1, loss):
+    """As diffusers' example trains an LCM: in variance-preserving coordinates, with a DDIM solver of 50 timesteps."""
+    import diffusers
+
+    base = catalog.load(sd1, dtype=torch.float32)
+    student = DistillingNetwork(base, DistillationConfig(guidance=(3.0, 15.0), loss=loss), str(sd1))
+    with torch.no_grad():
+        for k, p in enumerate(student.parameters()):
+            p.add_(0.01 * torch.randn(p.shape, generator=seeded(k)))
+        for k, p in enumerate(student.averages.buffers()):
+            p.add_(0.02 * torch.randn(p.shape, generator=seeded(k)))
+    captions, x0 = ["a red fox", "a blue square", "a"], torch.randn(3, 4, 8, 8, generator=seeded())
+    found = student.loss({"latents": x0, "captions": captions}, "main", seeded(5))["loss"]
+
+    generator = seeded(5)
+    w = 2 + 12 * torch.rand(3, generator=generator)  # one less than our scale
+    index = torch.randint(1, 51, (3,), generator=generator) - 1
+    noise = torch.randn(x0.shape, generator=generator)
+    scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    bars = scheduler.alphas_cumprod
+    grid = torch.arange(1, 51) * 20 - 1
+    start, end = grid[index], (grid[index] - 20).clamp(min=0)
+    noisy = scheduler.add_noise(x0, noise, start)
+    said, empty = (base.text_encoder.encode(words) for words in (captions, [""] * 3))
+    told = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, embedding_dim=256)
+
+    def wide(row: Tensor) -> Tensor:
+        return row[:, None, None, None]
+
+    def parts(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return (x - wide((1 - bars[t]).sqrt()) * eps) / wide(bars[t].sqrt())
+
+    def mixed(x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        time = wide(10.0 * t)
+        return 0.25 / (time**2 + 0.25) * x + time / (time**2 + 0.25) ** 0.5 * x0
+
+    with torch.no_grad():
+        eps = student.network(noisy, start, replace(said, guidance=told))
+        mine = mixed(noisy, parts(noisy, eps, start), start)
+        wanted, unwanted = (base.network(noisy, start, cond) for cond in (said, empty))
+        x0s = [parts(noisy, eps, start) for eps in (wanted, unwanted)]
+        pred_x0 = x0s[0] + wide(w) * (x0s[0] - x0s[1])
+        pred_eps = wanted + wide(w) * (wanted - unwanted)
+        before = torch.cat([bars[:1], bars[grid[:-1]]])[index]
+        lower = wide(before.sqrt()) * pred_x0 + wide((1 - before).sqrt()) * pred_eps
+        with student.averaged():
+            eps = student.network(lower, end, replace(said, guidance=told))
+        target = mixed(lower, parts(lower, eps, end), end)
+        error = (mine - target) ** 2
+        by_script = error.mean() if loss == "l2" else ((error + 0.001**2).sqrt() - 0.001).mean()
+    assert found.item() == pytest.approx(by_script.item(), rel=1e-4)
+
+
+# ------------------------------------------------------------------- students
+
+
+def flux_of(tmp_path: Any) -> Any:
+    return flow_models.flux(tmp_path, guided=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "how", "adapter"),
+    [
+        ("icons", {}, False), ("icons", {"average": 0.0}, True), ("icons", {"kind": "guidance"}, True),
+        ("sd1", {"guidance": (3.0, 15.0)}, False), ("sd1", {"kind": "guidance", "guidance": (1.0, 8.0)}, False),
+        ("flux", {"kind": "guidance", "guidance": (1.0, 5.0)}, False),
+    ],
+)  # fmt: skip
+def test_a_student_begins_as_its_teacher_and_all_of_it_learns(model, how, adapter, sd1, tiny_model, tmp_path):
+    source = {"icons": tiny_model, "sd1": sd1}.get(model) or flux_of(tmp_path)
+    base = catalog.load(source, dtype=torch.float32)
+    config = DistillationConfig(**how)
+    made: Any = DistillingAdapter(base, config, AdapterConfig(rank=2), 0) if adapter else None
+    made = made or DistillingNetwork(base, config, str(source))
+    channels = base.autoencoder.channels
+    x, t = torch.randn(2, channels, 8, 8, generator=seeded()), torch.tensor([0.3, 0.8])
+    cond, level = made.read(["a red fox", "a"], x), torch.full((2, 1, 1, 1), 0.5)
+    with torch.no_grad(), made.taught() as network:
+        plain = made.ask(network, x, t, level, cond, base.told_guidance, torch.ones(2))
+    assert torch.allclose(made.student(x, t, level, cond, torch.tensor([2.0, 4.0])), plain, atol=1e-5)
+    with torch.no_grad():
+        for k, p in enumerate(made.parameters()):
+            p.add_(0.05 * torch.randn(p.shape, generator=seeded(k)))
+    with torch.no_grad(), made.taught() as network:  # which knows nothing of it
+        again = made.ask(network, x, t, level, cond, base.told_guidance, torch.ones(2))
+    assert torch.equal(again, plain)
+    made.loss({"latents": x, "captions": ["a red fox", "a"], "step": 0}, "main", seeded())["loss"].backward()
+    assert [name for name, p in made.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert all(p.grad is None for p in base.parameters())
+    if made.told is not None:
+        says = made.student(x, t, level, cond, torch.tensor([2.0, 4.0]))
+        assert not torch.allclose(says, made.student(x, t, level, cond, torch.tensor([4.0, 2.0])), atol=1e-4)
+
+
+def test_averages_follow_once_a_step(tiny_model):
+    base = catalog.load(tiny_model)
+    student = DistillingNetwork(base, DistillationConfig(average=0.75), str(tiny_model))
+    weight = student.network.image_in.weight
+    average = student.averages.get_buffer("network:image_in:weight")
+    with torch.no_grad():
+        weight.fill_(1.0)  # as weights to go on from are put in
+    student.follow(0)
+    assert average.eq(1).all()
+    with torch.no_grad():
+        weight.fill_(5.0)
+    for _ in range(2):  # parts of a step
+        student.follow(1)
+    assert average.eq(2).all()
+    with student.averaged():
+        assert student.network.image_in.weight.eq(2).all()
+    assert weight.eq(5).all()
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({"guidance": ()}, "one scale from 1 to 100, or the least and the most"),
+        ({"guidance": (5.0, 2.0)}, "one scale from 1 to 100"),
+        ({"guidance": (0.5,)}, "one scale from 1 to 100"),
+        ({"guidance": (2.0, 5.0)}, "told its guidance, which this one of icons-tiny is not: give one scale"),
+        ({"average": 1.0}, "distillation.average=1"),
+        ({"huber": 0.0}, "huber=0"),
+        ({"steps": 0}, "distillation.steps=0: give 1 to 1000"),
+    ],
+)
+def test_what_cannot_be_is_refused(tiny_model, told, why):
+    with pytest.raises(UsageError, match=why):
+        DistillingNetwork(catalog.load(tiny_model), DistillationConfig(**told), "")
+
+
+def test_a_model_without_timesteps_or_a_flow_or_told_already_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="timesteps or a flow"):
+        distilling.levels(interpolants.get(EDMConfig()), 50)
+    base = catalog.load(flow_models.flux(tmp_path), dtype=torch.float32)
+    with pytest.raises(UsageError, match="is told its guidance already"):
+        DistillingNetwork(base, DistillationConfig(kind="guidance"), "")
+
+
+# ------------------------------------------------------------------- runs
+
+
+FEW = [
+    "batch_size=2",
+    "log_every=2",
+    "warmup=0",
+    "ema_half_life=2",
+    "data.size=32",
+    "distillation.steps=8",
+    "precision=fp32",
+]
+
+
+@pytest.fixture
+def pictures(here):
+    (here / "pictures").mkdir()
+    for i, color in enumerate(("red", "blue", "green")):
+        Image.new("RGB", (40, 32), color).save(here / "pictures" / f"{i}.png")
+        (here / "pictures" / f"{i}.txt").write_text(f"a {color} square")
+    return here / "pictures"
+
+
+def distilled(limner, recipe, model, pictures, out, *more):
+    done = limner("train", recipe, "-m", model, "-d", pictures, "-o", out, "--device", "cpu", *FEW, *more)
+    assert done.code == 0, done.err
+    return done.out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("recipe", ["lcm", "lcm-lora", "guidance-distillation"])
+def test_a_file_draws_what_the_run_showed(recipe, limner, here, tiny_model, pictures, monkeypatch):
+    shown, draw = [], adapting.draw
+    monkeypatch.setattr(adapting, "draw", lambda *told: shown.extend(draw(*told)) or shown)
+    told = ["distillation.guidance=4", "steps=3", "lr=0.003", 'sample_prompts=["a blue square"]']
+    told += ["adapter.rank=2"] if recipe == "lcm-lora" else []
+    file = distilled(limner, recipe, tiny_model, pictures, "run", *told)
+    asked = ["generate", "a blue square", "-s", 0, "-o", "drawn.png"]
+    if recipe == "lcm-lora":
+        asked += ["-m", tiny_model, "--lora", file, "--sampler", "lcm", "--steps", 4, "--guidance", 1]
+    else:
+        asked += ["-m", file]
+        defaults = catalog.load(file).defaults
+        wanted = (4, 1.0, "lcm") if recipe == "lcm" else (12, 1.0, "euler")
+        assert (defaults.steps, defaults.guidance, defaults.sampler) == wanted
+    assert limner(*asked).code == 0
+    assert Image.open("drawn.png").tobytes() == shown[0].tobytes()
+    asked = ["generate", "a blue square", "-s", 0, "-m", tiny_model, "--guidance", 1, "-o", "plain.png"]
+    asked += ["--sampler", "lcm", "--steps", 4] if recipe != "guidance-distillation" else []
+    assert limner(*asked).code == 0
+    assert Image.open("plain.png").tobytes() != shown[0].tobytes()
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bits(limner, here, tiny_model, pictures, monkeypatch):
+    told = (
+        "steps=6",
+        "save_every=2",
+        "accumulate=2",
+        "distillation.average=0.5",
+        "distillation.guidance=4",
+        "lr=0.003",
+    )
+    distilled(limner, "lcm", tiny_model, pictures, "whole", *told)
+    for k, steps in enumerate((1, 3)):
+        with monkeypatch.context() as patch:
+            stop = StopAt(steps)
+            patch.setattr(loop, "StopRequests", lambda *_, stop=stop: stop)
+            if k:
+                limner("train", "--resume", "parts", "--device", "cpu")
+            else:
+                new = ("train", "lcm", "-m", tiny_model, "-d", pictures, "-o", "parts", "--device", "cpu")
+                limner(*new, *FEW, *told)
+    assert limner("train", "--resume", "parts", "--device", "cpu").code == 0
+    for name in ("final/lcm.safetensors", "checkpoints/step-000006/model.safetensors"):
+        assert (here / "parts" / name).read_bytes() == (here / "whole" / name).read_bytes()
+
+
+def test_a_stable_diffusion_that_is_told_guidance_is_read_and_drawn(limner, here, sd1, pictures):
+    file = distilled(limner, "lcm", sd1, pictures, "run", "steps=2", "lr=0.01")
+    system = catalog.load(file, dtype=torch.float32)
+    assert (system.network.config.guidance_width, system.defaults.sampler, system.defaults.steps) == (256, "lcm", 4)
+    assert system.network.time_embedding.cond_proj.weight.any()
+    pictures = [f"{guidance}.png" for guidance in (3, 12)]
+    for name in pictures:
+        asked = ("generate", "a fox", "-m", file, "-W", 32, "-H", 32, "-s", 0, "--guidance", name[:-4], "-o", name)
+        assert limner(*asked).code == 0
+    assert len({(here / name).read_bytes() for name in pictures}) == 2
+
+
+@pytest.mark.slow
+def test_a_flux_that_is_told_guidance_is_read(limner, here, pictures, tmp_path):
+    source = flux_of(tmp_path / "flux")
+    told = ("steps=2", "lr=0.01", "distillation.guidance=1,5")
+    file = distilled(limner, "guidance-distillation", source, pictures, "run", *told)
+    files = flow_models.split_files(source, tmp_path / "files")
+    system = catalog.load(
+        file, dtype=torch.float32, vae=files["autoencoder"], text_encoders=[files["clip_l"], files["t5xxl"]]
+    )
+    assert system.network.config.guidance_embedded
+    assert system.told_guidance is not None
+
+
+def test_what_has_no_teacher_or_another_aim_is_refused(limner, here, tiny_model, pictures):
+    for told, why in (
+        (("loss.min_snr_gamma=5", "distillation.guidance=4"), "distillation.loss: leave it out"),
+        (("sharding=fsdp", "distillation.guidance=4"), "sharding=fsdp is for networks that learn alone"),
+        (("keep_model_in=fp8", "distillation.guidance=4"), "keep_model_in=fp8 is for adapters"),
+        ((), "give one scale"),
+    ):
+        done = limner("train", "lcm", "-m", tiny_model, "-d", pictures, "-o", "run", "--device", "cpu", *FEW, *told)
+        assert (done.code, why in done.err) == (2, True), done.err
+        assert not (here / "run").exists()
