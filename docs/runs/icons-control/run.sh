@@ -10,10 +10,10 @@ data=$1 work=$2 end=$(($(date +%s) + $3)) start=${4:-}
 mkdir -p "$work"
 left() { echo $((end - $(date +%s))); }
 for attempt in 1 2 3; do # one that breaks off is begun again from its newest weights
-    [ "$(left)" -gt $((${AFTER:-120} + 60)) ] || break
+    [ "$(left)" -gt $((${AFTER:-180} + 60)) ] || break
     run=$work/run-$attempt
-    steps=${STEPS:-$(python3 -c "print(max(200, int(($(left) - ${AFTER:-120} - ${BEFORE:-150}) / ${STEP:-0.08}) // 100 * 100))")}
-    python3 -m limner train control -m icons -o "$run" --device "${DEVICE:-auto}" --stop-after $(($(left) - ${AFTER:-120})) \
+    steps=${STEPS:-$(python3 -c "print(max(200, int(($(left) - ${AFTER:-180} - ${BEFORE:-150}) / ${STEP:-0.08}) // 100 * 100))")}
+    python3 -m limner train control -m icons -o "$run" --device "${DEVICE:-auto}" --stop-after $(($(left) - ${AFTER:-180})) \
         data.source=icons data.folder="$data" data.cache="$work/cache" data.size=256 data.latent_views="${VIEWS:-3}" \
         data.limit="${LIMIT:-0}" data.hints=canny control.bits=8 control.caption_dropout="${DROPOUT:-0.3}" \
         batch_size="${BATCH:-256}" precision="${PRECISION:-bf16}" compile="${COMPILE:-true}" \

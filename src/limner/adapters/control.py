@@ -286,7 +286,7 @@ def _read(
         if t2i_adapter.is_one(tensors):
             return t2i_adapter.read(path, tensors, base, factor)
         return controlnet.read(path, tensors, base, own)
-    except (IndexError, TypeError, ValueError, RuntimeError, ZeroDivisionError, UsageError) as error:
+    except (IndexError, TypeError, ValueError, ZeroDivisionError, UsageError) as error:
         raise CheckpointMismatch(f"{path} is like a ControlNet, but its shapes do not fit together") from error
 
 

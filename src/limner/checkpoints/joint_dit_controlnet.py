@@ -59,8 +59,8 @@ def read(path: Path, base: Any, factor: int) -> JointDiTControlNet:
     if its != mine:
         told, here = (f"{n[2]} blocks {n[1]} wide on {n[0].channels} channels of {n[3]} pixels" for n in (its, mine))
         raise CheckpointMismatch(f"{path} is a ControlNet of another network than this: of {told}, here {here}")
-    if not 0 < config.size.depth <= base.depth:
-        raise CheckpointMismatch(f"{path} has {config.size.depth} blocks for a network of {base.depth}")
+    if not 0 < config.size.depth <= base.depth or min(config.hint_widths, default=0) < 1:
+        raise CheckpointMismatch(f"{path} is like a ControlNet of {TITLE}, but its sizes cannot be: get it again")
     with torch.device("meta"):
         network = JointDiTControlNet(config)
     files.assign(network, files.load(path)[0], path)

@@ -9,7 +9,7 @@ from torch import Tensor, distributed
 
 from limner.data import transforms
 from limner.data.batches import ImageBatches, seeded
-from limner.data.hinted import made, to_hints
+from limner.data.hinted import GREY, made, to_hints
 from limner.data.images import Batches
 from limner.data.stored import StoredLatents
 from limner.data.streams import Stream
@@ -40,6 +40,7 @@ class LatentBatches:
         self.batches = batches
         size, others = batches.config.size, batches.config.other_sizes
         check_sizes(others, system.grid)
+        self.room = self.room_for_hints(views * size**2 + sum(width * height for width, height, _ in others))
         found = [self.encode(v, size, size, system, chunk) for v in range(views)]
         base = torch.stack([kept["latents"] for kept in found])
         self.kept = [{name: torch.stack([kept[name] for kept in found]) for name in found[0]}]
@@ -66,7 +67,7 @@ class LatentBatches:
         n, device = len(self.batches), self.batches.device
         share = -(-n // world)
         latents, seen = [], []
-        maker, room = self.batches.config.hints, self.room_for_hints(height, width)
+        maker = self.batches.config.hints
         for start in range(rank * share, (rank + 1) * share, chunk):
             index = torch.arange(start, min(start + chunk, (rank + 1) * share)).clamp(max=n - 1)
             images = self.batches.pictures(index)
@@ -77,12 +78,10 @@ class LatentBatches:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 latents.append(system.encode(images).to(torch.float16))
             if maker != "none":
-                seen.append(made(maker, images).to(room))
+                seen.append(made(maker, images).to(self.room))
 
         def whole(parts: list[Tensor]) -> Tensor:
-            mine = torch.cat(
-                parts
-            ).contiguous()  # the gather copies memory as it lies: channels-last would be scrambled
+            mine = torch.cat(parts).contiguous()  # gathering copies memory as it lies: channels-last would be scrambled
             if world == 1:
                 return mine[:n]
             found = mine.new_empty((world * share, *mine.shape[1:]), device=device)
@@ -91,10 +90,10 @@ class LatentBatches:
 
         return {"latents": whole(latents)} | ({"hints": whole(seen)} if seen else {})
 
-    def room_for_hints(self, height: int, width: int) -> torch.device:
-        """The device, if all views of hints of this size fit in a third of its free memory."""
-        device, views = self.batches.device, max(1, self.batches.config.latent_views)
-        need = 3 * len(self.batches) * views * height * width
+    def room_for_hints(self, pixels: int) -> torch.device:
+        """The device, if hints of so many pixels a picture fit in a third of its free memory."""
+        device = self.batches.device
+        need = len(self.batches) * pixels * (1 if self.batches.config.hints in GREY else 3)
         fits = device.type == "cuda" and need < torch.cuda.mem_get_info(device)[0] / 3
         return device if fits else torch.device("cpu")
 

@@ -43,6 +43,15 @@ JOINT_DIT_ICONS = JointDiTConfig()
 JOINT_DIT_TINY = JointDiTConfig(channels=8, width=64, depth=2, num_heads=2, hidden=128, base_grid=8)
 
 
+def check(config: JointDiTConfig) -> None:
+    """Raises UsageError for sizes that cannot be."""
+    width = config.width
+    if config.num_heads < 1 or width < 1 or width % (4 * config.num_heads):
+        raise UsageError(f"width={width} is not in fours (2-D rotary positions) over num_heads={config.num_heads}")
+    if config.hidden < 1 or config.base_grid < 1:
+        raise UsageError(f"hidden={config.hidden}, base_grid={config.base_grid}: both must be 1 or more")
+
+
 class Trunk(nn.Module):
     """What a JointDiT and a ControlNet for it have alike: how they are told of times, words and places."""
 
@@ -75,10 +84,7 @@ class JointDiT(Trunk):
         super().__init__()
         self.config = config
         width = config.width
-        if config.num_heads < 1 or width < 1 or width % (4 * config.num_heads):
-            raise UsageError(f"width={width} is not in fours (2-D rotary positions) over num_heads={config.num_heads}")
-        if config.hidden < 1 or config.base_grid < 1:
-            raise UsageError(f"hidden={config.hidden}, base_grid={config.base_grid}: both must be 1 or more")
+        check(config)
         self.image_in = nn.Linear(config.channels, width)
         self.text_norm = nn.LayerNorm(config.text_width)
         self.text_in = nn.Linear(config.text_width, width)

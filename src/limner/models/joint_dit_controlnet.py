@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from limner.errors import UsageError
-from limner.models.joint_dit import JOINT_DIT_ICONS, Block, JointDiTConfig, Trunk
+from limner.models.joint_dit import JOINT_DIT_ICONS, Block, JointDiTConfig, Trunk, check
 from limner.nn.embeddings import TimeEmbedding
 from limner.nn.initialization import zero
 from limner.types import Conditioning
@@ -55,6 +55,7 @@ class JointDiTControlNet(Trunk):
 
     def __init__(self, config: JointDiTControlNetConfig) -> None:
         super().__init__()
+        check(config.size)
         self.config, self.control = config.size, config
         size, width = config.size, config.size.width
         self.hint_in = nn.Sequential()
