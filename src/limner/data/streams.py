@@ -100,7 +100,7 @@ class Stream:
 
     def batch(self, step: int, size: int, *, rank: int = 0, world: int = 1) -> dict[str, Any]:
         _, indices, rows, weights = self.plan(step, size, rank, world)
-        taken = self.fetched(step, size, rank, world, self._read)
+        taken = self.fetched(step, size, rank, world, self.read)
         ids = [i for i, _ in taken]
         planes = to_float(torch.from_numpy(np.stack([found for _, found in taken])).to(self.device))
         generator = seeded(self.seed, step, 1 + rank, self.device)
@@ -162,7 +162,7 @@ class Stream:
             if key not in self.pending:
                 bucket, indices, rows, _ = self.plan(*key)
                 self.pending[key] = [
-                    self.pool.submit(self._good, indices[row], bucket, self.look(key[0], row), read) for row in rows
+                    self.pool.submit(self.good, indices[row], bucket, self.look(key[0], row), read) for row in rows
                 ]
         taken = [future.result() for future in self.pending.pop(wanted[0])]
         self.note({})
@@ -190,10 +190,11 @@ class Stream:
         planes = np.concatenate(parts, -1).transpose(2, 0, 1)
         return np.ascontiguousarray(planes[..., ::-1] if mirror else planes)
 
-    def _read(self, i: int, bucket: Bucket, look: Look) -> np.ndarray:
+    def read(self, i: int, bucket: Bucket, look: Look) -> np.ndarray:
+        """As `picture`."""
         return self.picture(i, bucket.width, bucket.height, look.place, look.mirror)
 
-    def _good(self, i: int, bucket: Bucket, look: Look, read: Callable[[int, Bucket, Look], T]) -> tuple[int, T]:
+    def good(self, i: int, bucket: Bucket, look: Look, read: Callable[[int, Bucket, Look], T]) -> tuple[int, T]:
         """What `read` makes of sample `i`, or of the next of its bucket that is good."""
         start = bisect_left(bucket.members, i)
         for k in range(len(bucket.members)):

@@ -25,6 +25,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "sd1-tiny": stable_diffusion.sd1_tiny,
     "lora": adapters.lora,
     "lora-tiny": adapters.lora_tiny,
+    "dreambooth": adapters.dreambooth,
+    "dreambooth-tiny": adapters.dreambooth_tiny,
     "finetune": adapters.finetune,
     "finetune-tiny": adapters.finetune_tiny,
     "word": adapters.word,

@@ -169,7 +169,11 @@ class Wording(Beside):
 
     def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
         name, captions = self.config.name, batch["captions"]
-        said = [c if self.said.search(c) else f"{name}, {c}" if c else name for c in captions]
+        of_class = batch.get("prior", [False] * len(captions))  # which say nothing of the word
+        said = [
+            c if other or self.said.search(c) else f"{name}, {c}" if c else name
+            for c, other in zip(captions, of_class, strict=True)
+        ]
         return self.base.loss(batch | {"captions": said}, phase, generator)
 
     def write(self, path: Path) -> None:

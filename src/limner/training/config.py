@@ -18,6 +18,7 @@ from limner.data.batches import DataConfig
 from limner.errors import FileProblem, UnknownName, UsageError, complaint, wanted
 from limner.systems.objectives import Objective
 from limner.training.adapting import WordConfig
+from limner.training.prior import PriorConfig
 
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\w[\w.-]*$")]
 Count = Annotated[int, Field(gt=0, lt=10**12)]
@@ -46,6 +47,8 @@ class TrainConfig:
     word: WordConfig | None = None
     keep_model_in: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
     """What the weights of `model` are kept in where they stay as they are."""
+    prior: PriorConfig = Field(default_factory=PriorConfig)
+    """Pictures of what a `model` knows already, learned beside its own; a step has as many again as `batch_size`."""
     data: DataConfig
     steps: Count
     batch_size: Count

@@ -27,7 +27,7 @@ from limner.data.images import Batches
 from limner.data.latents import encoded
 from limner.errors import UsageError
 from limner.systems.objectives import Objective
-from limner.training import adapting, tuning
+from limner.training import adapting, prior, tuning
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
 from limner.training.ledger import Ledger
@@ -74,6 +74,7 @@ def train(
         raise UsageError(f"{config.name} trains a system of its own: leave model out")
     if config.adapter and config.word:
         raise UsageError(f"{config.name} trains an adapter and a word: leave one of them out")
+    prior.check(config)
     config, given = replace(config, system=catalog.settled(config.system) if config.system else None), config
     with StopRequests(stop_after) as stop, ExitStack() as held:
         processes = join(device)
@@ -106,6 +107,9 @@ def train(
             images, out = parted(images, config.validation)
             unlearned = encoded(out, system)
         batches: Batches = encoded(images, system)
+        if config.prior.wanted:
+            of_class = prior.opened(prior.drawn(system, config, run, processes), config, processes.device)
+            batches = prior.WithPrior(batches, of_class, config.prior, model)
         if config.gradient_checkpointing and not recompute_blocks(model):
             raise UsageError(
                 f"gradient_checkpointing is for networks of repeated blocks, and {config.name} has none: leave it out"
