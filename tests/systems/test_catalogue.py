@@ -27,7 +27,7 @@ def noisy(name: str):
 
 def test_every_recipe_has_a_model_and_a_tiny_sibling():
     beside = {name for name in recipes.names() if recipes.get(name).model}
-    assert beside == {"lora", "lora-tiny", "finetune", "finetune-tiny", "word"}
+    assert beside == {"lora", "lora-tiny", "dreambooth", "dreambooth-tiny", "finetune", "finetune-tiny", "word"}
     assert {entry.name for entry in catalog.entries() if entry.recipe} == set(recipes.names()) - beside
     whole = [name for name in recipes.names() if not name.endswith("-tiny") and name != "word"]
     assert all(f"{name}-tiny" in recipes.names() for name in whole)

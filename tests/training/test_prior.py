@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 from PIL import Image
-from toy import StopAt
 from torch.nn import functional as F
+from toy import StopAt
 
 from limner import catalog, metadata
 from limner.data.batches import DataConfig, open_batches
