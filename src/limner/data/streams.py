@@ -122,6 +122,17 @@ class Stream:
             told |= {"weight": torch.tensor(weights, device=self.device), "count": count}
         return told
 
+    def words(self) -> list[str] | None:
+        """All captions that there are; None where tags are shuffled to ever new ones."""
+        if self.config.shuffle_tags:
+            return None
+        members = (i for bucket in self.buckets for i in bucket.members)
+        return [self.said(caption) for i in members for caption in self.samples.captions[i]]
+
+    def said(self, caption: str) -> str:
+        """With the trigger before it."""
+        return ", ".join(part for part in (self.config.trigger, caption) if part)
+
     def caption(self, i: int, coin: random.Random) -> str:
         """One of the sample's captions, its tags shuffled and the trigger before it, if that is asked."""
         caption = coin.choice(self.samples.captions[i])
@@ -130,7 +141,7 @@ class Stream:
             rest = tags[self.config.keep_tags :]
             coin.shuffle(rest)
             caption = ", ".join(tags[: self.config.keep_tags] + rest)
-        return ", ".join(part for part in (self.config.trigger, caption) if part)
+        return self.said(caption)
 
     def look(self, step: int, row: int) -> Look:
         """Of row `row` of the whole batch, whatever the number of processes."""

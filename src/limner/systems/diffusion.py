@@ -208,6 +208,8 @@ class DiffusionSystem(nn.Module):
     phases = ("main",)
     objective = Objective()
     """What it learns by."""
+    texts: Callable[[list[str]], Conditioning] | None = None
+    """What reads captions in training, if not the text encoder itself."""
 
     def __init__(
         self,
@@ -289,7 +291,9 @@ class DiffusionSystem(nn.Module):
         level = sigma[:, None, None, None]
         alpha = self.interpolant.alpha(level)  # type: ignore[arg-type]
         x = self.interpolant.input_scale(level) * (alpha * x0 + level * eps)
-        cond = self.sized(self.text_encoder.encode(captions), x0.shape[3] * self.grid, x0.shape[2] * self.grid)
+        cond = self.sized(
+            (self.texts or self.text_encoder.encode)(captions), x0.shape[3] * self.grid, x0.shape[2] * self.grid
+        )
         if self.told_guidance is not None:
             cond = replace(cond, guidance=self.told_guidance(torch.ones(n, device=device)))
         output = self.network(x, t, cond)

@@ -27,7 +27,7 @@ from limner.data.images import Batches
 from limner.data.latents import encoded
 from limner.errors import UsageError
 from limner.systems.objectives import Objective
-from limner.training import adapting, prior, tuning
+from limner.training import adapting, prior, texts, tuning
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
 from limner.training.ledger import Ledger
@@ -99,7 +99,7 @@ def train(
             warm_start(system, Path(config.init_from), partial(catalog.load, dtype=torch.float32))
         system.to(processes.device, memory_format=torch.channels_last)
         images = open_batches(config.data, config.seed, processes.device)
-        side = images.side
+        side, words = images.side, images.words()
         if not config.data.latent_views:  # classic sets have a size of their own
             check(config, system.grid, side)
         unlearned: Batches | None = None
@@ -110,14 +110,16 @@ def train(
         if config.prior.wanted:
             of_class = prior.opened(prior.drawn(system, config, run, processes), config, processes.device)
             batches = prior.WithPrior(batches, of_class, config.prior, model)
+            words = None if words is None else [*words, str(config.prior.prompt), *(of_class.words() or ())]
         if config.gradient_checkpointing and not recompute_blocks(model):
             raise UsageError(
                 f"gradient_checkpointing is for networks of repeated blocks, and {config.name} has none: leave it out"
             )
+        told = texts.keep(system, model, config, words, processes)
         check_batch(system, batches, config, processes)
         if config.compile:
             system.compile(dynamic=False)
-        notes = [*vain(config, side), *getattr(images, "notes", ())]
+        notes = [*vain(config, side), *getattr(images, "notes", ()), *told]
         if getattr(images, "masked", False) and config.system is not None and config.system.kind == "autoencoding":
             notes.append(f"masks have no effect on {config.name}: data.masks=none does not look for them")
         if config.system != given.system:
