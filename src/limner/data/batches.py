@@ -13,7 +13,7 @@ from torch import Tensor
 
 from limner.data import transforms
 from limner.data.images import ImageSet, to_float
-from limner.data.samples import Samples, told_bare
+from limner.data.samples import Samples, account, told_bare
 from limner.errors import FileProblem, UnknownName, UsageError
 from limner.nn.embeddings import sent
 
@@ -195,6 +195,10 @@ class ImageBatches:
     @property
     def side(self) -> int:
         return self.set.images.shape[-1]
+
+    def account(self) -> dict[str, int | str]:
+        """What tells these pictures from others; see `limner.data.samples.account`."""
+        return account(self.set.ids, self.set.captions, map(str, self.set.images.shape))
 
     def words(self) -> list[str]:
         """All captions that there are."""

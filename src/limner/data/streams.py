@@ -18,7 +18,7 @@ from limner.data import transforms
 from limner.data.batches import seeded
 from limner.data.epochs import Bucket, Epochs, bucket_sizes, nearest, share
 from limner.data.images import to_float
-from limner.data.samples import Samples, covering, some
+from limner.data.samples import Samples, account, covering, some
 from limner.errors import FileProblem, ImageProblem, UsageError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Stream:
         self.pending: dict[tuple[int, int, int, int], list[Future[tuple[int, Any]]]] = {}
         self.bad: dict[int, str] = {}
         self.told = 0
-        count = min(config.limit, len(samples)) if config.limit else len(samples)
+        self.count = count = min(config.limit, len(samples)) if config.limit else len(samples)
         known = {i: why for i, why in samples.problems.items() if i < count}
         sizes: list[tuple[int, int]] = [(0, 0)] * count
         if config.buckets or config.min_size:
@@ -121,6 +121,11 @@ class Stream:
         if weights is not None:
             told |= {"weight": torch.tensor(weights, device=self.device), "count": count}
         return told
+
+    def account(self) -> dict[str, int | str]:
+        """What tells these samples from others; see `limner.data.samples.account`."""
+        samples, places = self.samples, range(self.count)
+        return account(samples.ids[: self.count], samples.captions[: self.count], self.mapped(samples.length, places))
 
     def words(self) -> list[str] | None:
         """All captions that there are; None where tags are shuffled to ever new ones."""

@@ -25,7 +25,7 @@ from limner import catalog, pictures, pipeline
 from limner.data.batches import SAMPLED, open_batches
 from limner.data.images import Batches
 from limner.data.latents import encoded
-from limner.errors import UsageError
+from limner.errors import FileProblem, UsageError
 from limner.systems.objectives import Objective
 from limner.training import adapting, prior, texts, tuning
 from limner.training.config import TrainConfig
@@ -38,6 +38,7 @@ from limner.training.report import Report
 from limner.training.sharding import check_sharding, resting, shard, twin, whole
 from limner.training.state import (
     TrainState,
+    changed,
     checkpoint_name,
     claim,
     copy_tensors,
@@ -62,13 +63,20 @@ Export = Callable[[Any, TrainConfig, Path], object]
 
 
 def train(
-    config: TrainConfig, run: Path, *, resume: bool = False, device: str = "auto", stop_after: float | None = None
+    config: TrainConfig,
+    run: Path,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    stop_after: float | None = None,
+    data_changed: bool = False,
 ) -> int:
     """Train `config` in the folder `run` and leave the averaged weights in RUN/final/NAME.safetensors.
 
     `resume` goes on from the newest checkpoint, or from the beginning where none was saved. `device` is auto, cpu or
     cuda; under torchrun every process takes one. `stop_after` seconds of wall time the state is saved and the loop
-    left. Returns 0 when finished, else a key of `processes.STOPS`. Raises LimnerError.
+    left. With other data than before a run is not resumed, unless they may have `data_changed`. Returns 0 when
+    finished, else a key of `processes.STOPS`. Raises LimnerError.
     """
     if config.system and config.model:
         raise UsageError(f"{config.name} trains a system of its own: leave model out")
@@ -100,6 +108,7 @@ def train(
         system.to(processes.device, memory_format=torch.channels_last)
         images = open_batches(config.data, config.seed, processes.device)
         side, words = images.side, images.words()
+        data = {"data": images.account()} if processes.first else {}
         if not config.data.latent_views:  # classic sets have a size of their own
             check(config, system.grid, side)
         unlearned: Batches | None = None
@@ -110,6 +119,7 @@ def train(
         if config.prior.wanted:
             of_class = prior.opened(prior.drawn(system, config, run, processes), config, processes.device)
             batches = prior.WithPrior(batches, of_class, config.prior, model)
+            data |= {"prior": of_class.account()} if processes.first else {}
             words = None if words is None else [*words, str(config.prior.prompt), *(of_class.words() or ())]
         if config.gradient_checkpointing and not recompute_blocks(model):
             raise UsageError(
@@ -129,7 +139,7 @@ def train(
             how = {"draw": adapting.draw, "export": adapting.export}
         return fit(
             system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes, held=unlearned,
-            **how,
+            data=data, data_changed=data_changed, **how,
         )  # fmt: skip
 
 
@@ -265,11 +275,14 @@ def fit(
     stop: StopRequests | None = None,
     notes: Sequence[str] = (),
     held: Batches | None = None,
+    data: dict[str, Any] | None = None,
+    data_changed: bool = False,
 ) -> int:
     """Train `system`, a types.System that is an nn.Module, to `config.steps`, from the newest checkpoint if `resume`.
 
-    Measures the loss on `held`, if any, now and then. Tells `notes` at the beginning. Returns 0 when finished, else a
-    key of `processes.STOPS`. Raises TrainingDiverged, FileProblem, UsageError.
+    Measures the loss on `held`, if any, now and then. `data` tells the data from others, by what they are for: a run
+    that had others before is not resumed, unless they may have `data_changed`. Tells `notes` at the beginning. Returns
+    0 when finished, else a key of `processes.STOPS`. Raises TrainingDiverged, FileProblem, UsageError.
     """
     processes, stop = processes or Processes(), stop or StopRequests(None)
     if config.batch_size % processes.world:
@@ -284,7 +297,8 @@ def fit(
         whole_system = twin(system) if processes.first else system
         shard(losses[system.phases[0]], system, processes)
     state = TrainState(system, config, processes.device)
-    notes = [*notes, *(restore(state, run, processes) if resume else ())]
+    state.data = data or {}
+    notes = [*notes, *(restore(state, run, processes, data_changed) if resume else ())]
     ledger = Ledger(config, state.ledger, processes.device)
     if config.sharding == "fsdp" and not sharded:
         notes.append("sharding=fsdp has no effect with one process")
@@ -426,16 +440,28 @@ def randomness(seed: int, step: int, processes: Processes, part: str = "") -> to
     return torch.Generator(processes.device).manual_seed(number)
 
 
-def restore(state: TrainState, run: Path, processes: Processes) -> list[str]:
-    """Bring `state` to the newest whole checkpoint of `run`; returns what there is to tell."""
+def restore(state: TrainState, run: Path, processes: Processes, data_changed: bool = False) -> list[str]:
+    """Bring `state` to the newest whole checkpoint of `run`; returns what there is to tell. Raises FileProblem where
+    that had other data, unless they may have changed."""
     notes: list[str] = []
     folder = run / "checkpoints"
 
     def newest() -> tuple[int, dict[str, bytes] | None]:
         notes.extend(f"removed {name}, left half-written" for name in remove_temporaries(run))
         files = newest_checkpoint(folder, notes.append)
+        if not files:
+            return -1, None
         with reading(f"the newest in {folder}"):
-            return int(json.loads(files["state.json"])["step"]) if files else -1, files
+            told = json.loads(files["state.json"])
+            step, other = int(told["step"]), changed(told.get("data", {}), state.data)
+        if other and not data_changed:
+            raise FileProblem(
+                f"the data are not those of step {step} of {run}, {other}: put them back as they were, or go on with "
+                f"these, to another end: limner train --resume {run} --data-changed"
+            )
+        if data_changed:
+            notes.append(f"from step {step} on with other data: {other}" if other else "the data are what they were")
+        return step, files
 
     step, files = processes.lead(newest) or (-1, None)
     step = processes.agree(step)

@@ -6,7 +6,8 @@ A checkpoint is a folder RUN/checkpoints/step-000123:
     ema.safetensors         moving average of the trained weights, fp32
     optimizer.safetensors   PHASE/PARAMETER/NAME of each optimizer's state
     state.json              step, images seen, seed, SHA-256 of the frozen weights, the scale of the loss (fp16), the
-                            ledger's averages, and those numbers of the optimizers that are no tensors
+                            ledger's averages, what tells the data from others, and those numbers of the optimizers that
+                            are no tensors
     config.json             the resolved TrainConfig
     manifest.json           SHA-256 of each of the above
 
@@ -69,6 +70,8 @@ class TrainState:
             raise UsageError("optimizer=muon moves the linear layers of repeated blocks, and here are none: take adamw")
         self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=config.precision == "fp16")
         self.ledger: dict[str, Any] = {}
+        self.data: dict[str, Any] = {}
+        """What tells the data of this run from others (see `limner.data.samples.account`), by what they are for."""
         self.ema = Ema(system)
         own = tensors_of(system)
         frozen = {name for name, p in system.named_parameters() if not p.requires_grad}
@@ -95,6 +98,7 @@ class TrainState:
             "frozen": self.frozen,
             "scaler": self.scaler.state_dict(),
             "ledger": self.ledger,
+            "data": self.data,
             "optimizers": self._optimizer_numbers(),
         }
         return {
@@ -187,6 +191,19 @@ class TrainState:
             like = torch.empty_like(p, dtype=value.dtype) if value.shape == p.shape else value.to(p.device)
             put(like, value)
             owners[phase, id(p)].state[p][key] = like
+
+
+def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In words, how the data of `now` are not those of `then`; "" where they are, or one of them is not known."""
+    told = []
+    for name in now if then else ():
+        before = then.get(name, {})
+        mine = f"{name}: " if len(now) > 1 else ""
+        if before.get("samples") != now[name]["samples"]:
+            told.append(f"{mine}{now[name]['samples']} samples, where there were {before.get('samples', 'none')}")
+        elif other := [what for what, value in now[name].items() if before.get(what) != value]:
+            told.append(f"{mine}other {' and '.join(other)}")
+    return ", ".join(told)
 
 
 def warm_start(system: nn.Module, path: Path, load: Callable[[Path], nn.Module]) -> None:
