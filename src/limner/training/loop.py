@@ -33,14 +33,17 @@ from limner.training.ema import ema_decay
 from limner.training.ledger import Ledger
 from limner.training.memory import autocast, check_batch, check_parameters, recompute_blocks
 from limner.training.optimizers import clip_gradients, lr_at, step_unless
-from limner.training.processes import STOPS, Processes, StopRequests, join
+from limner.training.processes import STOPS, Processes, StopRequests, join, restarted
 from limner.training.report import Report
 from limner.training.sharding import check_sharding, resting, shard, twin, whole
 from limner.training.state import (
+    CONFIG,
     TrainState,
     changed,
+    check_room,
     checkpoint_name,
     claim,
+    config_of,
     copy_tensors,
     final_file,
     newest_checkpoint,
@@ -87,6 +90,9 @@ def train(
     with StopRequests(stop_after) as stop, ExitStack() as held:
         processes = join(device)
         held.callback(processes.leave)
+        stop.waits = False
+        if processes.agree(processes.first and restarted() and (run / CONFIG).exists() and config_of(run) == config):
+            resume = True
         processes.lead(lambda: held.enter_context(claim(run, None if resume else config)))
         if processes.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -141,6 +147,9 @@ def train(
             system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes, held=unlearned,
             data=data, data_changed=data_changed, **how,
         )  # fmt: skip
+    on = f"to go on: limner train --resume {run}" if (run / CONFIG).exists() else "nothing was begun"
+    print(f"{STOPS[stop.noted]} before the first step; {on}")
+    return stop.noted
 
 
 def built(config: TrainConfig, processes: Processes) -> Any:
@@ -297,6 +306,7 @@ def fit(
         whole_system = twin(system) if processes.first else system
         shard(losses[system.phases[0]], system, processes)
     state = TrainState(system, config, processes.device)
+    processes.lead(lambda: check_room(run / "checkpoints", state.least))
     state.data = data or {}
     notes = [*notes, *(restore(state, run, processes, data_changed) if resume else ())]
     ledger = Ledger(config, state.ledger, processes.device)
@@ -327,6 +337,7 @@ def fit(
             if sharded and processes.first:
                 resting(whole_system)
 
+    stop.waits = True
     with stop, Report(run, config.steps, start, state.images, silent=not processes.first) as report:
         report.begin(processes.world, processes.device)
         for note in notes:

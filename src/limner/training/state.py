@@ -81,6 +81,11 @@ class TrainState:
         buffers = {id(b) for b in system.buffers()}
         self.buffers = [t for n, t in system.state_dict(keep_vars=True).items() if id(t) in buffers and n in own]
 
+    @property
+    def least(self) -> int:
+        """Bytes that a checkpoint has at least, its optimizers' moments not counted."""
+        return sum(tensor.nbytes for tensor in (*self.tensors.values(), *self.ema.values.values()))
+
     def only(self, phase: str) -> None:
         """From here on, gradients are for the parameters of this phase."""
         if len(self.parameters) > 1:
@@ -120,8 +125,8 @@ class TrainState:
             state = json.loads(files["state.json"])
             if state["frozen"] != self.frozen:
                 raise FileProblem(
-                    f"{source} was trained around other frozen weights than the config gives now (an autoencoder or "
-                    "text encoder); put the old file back, or start a new run with init_from"
+                    f"{source} was trained around other frozen weights than the config gives now (its model, an "
+                    "autoencoder or a text encoder); put the old file back, or start a new run with init_from"
                 )
             self.step, self.images = int(state["step"]), int(state["images"])
             copy_tensors(safetensors.torch.load(files["model.safetensors"]), self.tensors, source)
@@ -236,7 +241,9 @@ def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], whe
             raise CheckpointMismatch(f"{where}: {name} {lacking}; is it of another recipe or size?")
         if source[name].shape != target[name].shape:
             found, expected = tuple(source[name].shape), tuple(target[name].shape)
-            raise CheckpointMismatch(f"{where}: {name} is {found} in the file, {expected} in this system")
+            raise CheckpointMismatch(
+                f"{where}: {name} is {found} in the file, {expected} in this system; is it of another model or size?"
+            )
     for name, tensor in target.items():
         put(tensor, source[name])
 
@@ -447,16 +454,22 @@ def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
     """Make the folder `final` with these files: all of it or nothing, also across a crash or a power cut."""
     need = sum(len(data) for data in files.values())
     with writing(final, need):
+        check_room(final, need)
         final.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(final.parent).free
-        if free < 1.2 * need:
-            raise FileProblem(
-                f"no room for {final}: it needs {1.2 * need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; "
-                "free some space and resume, what was saved before is kept"
-            )
         with _made_aside(final) as temporary:
             for name, data in files.items():
                 write_durably(temporary / name, data)
+
+
+def check_room(path: Path, need: int) -> None:
+    """Raises FileProblem if so many bytes, and a fifth more, cannot be written where `path` is or will be."""
+    there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), Path("/"))
+    free = shutil.disk_usage(there).free
+    if free < 1.2 * need:
+        raise FileProblem(
+            f"no room for {path}: it needs {1.2 * need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; "
+            "free some space and resume, what was saved before is kept"
+        )
 
 
 @contextmanager
