@@ -136,6 +136,8 @@ def train(
         if config.compile:
             system.compile(dynamic=False)
         notes = [*vain(config, side), *getattr(images, "notes", ()), *told]
+        if isinstance(batches, prior.WithPrior):
+            notes.append(f"beside {len(batches.stream)} pictures of the class, in {batches.stream.samples.name}")
         if getattr(images, "masked", False) and config.system is not None and config.system.kind == "autoencoding":
             notes.append(f"masks have no effect on {config.name}: data.masks=none does not look for them")
         if config.system != given.system:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 4
 """Class pictures drawn together, whichever of them are there already: a picture may differ by its neighbours."""
+KNOWN = {"images", "latents", "captions", "ids", "mask", "weight", "count"}
+"""What batches may have that this adds to."""
 MOST_KEPT = 4096
 """Latents of class pictures that are kept."""
 
@@ -149,6 +151,7 @@ class WithPrior:
 
     def batch(self, step: int, size: int, *, rank: int = 0, world: int = 1) -> dict[str, Any]:
         own, stream = self.own.batch(step, size, rank=rank, world=world), self.stream
+        assert own.keys() <= KNOWN, "what is told of each row must be known of the class, too"
         n, kind = len(own["ids"]), "latents" if "latents" in own else "images"
         height, width = (side * (self.system.grid if kind == "latents" else 1) for side in own[kind].shape[-2:])
         bucket = Bucket(width, height, stream.buckets[0].members)
