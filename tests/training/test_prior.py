@@ -10,14 +10,16 @@ from PIL import Image
 from torch.nn import functional as F
 from toy import StopAt
 
-from limner import catalog, metadata
+from limner import catalog, metadata, recipes
 from limner.data.batches import DataConfig, open_batches
 from limner.data.latents import LatentBatches
 from limner.errors import FileProblem
 from limner.systems.objectives import Objective
 from limner.training import adapting, loop, prior
+from limner.training.config import parse_overrides
 from limner.training.loop import cut
-from limner.training.prior import PriorConfig, WithPrior
+from limner.training.prior import WithPrior
+from limner.training.processes import Processes
 
 CPU = torch.device("cpu")
 FEW = ["steps=4", "batch_size=2", "log_every=2", "save_every=2", "warmup=0", "prior.images=3"]
@@ -41,10 +43,10 @@ def of_class(here):
     return here / "class"
 
 
-def batches(own, folder, system, weight=0.7, **fields) -> WithPrior:
-    told = PriorConfig(prompt="a dog", folder=str(folder), weight=weight)
-    stream = open_batches(DataConfig(source="folder", folder=str(folder), size=32, **fields), 0, CPU)
-    return WithPrior(own, stream, told, system)
+def batches(own, folder, system, weight=0.7) -> WithPrior:
+    told = ["prior.prompt=a dog", f"prior.folder={folder}", f"prior.weight={weight}"]
+    config = parse_overrides(recipes.get("lora-tiny"), told)
+    return WithPrior(own, prior.opened(folder, config, CPU), config.prior.weight, system)
 
 
 @pytest.mark.parametrize(("gamma", "parts"), [(0.0, 1), (1.0, 3)])
@@ -227,10 +229,6 @@ def test_a_prior_of_nothing_is_told_before_anything_is_drawn(
 
 
 def test_of_processes_that_see_other_folders_one_says_so(tmp_path, tiny_model):
-    from limner import recipes
-    from limner.training.config import parse_overrides
-    from limner.training.processes import Processes
-
     config = parse_overrides(recipes.get("lora"), ["prior.prompt=a dog", "prior.images=9"])
     model = catalog.load(tiny_model)
     alone = Processes(rank=1, world=2)

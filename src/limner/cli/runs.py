@@ -71,7 +71,8 @@ def learns(config: dict[str, Any]) -> str:
     if not config.get("model"):
         return ""
     part: dict[str, Any] = next((config[name] for name in ("adapter", "word", "control") if config.get(name)), {})
-    beside = " beside its class" if (config.get("prior") or {}).get("prompt") is not None else ""
+    prior = config.get("prior") or {}
+    beside = " beside its class" if prior.get("prompt") is not None or prior.get("folder") else ""
     return f"{part.get('kind') or part.get('name') or 'network'} for {Path(config['model']).name}{beside}"
 
 

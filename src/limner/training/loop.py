@@ -91,8 +91,8 @@ def train(
         processes = join(device)
         held.callback(processes.leave)
         stop.waits = False
-        if processes.agree(processes.first and restarted() and (run / CONFIG).exists() and config_of(run) == config):
-            resume = True
+        again = processes.lead(lambda: restarted() and (run / CONFIG).exists() and config_of(run) == config)
+        resume = processes.agree(int(resume or again or False)) > 0
         processes.lead(lambda: held.enter_context(claim(run, None if resume else config)))
         if processes.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -113,7 +113,7 @@ def train(
             warm_start(system, Path(config.init_from), partial(catalog.load, dtype=torch.float32))
         system.to(processes.device, memory_format=torch.channels_last)
         images = open_batches(config.data, config.seed, processes.device)
-        side, words = images.side, images.words()
+        side, read = images.side, [images]
         data = {"data": images.account()} if processes.first else {}
         if not config.data.latent_views:  # classic sets have a size of their own
             check(config, system.grid, side)
@@ -124,14 +124,14 @@ def train(
         batches: Batches = encoded(images, system)
         if config.prior.wanted:
             of_class = prior.opened(prior.drawn(system, config, run, processes), config, processes.device)
-            batches = prior.WithPrior(batches, of_class, config.prior, model)
+            batches = prior.WithPrior(batches, of_class, config.prior.weight, model)
             data |= {"prior": of_class.account()} if processes.first else {}
-            words = None if words is None else [*words, str(config.prior.prompt), *(of_class.words() or ())]
+            read.append(of_class)
         if config.gradient_checkpointing and not recompute_blocks(model):
             raise UsageError(
                 f"gradient_checkpointing is for networks of repeated blocks, and {config.name} has none: leave it out"
             )
-        told = texts.keep(system, model, config, words, processes)
+        told = texts.keep(system, model, config, read, processes)
         check_batch(system, batches, config, processes)
         if config.compile:
             system.compile(dynamic=False)

@@ -121,13 +121,15 @@ def _whole(folder: Path, i: int) -> bool:
 
 def opened(folder: Path, config: TrainConfig, device: torch.device) -> Stream:
     """The class pictures. Raises FileProblem, UsageError."""
-    told = DataConfig(source="folder", folder=str(folder), size=config.data.size, bad=config.data.bad)
-    stream = Stream(open_folder(folder), told, config.seed, device)
-    if stream.masked:
+    samples = open_folder(folder)
+    if samples.masks:
         raise UsageError(f"{folder} has masks, but pictures of a class are learned whole: take the masks away")
-    if config.prior.prompt is None and any("" in captions for captions in stream.samples.captions):
+    if config.prior.prompt is None and ("",) in samples.captions:
         raise UsageError(f"pictures in {folder} have no captions: say what they show, prior.prompt=TEXT")
-    return stream
+    prompt = config.prior.prompt or ""
+    samples.captions = [tuple(caption or prompt for caption in captions) for captions in samples.captions]
+    told = DataConfig(source="folder", folder=str(folder), size=config.data.size, bad=config.data.bad)
+    return Stream(samples, told, config.seed, device)
 
 
 class WithPrior:
@@ -138,8 +140,8 @@ class WithPrior:
     one, so that they do not depend on their neighbours, and kept in float16.
     """
 
-    def __init__(self, own: Batches, stream: Stream, prior: PriorConfig, system: Any) -> None:
-        self.own, self.stream, self.prior, self.system = own, stream, prior, system
+    def __init__(self, own: Batches, stream: Stream, weight: float, system: Any) -> None:
+        self.own, self.stream, self.weight, self.system = own, stream, weight, system
         self.latents = lru_cache(MOST_KEPT)(self._latents)
 
     def __len__(self) -> int:
@@ -163,10 +165,7 @@ class WithPrior:
             stream.good(order[row % len(order)], bucket, look, read) for row, look in zip(rows, looks, strict=True)
         ]
         stream.note({})
-        captions = [
-            stream.caption(i, look.captions) or str(self.prior.prompt)
-            for (i, _), look in zip(found, looks, strict=True)
-        ]
+        captions = [stream.caption(i, look.captions) for (i, _), look in zip(found, looks, strict=True)]
         theirs = torch.stack([tensor for _, tensor in found]).to(stream.device).float()
         weight = own.get("weight", torch.ones(n, device=stream.device))
         batch = {
@@ -174,7 +173,7 @@ class WithPrior:
             kind: torch.cat([own[kind], theirs]),
             "captions": own["captions"] + captions,
             "ids": own["ids"] + [f"prior/{stream.samples.ids[i]}" for i, _ in found],
-            "weight": torch.cat([2 * weight, 2 * self.prior.weight * weight]),
+            "weight": torch.cat([2 * weight, 2 * self.weight * weight]),
             "prior": [False] * n + [True] * n,
             "count": own.get("count", n * world),
         }

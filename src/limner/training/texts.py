@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from limner.data.batches import SAMPLED, DataConfig
+from limner.data.batches import SAMPLED, DataConfig, ImageBatches
 from limner.data.stored import digest, keep_in, kept_in
+from limner.data.streams import Stream
 from limner.devices import memory_of
 from limner.errors import FileProblem
 from limner.systems.diffusion import brought, tensors_of
@@ -127,11 +128,11 @@ def bytes_of(row: Conditioning) -> int:
 
 
 def keep(
-    system: Any, model: Any, config: TrainConfig, captions: Iterable[str] | None, processes: Processes
+    system: Any, model: Any, config: TrainConfig, sources: Iterable[ImageBatches | Stream], processes: Processes
 ) -> list[str]:
-    """Have `model` read captions through a cache, where nothing of its text encoder learns. On a GPU, where the
-    `captions` are all that there can be (None: nobody knows) and fit, they are read now, and a large encoder rests on
-    the CPU from here on. Returns what there is to tell.
+    """Have `model` read captions through a cache, where nothing of its text encoder learns. On a GPU, where all the
+    captions that there can be are known from the `sources` of pictures, and fit, they are read now, and a large encoder
+    rests on the CPU from here on. Returns what there is to tell.
 
     `system` is what is trained, `model` or something beside it.
     """
@@ -148,9 +149,12 @@ def keep(
     cache = model.texts = TextCache(encoder, config, device, folder, model.model_hash if folder else "")
     apart = processes.world == 1 or system is not model  # DDP wants all of a system on one device
     weights = sum(tensor.nbytes for tensor in tensors_of(encoder))
-    if device.type == "cpu" or captions is None or weights < LARGE or not apart:
+    if device.type == "cpu" or weights < LARGE or not apart:
         return []
-    wanted = {"", *captions}
+    captions = [source.words() for source in sources]
+    if any(one is None for one in captions):
+        return []
+    wanted = list(dict.fromkeys(["", *(caption for one in captions for caption in one or ())]))
     need = len(wanted) * bytes_of(cache.read([""])[""])
     if need > cache.limit and folder is None:
         more = f"data.text_cache={need / 1e9 + 0.1:.1f} would free the GPU of the text encoder, {weights / 1e9:.1f} GB"
