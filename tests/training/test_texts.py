@@ -126,6 +126,15 @@ def test_files_are_read_by_another_run_and_know_when_they_are_stale(minilm, tmp_
     assert same(opened(shorter)(WORDS), shorter.encode(WORDS))
 
 
+def test_more_than_the_memory_may_hold_is_read_into_a_folder(minilm, tmp_path, monkeypatch):
+    cache, most = TextCache(minilm, config("data.text_cache=0.0001"), CPU, tmp_path), []
+    monkeypatch.setattr(cache, "read", lambda some, plain=cache.read: most.append(len(plain(some))))
+    cache.fill(WORDS, some=3)
+    assert most == [3, 3, 1]
+    assert 0 < cache.size <= cache.limit < len(WORDS) * cache.size // len(cache.kept)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(WORDS)
+
+
 def trained(limner, model, out, *more):
     done = limner("train", "lora", "-m", model, "-d", "pictures", "-o", out, "--device", "cpu", *FEW, *more)
     assert done.code == 0, done.err

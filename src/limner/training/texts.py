@@ -79,6 +79,11 @@ class TextCache:
             self.size -= bytes_of(self.kept.popitem(last=False)[1])
         return rows
 
+    def fill(self, captions: list[str], some: int = 64) -> None:
+        """Read all of them, so many at a time: where there is a folder, the memory need not hold all."""
+        for start in range(0, len(captions), some):
+            self.read(captions[start : start + some])
+
     def _encode(self, captions: list[str]) -> dict[str, Conditioning]:
         made = self._made([*captions, *[""] * (AT_ONCE - len(captions))])
         rows = {}
@@ -159,7 +164,7 @@ def keep(
     if need > cache.limit and folder is None:
         more = f"data.text_cache={need / 1e9 + 0.1:.1f} would free the GPU of the text encoder, {weights / 1e9:.1f} GB"
         return [f"{len(wanted)} captions take {need / 1e9:.1f} GB: {more}"]
-    cache.read(wanted)
+    cache.fill(wanted)
     rest(model)
     return [f"{len(wanted)} captions are read: the text encoder, {weights / 1e9:.1f} GB, rests on the CPU"]
 
