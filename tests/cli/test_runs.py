@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from limner import recipes
-from limner.training.config import to_json
+from limner.training.config import parse_overrides, to_json
 
 
 @pytest.fixture
@@ -32,6 +32,7 @@ def test_runs_lists_how_far_each_came(limner, runs):
     assert a == {
         "run": "a",
         "recipe": "icons-tiny",
+        "learns": "",
         "step": "800/800",
         "loss": 0.3,
         "validation/loss": 0.4,
@@ -57,6 +58,34 @@ def test_runs_that_are_compared_show_the_fields_that_differ(limner, runs):
         "images_per_second": (90.0, ""),
         "state": ("finished", "unfinished"),
     }
+
+
+def test_runs_beside_a_model_say_what_they_learn_for_which(limner, tmp_path):
+    changes = {
+        "lora": ["adapter.kind=oft", "model=models/sd1.safetensors"],
+        "dreambooth": ["prior.prompt=a dog"],
+        "word": ["word.name=my-mug"],
+        "finetune": [],
+    }
+    for name, more in changes.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(to_json(parse_overrides(recipes.get(name), more)))
+    control = json.loads((tmp_path / "finetune" / "config.json").read_text()) | {"control": {"kind": "t2i_adapter"}}
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / "config.json").write_text(json.dumps(control))
+    assert {row["run"]: row["learns"] for row in json.loads(limner("runs", tmp_path, "--json").out)} == {
+        "dreambooth": "lora for icons beside its class",
+        "finetune": "network for icons",
+        "lora": "oft for sd1.safetensors",
+        "word": "my-mug for sd1",
+        "z": "t2i_adapter for icons",
+    }
+    rows = json.loads(limner("runs", tmp_path / "lora", tmp_path / "dreambooth", "--json").out)
+    found = {row["field"]: [row[str(tmp_path / name)] for name in ("lora", "dreambooth")] for row in rows}
+    assert found["adapter.kind"] == ["oft", "lora"]
+    assert found["prior.prompt"] == [None, "a dog"]
+    assert found["model"] == ["models/sd1.safetensors", "icons"]
+    assert not {"learns", "word", "prior"} & found.keys()
 
 
 def test_where_there_are_no_runs_it_says_how_to_start_one(limner, tmp_path, runs):

@@ -39,7 +39,8 @@ def runs_command(
 def compared(runs: list[Path]) -> list[dict[str, Any]]:
     """{"field", and the value of each run} where they are not all the same."""
     columns = [{**flat(config_of(run)), **summary(run)} for run in runs]
-    fields = [name for name in dict.fromkeys(n for column in columns for n in column) if name not in ("run", "recipe")]
+    told = ("run", "recipe", "learns")  # which other fields say, too
+    fields = [name for name in dict.fromkeys(n for column in columns for n in column) if name not in told]
     return [
         {"field": name, **{str(run): column.get(name, "") for run, column in zip(runs, columns, strict=True)}}
         for name in fields
@@ -56,11 +57,23 @@ def summary(run: Path) -> dict[str, Any]:
     return {
         "run": run.name or str(run),
         "recipe": config.get("name", ""),
+        "learns": learns(config),
         "step": f"{last.get('step', 0)}/{config.get('steps')}",
         **{name: last.get(name, "") for name in METRICS},
         "state": "finished" if finished else "unfinished",
         "when": time.strftime("%Y-%m-%d %H:%M", time.localtime(written[0].stat().st_mtime)),
     }
+
+
+def learns(config: dict[str, Any]) -> str:
+    """What is trained beside which model: "oft for icons", "my-word for sd1", "network for icons"; "" for a system of
+    its own."""
+    if not config.get("model"):
+        return ""
+    part: dict[str, Any] = next((config[name] for name in ("adapter", "word", "control") if config.get(name)), {})
+    prior = config.get("prior") or {}
+    beside = " beside its class" if prior.get("prompt") is not None or prior.get("folder") else ""
+    return f"{part.get('kind') or part.get('name') or 'network'} for {Path(config['model']).name}{beside}"
 
 
 def config_of(run: Path) -> dict[str, Any]:

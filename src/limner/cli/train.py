@@ -27,6 +27,9 @@ def train_command(
     stop_after: Annotated[
         float | None, typer.Option("--stop-after", metavar="SECONDS", min=0, help="Save and stop after this time.")
     ] = None,
+    data_changed: Annotated[
+        bool, typer.Option("--data-changed", help="With --resume: go on although the data are not what they were.")
+    ] = False,
 ) -> None:
     """Train a recipe, or go on with a run.
 
@@ -34,6 +37,8 @@ def train_command(
     """
     if resume is not None and (recipe or overrides or out is not None or model is not None or data is not None):
         raise UsageError("--resume takes the run's folder and nothing else: its recipe and fields stay as they were")
+    if resume is None and data_changed:
+        raise UsageError("--data-changed is for a run that goes on: limner train --resume RUN --data-changed")
     if resume is None and not recipe:
         raise UsageError("no recipe: limner train RECIPE --out RUN, or limner train --resume RUN")
     if resume is None and out is None:
@@ -55,5 +60,6 @@ def train_command(
         given = [f"model={model}"] * (model is not None)
         given += ["data.source=folder", f"data.folder={data}"] if data is not None else []
         config, run = parse_overrides(recipes.get(recipe), [*given, *(overrides or [])]), out
-    if train(config, run, resume=resume is not None, device=device, stop_after=stop_after) == INTERRUPTED:
+    on = resume is not None
+    if train(config, run, resume=on, device=device, stop_after=stop_after, data_changed=data_changed) == INTERRUPTED:
         raise KeyboardInterrupt

@@ -15,7 +15,7 @@ from limner import hints
 from limner.data import transforms
 from limner.data.hinted import made, to_hints
 from limner.data.images import ImageSet, to_float
-from limner.data.samples import Samples, told_bare
+from limner.data.samples import Samples, account, told_bare
 from limner.errors import FileProblem, UnknownName, UsageError
 from limner.nn.embeddings import sent
 
@@ -30,10 +30,11 @@ class DataConfig:
     save_to_disk). `folder` where its files lie ("" = the usual place), or the one file of shards or Parquet.
     `size` in pixels; `limit` > 0 keeps the first so many; `latent_views` > 0 encodes so many views of a picture once
     instead of encoding each batch; `cache` keeps rendered pictures, or of samples their latents, in this folder ("" =
-    in memory only). `hints` are what a control network is told: what a maker of `limner.hints` makes of the pictures
-    as they are drawn, or of samples NAME-hint.png "beside" a picture. `other_sizes` are rows of (width, height, share
-    of the steps) at which latents are drawn beside `size`: each step has one size, and one larger than `size` holds
-    fewer pictures, so that no step has more pixels.
+    in memory only), and beside latents what is made of captions, of which `text_cache` GB are held in memory where the
+    text encoder learns nothing, 0 for none. `hints` are what a control network is told: what a maker of `limner.hints`
+    makes of the pictures as they are drawn, or of samples NAME-hint.png "beside" a picture. `other_sizes` are rows of
+    (width, height, share of the steps) at which latents are drawn beside `size`: each step has one size, and one larger
+    than `size` holds fewer pictures, so that no step has more pixels.
 
     Of samples: `image_column` and `caption_column` name columns, or fields of JSON, that are not called as usual.
     `buckets` gives each picture the shape nearest its own, in steps of `bucket_step` pixels a side, no larger than
@@ -52,6 +53,7 @@ class DataConfig:
     latent_views: int = 0
     other_sizes: tuple[tuple[int, int, float], ...] = ()
     cache: str = ""
+    text_cache: float = 1.0
     image_column: str = ""
     caption_column: str = ""
     buckets: bool = False
@@ -220,6 +222,14 @@ class ImageBatches:
     @property
     def side(self) -> int:
         return self.set.images.shape[-1]
+
+    def account(self) -> dict[str, int | str]:
+        """What tells these pictures from others; see `limner.data.samples.account`."""
+        return account(self.set.ids, self.set.captions, map(str, self.set.images.shape))
+
+    def words(self) -> list[str]:
+        """All captions that there are."""
+        return [caption for captions in self.set.captions for caption in captions]
 
     def draw(self, step: int, size: int, *, rank: int = 0, world: int = 1) -> Draw:
         """The global batch is drawn whole on every rank, then sliced: the draw does not depend on `world`."""

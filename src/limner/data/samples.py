@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -37,6 +38,9 @@ class Blob(Protocol):
     def stamp(self) -> str:
         """Another text when the bytes may have changed: of sizes, times and places, not of the bytes."""
 
+    def length(self) -> int:
+        """How many bytes they are, or the file that they are in. Raises OSError."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -50,6 +54,9 @@ class Piece:
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(min((n for n in (self.size, most) if n >= 0), default=-1))
+
+    def length(self) -> int:
+        return self.size if self.size >= 0 else os.stat(self.path).st_size  # noqa: PTH116 (a Path's is slower)
 
     def stamp(self) -> str:
         found = os.stat(self.path)  # noqa: PTH116 (a Path's is slower)
@@ -102,6 +109,14 @@ class Samples:
         if blob is None:
             raise ImageProblem(f"{self.ids[i]} has no hint")
         return on_white(decode(_read(blob, name), name)).convert("RGBA")
+
+    def length(self, i: int) -> str:
+        """Bytes of the picture, and of its mask and its hint."""
+        blobs = [self.pictures[i], *(beside[i] for beside in (self.masks, self.hints) if beside)]
+        try:
+            return "/".join("" if blob is None else str(blob.length()) for blob in blobs)
+        except OSError:
+            return "gone"
 
     def _bytes(self, i: int, most: int = -1) -> bytes:
         return _read(self.pictures[i], self.ids[i], most)
@@ -195,6 +210,17 @@ def alternatives(value: object) -> tuple[str, ...] | None:
 def mask_of(stem: str, what: str = "mask") -> str:
     """Of which picture a file of this stem may be the mask, or the hint: fox for fox-mask and fox.mask, else ""."""
     return stem[: -len(what) - 1] if stem.endswith((f"-{what}", f".{what}")) else ""
+
+
+def account(ids: Sequence[str], captions: Sequence[tuple[str, ...]], sizes: Iterable[str]) -> dict[str, int | str]:
+    """What tells samples from others at little cost: how many there are, and hashes of their names, their captions and
+    the `sizes` of what they are read from."""
+
+    def hashed(texts: Iterable[str]) -> str:
+        return hashlib.sha256("\0".join(texts).encode(errors="surrogateescape")).hexdigest()[:16]
+
+    said = ("\n".join(alternatives) for alternatives in captions)
+    return {"samples": len(ids), "names": hashed(ids), "captions": hashed(said), "sizes of files": hashed(sizes)}
 
 
 def some(names: Sequence[str], most: int = 10) -> str:

@@ -112,15 +112,11 @@ class StoredLatents:
     def read(self, i: int) -> tuple[dict[str, Tensor], str]:
         """{"latents": (views, c, h, w)} of a sample, and their key; where there are any, also "masks", uint8 (views, 1,
         H, W), and "hints", uint8 (views, 1 or 3, H, W). Raises FileProblem."""
-        path = self.file(i)
         try:
-            with safe_open(path, "pt") as file:
-                kept, told = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["kept"])  # noqa: SIM118
-            if told["sha256"] == digest(kept):
-                return kept, told["key"]
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            pass
-        raise FileProblem(f"{path}, latents of {self.stream.samples.ids[i]}, is torn: --resume makes it again")
+            return kept_in(self.file(i))
+        except FileProblem:
+            name = self.stream.samples.ids[i]
+            raise FileProblem(f"{self.file(i)}, latents of {name}, is torn: --resume makes it again") from None
 
     @torch.no_grad()
     def encode(self, members: Sequence[int], bucket: Bucket) -> None:
@@ -156,8 +152,7 @@ class StoredLatents:
             if self.folder is None:
                 self.held[i] = one
             else:
-                told = json.dumps({"key": self.key(i, bucket), "sha256": digest(one)})
-                write_atomically(self.file(i), safetensors.torch.save(one, {"kept": told}))
+                keep_in(self.file(i), one, self.key(i, bucket))
 
     def batch(self, step: int, size: int, *, rank: int = 0, world: int = 1) -> dict[str, Any]:
         stream = self.stream
@@ -181,6 +176,24 @@ class StoredLatents:
             self.stream.picture(i, bucket.width, bucket.height, (0.5, 0.5), False)  # raises what was wrong with it
             raise FileProblem(f"latents of {self.stream.samples.ids[i]} are gone from {self.folder}: resume makes them")
         return {name: tensor[int(look.view * self.views)] for name, tensor in kept.items()}
+
+
+def keep_in(path: Path, tensors: Mapping[str, Tensor], key: str) -> None:
+    """Write a file that knows by its key when it is stale, and when it is torn. Raises FileProblem."""
+    told = json.dumps({"key": key, "sha256": digest(tensors)})
+    write_atomically(path, safetensors.torch.save(dict(tensors), {"kept": told}))
+
+
+def kept_in(path: Path) -> tuple[dict[str, Tensor], str]:
+    """What `keep_in` wrote: the tensors and their key. Raises FileProblem if it is torn."""
+    try:
+        with safe_open(path, "pt") as file:
+            kept, told = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["kept"])  # noqa: SIM118
+        if told["sha256"] == digest(kept):
+            return kept, told["key"]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        pass
+    raise FileProblem(f"{path} is torn")
 
 
 def digest(kept: Mapping[str, Tensor]) -> str:

@@ -21,7 +21,7 @@ from limner.data.batches import seeded
 from limner.data.epochs import Bucket, Epochs, bucket_sizes, nearest, share
 from limner.data.hinted import made, to_hints
 from limner.data.images import to_float
-from limner.data.samples import Samples, covering, some
+from limner.data.samples import Samples, account, covering, some
 from limner.errors import FileProblem, ImageProblem, UsageError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Stream:
         self.pending: dict[tuple[int, int, int, int], list[Future[tuple[int, Any]]]] = {}
         self.bad: dict[int, str] = {}
         self.told = 0
-        count = min(config.limit, len(samples)) if config.limit else len(samples)
+        self.count = count = min(config.limit, len(samples)) if config.limit else len(samples)
         known = {i: why for i, why in samples.problems.items() if i < count}
         sizes: list[tuple[int, int]] = [(0, 0)] * count
         if config.buckets or config.min_size:
@@ -104,7 +104,7 @@ class Stream:
 
     def batch(self, step: int, size: int, *, rank: int = 0, world: int = 1) -> dict[str, Any]:
         _, indices, rows, weights = self.plan(step, size, rank, world)
-        taken = self.fetched(step, size, rank, world, self._read)
+        taken = self.fetched(step, size, rank, world, self.read)
         ids = [i for i, _ in taken]
         planes = to_float(torch.from_numpy(np.stack([found for _, found in taken])).to(self.device))
         generator = seeded(self.seed, step, 1 + rank, self.device)
@@ -145,6 +145,22 @@ class Stream:
             told |= {"weight": torch.tensor(weights, device=self.device), "count": count}
         return told
 
+    def account(self) -> dict[str, int | str]:
+        """What tells these samples from others; see `limner.data.samples.account`."""
+        samples, places = self.samples, range(self.count)
+        return account(samples.ids[: self.count], samples.captions[: self.count], self.mapped(samples.length, places))
+
+    def words(self) -> list[str] | None:
+        """All captions that there are; None where tags are shuffled to ever new ones."""
+        if self.config.shuffle_tags:
+            return None
+        members = (i for bucket in self.buckets for i in bucket.members)
+        return [self.said(caption) for i in members for caption in self.samples.captions[i]]
+
+    def said(self, caption: str) -> str:
+        """With the trigger before it."""
+        return ", ".join(part for part in (self.config.trigger, caption) if part)
+
     def caption(self, i: int, coin: random.Random) -> str:
         """One of the sample's captions, its tags shuffled and the trigger before it, if that is asked."""
         caption = coin.choice(self.samples.captions[i])
@@ -153,7 +169,7 @@ class Stream:
             rest = tags[self.config.keep_tags :]
             coin.shuffle(rest)
             caption = ", ".join(tags[: self.config.keep_tags] + rest)
-        return ", ".join(part for part in (self.config.trigger, caption) if part)
+        return self.said(caption)
 
     def look(self, step: int, row: int) -> Look:
         """Of row `row` of the whole batch, whatever the number of processes."""
@@ -185,7 +201,7 @@ class Stream:
             if key not in self.pending:
                 bucket, indices, rows, _ = self.plan(*key)
                 self.pending[key] = [
-                    self.pool.submit(self._good, indices[row], bucket, self.look(key[0], row), read) for row in rows
+                    self.pool.submit(self.good, indices[row], bucket, self.look(key[0], row), read) for row in rows
                 ]
         taken = [future.result() for future in self.pending.pop(wanted[0])]
         self.note({})
@@ -220,10 +236,11 @@ class Stream:
         planes = np.concatenate(parts, -1).transpose(2, 0, 1)
         return np.ascontiguousarray(planes[..., ::-1] if mirror else planes)
 
-    def _read(self, i: int, bucket: Bucket, look: Look) -> np.ndarray:
+    def read(self, i: int, bucket: Bucket, look: Look) -> np.ndarray:
+        """As `picture`."""
         return self.picture(i, bucket.width, bucket.height, look.place, look.mirror)
 
-    def _good(self, i: int, bucket: Bucket, look: Look, read: Callable[[int, Bucket, Look], T]) -> tuple[int, T]:
+    def good(self, i: int, bucket: Bucket, look: Look, read: Callable[[int, Bucket, Look], T]) -> tuple[int, T]:
         """What `read` makes of sample `i`, or of the next of its bucket that is good."""
         start = bisect_left(bucket.members, i)
         for k in range(len(bucket.members)):

@@ -37,6 +37,9 @@ class Cell:
             raise ImageProblem("holds no bytes of a picture")
         return value if most < 0 else value[:most]
 
+    def length(self) -> int:
+        return Piece(self.file).length()
+
     def stamp(self) -> str:
         return f"{Piece(self.file).stamp()}/{self.row}"
 

@@ -35,6 +35,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "dit-tiny": transformers.dit_tiny,
     "lora": adapters.lora,
     "lora-tiny": adapters.lora_tiny,
+    "dreambooth": adapters.dreambooth,
+    "dreambooth-tiny": adapters.dreambooth_tiny,
     "finetune": adapters.finetune,
     "finetune-tiny": adapters.finetune_tiny,
     "word": adapters.word,

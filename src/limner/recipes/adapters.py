@@ -11,6 +11,7 @@ from limner.data.batches import DataConfig
 from limner.training.adapting import WordConfig
 from limner.training.config import TrainConfig
 from limner.training.controlling import ControlConfig
+from limner.training.prior import PriorConfig
 
 
 def lora() -> TrainConfig:
@@ -48,6 +49,17 @@ def lora_tiny() -> TrainConfig:
         save_every=20,
         log_every=5,
     )
+
+
+def dreambooth() -> TrainConfig:
+    """A LoRA of one thing that three to ten pictures show, which leaves the rest of its class as it was: give --model,
+    --data, data.trigger, as "a sks dog", and prior.prompt, as "a dog" (arXiv:2208.12242)."""
+    return replace(lora(), name="dreambooth", prior=PriorConfig(prompt=""), steps=800, batch_size=2, lr=1e-4)
+
+
+def dreambooth_tiny() -> TrainConfig:
+    prior = PriorConfig(prompt="flat icon of a circle", images=2)
+    return replace(lora_tiny(), name="dreambooth-tiny", prior=prior, steps=6)
 
 
 def word() -> TrainConfig:

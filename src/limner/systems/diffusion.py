@@ -214,6 +214,8 @@ class DiffusionSystem(nn.Module):
     """What it learns by."""
     recordable = True
     """Whether its loss is the `error` of its `examples`."""
+    texts: Callable[[list[str]], Conditioning] | None = None
+    """What reads captions in training, if not the text encoder itself."""
 
     def __init__(
         self,
@@ -299,7 +301,9 @@ class DiffusionSystem(nn.Module):
         level = sigma[:, None, None, None]
         alpha = self.interpolant.alpha(level)  # type: ignore[arg-type]
         x = self.interpolant.input_scale(level) * (alpha * x0 + level * eps)
-        cond = self.sized(self.text_encoder.encode(captions), x0.shape[3] * self.grid, x0.shape[2] * self.grid)
+        cond = self.sized(
+            (self.texts or self.text_encoder.encode)(captions), x0.shape[3] * self.grid, x0.shape[2] * self.grid
+        )
         if self.told_guidance is not None:
             cond = replace(cond, guidance=self.told_guidance(torch.ones(n, device=device)))
         target = self.prediction.target(x0, eps, alpha, level)

@@ -74,6 +74,10 @@ class Beside(nn.Module, ABC):
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         return list(self.parameters())
 
+    def compile(self, **how: Any) -> None:
+        """As the model does."""
+        self.base.compile(**how)
+
     @abstractmethod
     def on(self) -> None:
         """Have the model compute with what is learned."""
@@ -177,7 +181,11 @@ class Wording(Beside):
 
     def examples(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         name, captions = self.config.name, batch["captions"]
-        said = [c if self.said.search(c) else f"{name}, {c}" if c else name for c in captions]
+        of_class = batch.get("prior", [False] * len(captions))  # which say nothing of the word
+        said = [
+            c if other or self.said.search(c) else f"{name}, {c}" if c else name
+            for c, other in zip(captions, of_class, strict=True)
+        ]
         return self.base.examples(batch | {"captions": said}, generator)
 
     def write(self, path: Path) -> None:

@@ -20,6 +20,7 @@ from limner.systems.objectives import Objective
 from limner.training.adapting import WordConfig
 from limner.training.controlling import ControlConfig
 from limner.training.distilling import DistillationConfig
+from limner.training.prior import PriorConfig
 
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\w[\w.-]*$")]
 Count = Annotated[int, Field(gt=0, lt=10**12)]
@@ -51,6 +52,8 @@ class TrainConfig:
     """`model` teaches its network, a copy of it, or an `adapter`, to draw with fewer evaluations; see `distilling`."""
     keep_model_in: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """What the weights of `model` are kept in where they stay as they are; "auto" is what `precision` is."""
+    prior: PriorConfig = Field(default_factory=PriorConfig)
+    """Pictures of what a `model` knows already, learned beside its own; a step has as many again as `batch_size`."""
     data: DataConfig
     steps: Count
     batch_size: Count

@@ -126,7 +126,7 @@ class Distilling(Beside):
     def read(self, captions: list[str], x0: Tensor, score: float = 6.0) -> Any:
         base: Any = self.base
         with torch.no_grad():
-            read = base.text_encoder.encode(captions)
+            read = (base.texts or base.text_encoder.encode)(captions)
             return base.sized(read, x0.shape[3] * base.grid, x0.shape[2] * base.grid, score)
 
     def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:

@@ -25,23 +25,27 @@ from limner import catalog, pictures, pipeline
 from limner.data.batches import SAMPLED, open_batches
 from limner.data.images import Batches
 from limner.data.latents import encoded
-from limner.errors import UsageError
+from limner.errors import FileProblem, UsageError
 from limner.systems.objectives import Objective
 from limner.text.labels import LabelsConfig
-from limner.training import adapting, controlling, distilling, tuning
+from limner.training import adapting, controlling, distilling, prior, texts, tuning
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
 from limner.training.ledger import Ledger
 from limner.training.memory import check_batch, check_parameters, kept_in, recompute_blocks
 from limner.training.optimizers import clip_gradients, lr_at, step_unless
 from limner.training.passes import Passes
-from limner.training.processes import STOPS, Processes, StopRequests, join
+from limner.training.processes import STOPS, Processes, StopRequests, join, restarted
 from limner.training.report import Report
 from limner.training.sharding import check_sharding, resting, shard, twin, whole
 from limner.training.state import (
+    CONFIG,
     TrainState,
+    changed,
+    check_room,
     checkpoint_name,
     claim,
+    config_of,
     copy_tensors,
     final_file,
     newest_checkpoint,
@@ -64,13 +68,20 @@ Export = Callable[[Any, TrainConfig, Path], object]
 
 
 def train(
-    config: TrainConfig, run: Path, *, resume: bool = False, device: str = "auto", stop_after: float | None = None
+    config: TrainConfig,
+    run: Path,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    stop_after: float | None = None,
+    data_changed: bool = False,
 ) -> int:
     """Train `config` in the folder `run` and leave the averaged weights in RUN/final/NAME.safetensors.
 
     `resume` goes on from the newest checkpoint, or from the beginning where none was saved. `device` is auto, cpu or
     cuda; under torchrun every process takes one. `stop_after` seconds of wall time the state is saved and the loop
-    left. Returns 0 when finished, else a key of `processes.STOPS`. Raises LimnerError.
+    left. With other data than before a run is not resumed, unless they may have `data_changed`. Returns 0 when
+    finished, else a key of `processes.STOPS`. Raises LimnerError.
     """
     if config.system and config.model:
         raise UsageError(f"{config.name} trains a system of its own: leave model out")
@@ -78,10 +89,14 @@ def train(
         raise UsageError(f"{config.name} trains {' and '.join(beside)}: leave all but one of them out")
     if config.system and config.distillation:
         raise UsageError(f"{config.name} trains a system of its own, which has no teacher: leave distillation out")
+    prior.check(config)
     config, given = replace(config, system=catalog.settled(config.system) if config.system else None), config
     with StopRequests(stop_after) as stop, ExitStack() as held:
         processes = join(device)
         held.callback(processes.leave)
+        stop.waits = False
+        again = processes.lead(lambda: restarted() and (run / CONFIG).exists() and config_of(run) == config)
+        resume = processes.agree(int(resume or again or False)) > 0
         processes.lead(lambda: held.enter_context(claim(run, None if resume else config)))
         if processes.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -103,7 +118,8 @@ def train(
             warm_start(system, Path(config.init_from), opened)
         system.to(processes.device, memory_format=torch.channels_last)
         images = open_batches(config.data, config.seed, processes.device)
-        side = images.side
+        side, read = images.side, [images]
+        data = {"data": images.account()} if processes.first else {}
         if not config.data.latent_views:  # classic sets have a size of their own
             check(config, system.grid, side)
         unlearned: Batches | None = None
@@ -114,15 +130,23 @@ def train(
             captions = system.show(out if config.validation else images)
             config = replace(config, sample_prompts=config.sample_prompts or tuple(captions))
         batches: Batches = encoded(images, system)
+        if config.prior.wanted:
+            of_class = prior.opened(prior.drawn(system, config, run, processes), config, processes.device)
+            batches = prior.WithPrior(batches, of_class, config.prior.weight, model)
+            data |= {"prior": of_class.account()} if processes.first else {}
+            read.append(of_class)
         learning = system if isinstance(system, distilling.DistillingNetwork) else model
         if config.gradient_checkpointing and not recompute_blocks(learning):
             raise UsageError(
                 f"gradient_checkpointing is for networks of repeated blocks, and {config.name} has none: leave it out"
             )
+        told = texts.keep(system, model, config, read, processes)
         check_batch(system, batches, config, processes)
         if config.compile:
             system.compile(dynamic=False)
-        notes = [*vain(config, side), *getattr(images, "notes", ()), *getattr(system, "notes", ())]
+        notes = [*vain(config, side), *getattr(images, "notes", ()), *getattr(system, "notes", ()), *told]
+        if isinstance(batches, prior.WithPrior):
+            notes.append(f"beside {len(batches.stream)} pictures of the class, in {batches.stream.samples.name}")
         if getattr(images, "masked", False) and config.system is not None and config.system.kind == "autoencoding":
             notes.append(f"masks have no effect on {config.name}: data.masks=none does not look for them")
         if config.system != given.system:
@@ -133,8 +157,11 @@ def train(
             how = {"draw": draw, "export": adapting.export}
         return fit(
             system, batches, config, run, resume=resume, processes=processes, stop=stop, notes=notes, held=unlearned,
-            **how,
+            data=data, data_changed=data_changed, **how,
         )  # fmt: skip
+    on = f"to go on: limner train --resume {run}" if (run / CONFIG).exists() else "nothing was begun"
+    print(f"{STOPS[stop.noted]} before the first step; {on}")
+    return stop.noted
 
 
 def built(config: TrainConfig, processes: Processes) -> Any:
@@ -280,11 +307,14 @@ def fit(
     stop: StopRequests | None = None,
     notes: Sequence[str] = (),
     held: Batches | None = None,
+    data: dict[str, Any] | None = None,
+    data_changed: bool = False,
 ) -> int:
     """Train `system`, a types.System that is an nn.Module, to `config.steps`, from the newest checkpoint if `resume`.
 
-    Measures the loss on `held`, if any, now and then. Tells `notes` at the beginning. Returns 0 when finished, else a
-    key of `processes.STOPS`. Raises TrainingDiverged, FileProblem, UsageError.
+    Measures the loss on `held`, if any, now and then. `data` tells the data from others, by what they are for: a run
+    that had others before is not resumed, unless they may have `data_changed`. Tells `notes` at the beginning. Returns
+    0 when finished, else a key of `processes.STOPS`. Raises TrainingDiverged, FileProblem, UsageError.
     """
     processes, stop = processes or Processes(), stop or StopRequests(None)
     if config.batch_size % processes.world:
@@ -299,7 +329,9 @@ def fit(
         whole_system = twin(system) if processes.first else system
         shard(losses[system.phases[0]], system, processes)
     state = TrainState(system, config, processes.device)
-    notes = [*notes, *(restore(state, run, processes) if resume else ())]
+    processes.lead(lambda: check_room(run / "checkpoints", state.least))
+    state.data = data or {}
+    notes = [*notes, *(restore(state, run, processes, data_changed) if resume else ())]
     ledger = Ledger(config, state.ledger, processes.device)
     if config.sharding == "fsdp" and not sharded:
         notes.append("sharding=fsdp has no effect with one process")
@@ -329,6 +361,7 @@ def fit(
             if sharded and processes.first:
                 resting(whole_system)
 
+    stop.waits = True
     with stop, Report(run, config.steps, start, state.images, silent=not processes.first) as report:
         report.begin(processes.world, processes.device)
         for note in notes:
@@ -439,16 +472,28 @@ def randomness(seed: int, step: int, processes: Processes, part: str = "") -> to
     return torch.Generator(processes.device).manual_seed(number)
 
 
-def restore(state: TrainState, run: Path, processes: Processes) -> list[str]:
-    """Bring `state` to the newest whole checkpoint of `run`; returns what there is to tell."""
+def restore(state: TrainState, run: Path, processes: Processes, data_changed: bool = False) -> list[str]:
+    """Bring `state` to the newest whole checkpoint of `run`; returns what there is to tell. Raises FileProblem where
+    that had other data, unless they may have changed."""
     notes: list[str] = []
     folder = run / "checkpoints"
 
     def newest() -> tuple[int, dict[str, bytes] | None]:
         notes.extend(f"removed {name}, left half-written" for name in remove_temporaries(run))
         files = newest_checkpoint(folder, notes.append)
+        if not files:
+            return -1, None
         with reading(f"the newest in {folder}"):
-            return int(json.loads(files["state.json"])["step"]) if files else -1, files
+            told = json.loads(files["state.json"])
+            step, other = int(told["step"]), changed(told.get("data", {}), state.data)
+        if other and not data_changed:
+            raise FileProblem(
+                f"the data are not those of step {step} of {run}, {other}: put them back as they were, or go on with "
+                f"these, to another end: limner train --resume {run} --data-changed"
+            )
+        if data_changed:
+            notes.append(f"from step {step} on with other data: {other}" if other else "the data are what they were")
+        return step, files
 
     step, files = processes.lead(newest) or (-1, None)
     step = processes.agree(step)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,10 +134,11 @@ def recompute_blocks(system: nn.Module) -> int:
 
 
 def repeated_blocks(system: nn.Module) -> Iterator[nn.Module]:
-    """Of the parts of `system` that learn, the outermost of each nest."""
-    for part in system.children():
-        if any(p.requires_grad for p in part.parameters()):
-            yield from _repeated(part)
+    """Of the parts of `system` that learn, the outermost of each nest; where none does, since something learns beside
+    them, of its network."""
+    learn = [part for part in system.children() if any(p.requires_grad for p in part.parameters())]
+    for part in learn or [cast(nn.Module, system.network)]:
+        yield from _repeated(part)
 
 
 def _repeated(module: nn.Module) -> Iterator[nn.Module]:

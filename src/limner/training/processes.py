@@ -109,15 +109,27 @@ def join(device: str = "auto") -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size(), place, host)
 
 
+def restarted() -> bool:
+    """Whether torchrun starts all processes again, because one of them failed (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 STOPS = {1: "the time given is over", 2: "terminated", 3: "interrupted"}
 OUT_OF_TIME, TERMINATED, INTERRUPTED = STOPS
+
+
+class Stopped(BaseException):
+    """A signal, where there is nothing to save."""
 
 
 class StopRequests:
     """Inside, SIGTERM, the first Ctrl-C and `seconds` of wall time are noted instead of obeyed at once.
 
-    `asked()` is 0 or a key of STOPS. A second Ctrl-C interrupts as usual. May be entered again inside itself.
+    `asked()` is 0 or a key of STOPS. A second Ctrl-C interrupts as usual. May be entered again inside itself. Where
+    `waits` is False a signal ends what is inside at once, as an exception that goes no further than that.
     """
+
+    waits = True
 
     def __init__(self, seconds: float | None) -> None:
         self.deadline = None if seconds is None else time.monotonic() + seconds
@@ -129,14 +141,17 @@ class StopRequests:
         self.before.append({number: signal.signal(number, self._note) for number in heard})
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         for number, handler in self.before.pop().items():
             signal.signal(number, handler)
+        return kind is Stopped
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.noted = INTERRUPTED if number == signal.SIGINT else TERMINATED
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not self.waits:
+            raise Stopped
 
     def asked(self) -> int:
         if self.noted:

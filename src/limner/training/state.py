@@ -6,7 +6,8 @@ A checkpoint is a folder RUN/checkpoints/step-000123:
     ema.safetensors         moving average of the trained weights, fp32, if there is one
     optimizer.safetensors   PHASE/PARAMETER/NAME of each optimizer's state
     state.json              step, images seen, seed, SHA-256 of the frozen weights, the scale of the loss (fp16), the
-                            ledger's averages, and those numbers of the optimizers that are no tensors
+                            ledger's averages, what tells the data from others, and those numbers of the optimizers that
+                            are no tensors
     config.json             the resolved TrainConfig
     manifest.json           SHA-256 of each of the above
 
@@ -69,6 +70,8 @@ class TrainState:
             raise UsageError("optimizer=muon moves the linear layers of repeated blocks, and here are none: take adamw")
         self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=config.precision == "fp16")
         self.ledger: dict[str, Any] = {}
+        self.data: dict[str, Any] = {}
+        """What tells the data of this run from others (see `limner.data.samples.account`), by what they are for."""
         self.ema = Ema(system, keep=config.ema_half_life > 0)
         own = tensors_of(system)
         frozen = {name for name, p in system.named_parameters() if not p.requires_grad}
@@ -77,6 +80,11 @@ class TrainState:
         self.tensors = {n: t for n, t in own.items() if n not in frozen}
         buffers = {id(b) for b in system.buffers()}
         self.buffers = [t for n, t in system.state_dict(keep_vars=True).items() if id(t) in buffers and n in own]
+
+    @property
+    def least(self) -> int:
+        """Bytes that a checkpoint has at least, its optimizers' moments not counted."""
+        return sum(tensor.nbytes for tensor in (*self.tensors.values(), *self.ema.values.values()))
 
     def only(self, phase: str) -> None:
         """From here on, gradients are for the parameters of this phase."""
@@ -95,6 +103,7 @@ class TrainState:
             "frozen": self.frozen,
             "scaler": self.scaler.state_dict(),
             "ledger": self.ledger,
+            "data": self.data,
             "optimizers": self._optimizer_numbers(),
         }
         return {
@@ -117,8 +126,8 @@ class TrainState:
             state = json.loads(files["state.json"])
             if state["frozen"] != self.frozen:
                 raise FileProblem(
-                    f"{source} was trained around other frozen weights than the config gives now (an autoencoder or "
-                    "text encoder); put the old file back, or start a new run with init_from"
+                    f"{source} was trained around other frozen weights than the config gives now (its model, an "
+                    "autoencoder or a text encoder); put the old file back, or start a new run with init_from"
                 )
             self.step, self.images = int(state["step"]), int(state["images"])
             copy_tensors(safetensors.torch.load(files["model.safetensors"]), self.tensors, source)
@@ -191,6 +200,19 @@ class TrainState:
             owners[phase, id(p)].state[p][key] = like
 
 
+def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In words, how the data of `now` are not those of `then`; "" where they are, or one of them is not known."""
+    told = []
+    for name in now if then else ():
+        before = then.get(name, {})
+        mine = f"{name}: " if len(now) > 1 else ""
+        if before.get("samples") != now[name]["samples"]:
+            told.append(f"{mine}{now[name]['samples']} samples, where there were {before.get('samples', 'none')}")
+        elif other := [what for what, value in now[name].items() if before.get(what) != value]:
+            told.append(f"{mine}other {' and '.join(other)}")
+    return ", ".join(told)
+
+
 def warm_start(system: nn.Module, path: Path, load: Callable[[Path], nn.Module]) -> None:
     """Copy the weights of a final file (read by `load`) or of a checkpoint's model or ema file into `system`.
 
@@ -221,7 +243,9 @@ def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], whe
             raise CheckpointMismatch(f"{where}: {name} {lacking}; is it of another recipe or size?")
         if source[name].shape != target[name].shape:
             found, expected = tuple(source[name].shape), tuple(target[name].shape)
-            raise CheckpointMismatch(f"{where}: {name} is {found} in the file, {expected} in this system")
+            raise CheckpointMismatch(
+                f"{where}: {name} is {found} in the file, {expected} in this system; is it of another model or size?"
+            )
     for name, tensor in target.items():
         put(tensor, source[name])
 
@@ -432,16 +456,22 @@ def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
     """Make the folder `final` with these files: all of it or nothing, also across a crash or a power cut."""
     need = sum(len(data) for data in files.values())
     with writing(final, need):
+        check_room(final, need)
         final.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(final.parent).free
-        if free < 1.2 * need:
-            raise FileProblem(
-                f"no room for {final}: it needs {1.2 * need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; "
-                "free some space and resume, what was saved before is kept"
-            )
         with _made_aside(final) as temporary:
             for name, data in files.items():
                 write_durably(temporary / name, data)
+
+
+def check_room(path: Path, need: int) -> None:
+    """Raises FileProblem if so many bytes, and a fifth more, cannot be written where `path` is or will be."""
+    there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), Path("/"))
+    free = shutil.disk_usage(there).free
+    if free < 1.2 * need:
+        raise FileProblem(
+            f"no room for {path}: it needs {1.2 * need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; "
+            "free some space and resume, what was saved before is kept"
+        )
 
 
 @contextmanager
