@@ -425,7 +425,7 @@ def test_sd1_learns_beside_the_autoencoder_and_the_words_of_any_file(limner, her
           'system.text_encoder.towers=[{"width":96,"depth":2,"num_heads":1,"hidden":128}]']),
         (3, "holds no text encoder of CLIP's kind",
          ["sd1", *SMALL_SD1, "system.autoencoder_from=SD1", "system.text_encoder_from=ODD"]),
-        (2, "system.text_encoder_from=SD1 is for CLIP's towers", ["icons-tiny", "system.text_encoder_from=SD1"]),
+        (2, "system.text_encoder_from=SD1 is for CLIP and T5", ["icons-tiny", "system.text_encoder_from=SD1"]),
     ],
 )  # fmt: skip
 def test_what_sd1_cannot_learn_beside_is_said_in_a_line(limner, here, sd1_folder, code, message, args):

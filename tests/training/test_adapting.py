@@ -147,8 +147,8 @@ def test_training_says_what_the_file_says_when_it_is_attached(tmp_path):
 def test_captions_that_do_not_say_the_word_get_it_in_front(tmp_path, monkeypatch):
     system = catalog.load(stable_diffusion.sd1(tmp_path / "sd1"), dtype=torch.float32)
     learning, seen = adapting.Wording(system, adapting.WordConfig(name="blob"), 0), []
-    monkeypatch.setattr(type(system), "loss", lambda self, batch, phase, generator: seen.extend(batch["captions"]))
-    learning.loss({"captions": ["a fox", "", "a Blob, red", "blobs"]}, "main", torch.Generator())
+    monkeypatch.setattr(type(system), "examples", lambda self, batch, generator: seen.extend(batch["captions"]))
+    learning.examples({"captions": ["a fox", "", "a Blob, red", "blobs"]}, torch.Generator())
     assert seen == ["blob, a fox", "blob", "a Blob, red", "blob, blobs"]
     for told, why in (
         ({"name": "a b"}, "word.name='a b'"),

@@ -68,7 +68,7 @@ def test_an_unknown_field_names_the_nearest(override, nearest):
         ("betas=1,0.9", "give less than 1"),
         ("betas=0.9", "give the value that is missing"),
         ("betas=0.9,0.9,0.9", "give 2 values, not 3"),
-        ("precision=fp8", "give 'fp32', 'bf16' or 'fp16'"),
+        ("precision=fp8", "give 'auto', 'fp32', 'bf16' or 'fp16'"),
         ("compile=perhaps", "give true or false"),
         ("system.network.depth=deep", "give a whole number"),
         ("system.network=deep", "whole section"),

@@ -62,11 +62,12 @@ def test_the_loss_is_that_of_the_own_rows_plus_so_much_of_that_of_the_class(of_c
     rows: list[torch.Tensor] = []
     error = Objective.error
 
-    def spied(self, output, target, *told):
-        *how, mask, _ = told
-        rows.extend(error(self, o[None], t[None], *(x[k : k + 1] if torch.is_tensor(x) else x for x in how), mask, None)
-                    for k, (o, t) in enumerate(zip(output, target, strict=True)))  # fmt: skip
-        return error(self, output, target, *told)
+    def spied(self, output, target, **told):
+        how = {name: value for name, value in told.items() if name != "weight"}
+        for k, (o, t) in enumerate(zip(output, target, strict=True)):
+            of_row = {name: x[k : k + 1] if torch.is_tensor(x) else x for name, x in how.items()}
+            rows.append(error(self, o[None], t[None], **of_row))
+        return error(self, output, target, **told)
 
     monkeypatch.setattr(Objective, "error", spied)
     found = sum(
@@ -83,7 +84,12 @@ def test_it_is_what_diffusers_trains_with(of_class, monkeypatch):
     own = LatentBatches(open_batches(DataConfig(source="shapes", size=32, limit=8), 0, CPU), system, 1)
     batch, told = batches(own, of_class, system).batch(0, 2), []
     error = Objective.error
-    monkeypatch.setattr(Objective, "error", lambda self, *args: told.extend(args[:2]) or error(self, *args))
+
+    def spied(self, output, target, **how):
+        told.extend([output, target])
+        return error(self, output, target, **how)
+
+    monkeypatch.setattr(Objective, "error", spied)
     found = system.loss(batch, "main", torch.Generator().manual_seed(0))["loss"]
     model_pred, model_pred_prior = torch.chunk(told[0], 2, dim=0)
     target, target_prior = torch.chunk(told[1], 2, dim=0)
@@ -188,10 +194,10 @@ def test_the_class_says_nothing_of_a_word():
     base = SimpleNamespace(
         adapters=None,
         text_encoder=CLIPTowers(CLIPTowersConfig(towers=(tower,)), [bpe.shipped()]),
-        loss=lambda batch, *_: seen.extend(batch["captions"]),
+        examples=lambda batch, *_: seen.extend(batch["captions"]),
     )
     learning = adapting.Wording(base, adapting.WordConfig(name="blob"), 0)
-    learning.loss({"captions": ["a fox", "a dog"], "prior": [False, True]}, "main", torch.Generator())
+    learning.examples({"captions": ["a fox", "a dog"], "prior": [False, True]}, torch.Generator())
     assert seen == ["blob, a fox", "a dog"]
 
 

@@ -39,7 +39,7 @@ def check_name(config: TrainConfig, system: Any) -> None:
 
 
 def export(system: Any, config: TrainConfig, path: Path) -> None:
-    if next(system.text_encoder.parameters()).dtype != torch.float32:  # all but the network is as it was
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in system.text_encoder.parameters()):  # not as it was
         whole: Any = catalog.load(catalog.find(config.model), dtype=torch.float32)
         whole.network.load_state_dict(system.network.state_dict())
         system = whole
