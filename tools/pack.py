@@ -1,7 +1,7 @@
 """Store the weights of a run as they ship: python tools/pack.py SOURCE OUT.safetensors [--bits 8|16].
 
-SOURCE is a run, a weight file, or a checkpoint, RUN/checkpoints/step-000123, of which it takes the averages: what a run
-that was cut short would have ended with.
+SOURCE is a run, a weight file, or a checkpoint, RUN/checkpoints/step-000123, of which it takes the averages, or where
+there are none the weights: what a run that was cut short would have ended with.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from limner.training import tuning
 from limner.training.adapting import Beside
 from limner.training.config import from_json
 from limner.training.loop import loaded
-from limner.training.state import CONFIG, warm_start
+from limner.training.state import CONFIG, MANIFEST, warm_start
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,11 +24,14 @@ if __name__ == "__main__":
     parser.add_argument("--bits", type=int, choices=(8, 16, 32), default=8)
     options = parser.parse_args()
     checkpoint = Path(options.source)
-    if (checkpoint / "ema.safetensors").is_file():
+    weights = next(
+        (checkpoint / f"{n}.safetensors" for n in ("ema", "model") if (checkpoint / f"{n}.safetensors").is_file()), None
+    )
+    if (checkpoint / MANIFEST).is_file() and weights:
         trained = from_json((checkpoint / CONFIG).read_text(), str(checkpoint / CONFIG))
         config = trained.system
         system = catalog.build(config) if config else loaded(trained, torch.device("cpu"))
-        warm_start(system, checkpoint / "ema.safetensors", catalog.load)
+        warm_start(system, weights, catalog.load)
     else:
         path = catalog.find(options.source)
         _, stored = files.load(path)

@@ -24,8 +24,8 @@ CAPTIONS = ("text", "caption", "captions", "prompt")
 
 def open_folder(path: Path, caption_column: str = "", masks: bool = True, hints: bool = False) -> Samples:
     """Every PNG, JPEG and WebP under `path`, in the order of their names; with `masks`, NAME-mask.png and NAME.mask.png
-    are those of NAME, and with `hints`, NAME-hint.png and NAME.hint.png. Ids are file names relative to `path`,
-    captions without one "".
+    are those of NAME, and with `hints`, NAME-hint.png and NAME.hint.png, which are no pictures without either. Ids are
+    file names relative to `path`, captions without one "".
 
     Raises FileProblem: no such folder, no pictures, a line that is no caption, captions whose pictures are missing.
     """
@@ -36,7 +36,7 @@ def open_folder(path: Path, caption_column: str = "", masks: bool = True, hints:
     stems = {stem_of(name) for name in files}
     kinds = [what for what, wanted in (("mask", masks), ("hint", hints)) if wanted]
     of = {what: {mask_of(stem_of(name), what): name for name in files} for what in kinds}
-    names = [name for name in files if not any(mask_of(stem_of(name), what) in stems for what in kinds)]
+    names = [name for name in files if not any(mask_of(stem_of(name), what) in stems for what in (*kinds, "hint"))]
     problems: dict[str, str] = {}
     captions = _captions(path, names, caption_column, problems)
     if not names:

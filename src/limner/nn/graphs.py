@@ -141,9 +141,12 @@ class Graphs:
         with RECORDING, torch.cuda.device(device):
             graph, self.pool = torch.cuda.CUDAGraph(), self.pool or torch.cuda.graph_pool_handle()
             # of this device: torch's own stream for graphs stays on the one that it was first asked on
-            stream = torch.cuda.Stream(device)
-            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
-                output = call()
+            stream, before = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+                    output = call()
+            finally:  # a recording that failed leaves its stream on
+                torch.cuda.set_stream(before)
         return graph, output
 
 

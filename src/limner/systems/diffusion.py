@@ -352,6 +352,7 @@ class DiffusionSystem(nn.Module):
             yield
             return
         module, device = getattr(self, part), self.works_on
+        away = any(weight.device != device for weight in tensors_of(module))
         passing = module.asked_once() if hasattr(module, "asked_once") else []
         apart = {weight for one in passing for weight in tensors_of(one)}
         try:
@@ -361,7 +362,7 @@ class DiffusionSystem(nn.Module):
                     there.enter_context(brought_to_be_asked(one, device))
                 yield
         finally:
-            if device.type == "cuda":
+            if device.type == "cuda" and away:
                 torch.cuda.empty_cache()  # torch would keep what the part took, beside what the next one takes
 
     # ---------------------------------------------------------------- sampling

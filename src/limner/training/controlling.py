@@ -70,6 +70,7 @@ class Controlling(Beside):
             parameter.requires_grad_(False)
         self.bits = config.bits
         self.hints: list[Image.Image] = []
+        self.prompts: tuple[str, ...] = ()
         """What is drawn with during a run."""
         base.caption_dropout = config.caption_dropout
 
@@ -96,11 +97,19 @@ class Controlling(Beside):
 
         return self.base.error(asked, more)
 
-    def show(self, images: ImageBatches | Stream) -> list[str]:
-        """Draw from now on with the hints of the first pictures; returns their captions, of those that can be drawn."""
-        found = [(caption, hint) for caption, hint in images.first(SHOWN) if caption.strip()]
+    def show(self, images: ImageBatches | Stream) -> None:
+        """Draw from now on with the hints of the first pictures, and if nobody says another, with their captions."""
+        found = list(images.first(SHOWN))
         self.hints = [pictures.to_pil(2 * to_hints(hint[None].cpu())[0] - 1) for _, hint in found]
-        return [caption for caption, _ in found]
+        if all(self.can_be_drawn(caption) for caption, _ in found):
+            self.prompts = tuple(caption for caption, _ in found)
+
+    def can_be_drawn(self, caption: str) -> bool:
+        try:
+            pipeline.prepare(self.base, prompt=caption)
+        except UsageError:
+            return False
+        return bool(caption.strip())
 
     def write(self, path: Path) -> None:
         network = self.control
@@ -203,12 +212,15 @@ def draw(system: Controlling, config: Any) -> list[Image.Image]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{config.file_name}.safetensors"
         system.write(file)
-        for i, (prompt, hint) in enumerate(zip(config.sample_prompts, itertools.cycle(system.hints), strict=False)):
-            size = pipeline.size_of(base, hint)
-            request = pipeline.prepare(base, prompt=prompt, seed=i, control=[open_control(base, file, hint)], **size)
-            (drawn,) = pipeline.draw(base, [prompt], [i], request)
-            shown.append(beside(hint, pictures.to_pil(drawn)))
-    stack(base).controls.clear()
+        prompts = config.sample_prompts or system.prompts
+        try:
+            for i, (prompt, hint) in enumerate(zip(prompts, itertools.cycle(system.hints), strict=False)):
+                told = {"control": [open_control(base, file, hint)], **pipeline.size_of(base, hint)}
+                request = pipeline.prepare(base, prompt=prompt, seed=i, **told)
+                (drawn,) = pipeline.draw(base, [prompt], [i], request)
+                shown.append(beside(hint, pictures.to_pil(drawn)))
+        finally:
+            stack(base).controls.clear()
     return shown
 
 

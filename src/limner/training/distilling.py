@@ -301,6 +301,11 @@ class DistillingNetwork(Distilling):
             f"{self.base.defaults.sampler} --steps {self.base.defaults.steps}"
         ]
 
+    def opened(self, path: Path) -> nn.Module:
+        """A student in a file, to begin from. Raises FileProblem, CheckpointMismatch."""
+        found: Any = catalog.load(path, dtype=torch.float32)
+        return nn.ModuleDict({"network": found.network})
+
     def on(self) -> None:
         """The student is no part of the model."""
 
@@ -330,6 +335,10 @@ def loaded(config: TrainConfig, device: torch.device) -> Distilling:
     assert how is not None
     if config.word is not None:
         raise UsageError(f"{config.name} distils a network: leave word out")
+    if config.control is not None:
+        raise UsageError(f"{config.name} distils what draws from words alone: leave control out")
+    if config.adapter is not None and config.adapter.text_encoder:
+        raise UsageError(f"{config.name} reads words as its teacher does: leave adapter.text_encoder out")
     if config.sharding == "fsdp":
         raise UsageError("sharding=fsdp is for networks that learn alone: leave it out, or distillation")
     if how.kind == "consistency" and config.loss != Objective():
@@ -338,8 +347,7 @@ def loaded(config: TrainConfig, device: torch.device) -> Distilling:
     if config.adapter is not None:
         base = catalog.load(config.model, device, dtype=dtype)
         return DistillingAdapter(base, how, config.adapter, config.seed)
-    if dtype == torch.float8_e4m3fn:
-        raise UsageError("keep_model_in=fp8 is for adapters: give bf16, or an adapter")
+    tuning.check_kept(dtype)
     student = DistillingNetwork(catalog.load(config.model, device, dtype=torch.float32), how, config.model)
     tuning.check_name(config, student.base)
     student.base.network.to(dtype)
@@ -375,10 +383,10 @@ def levels(interpolant: Interpolant, steps: int) -> tuple[list[float], list[floa
     if not 1 <= steps <= 1000:
         raise UsageError(f"distillation.steps={steps}: give 1 to 1000")
     if isinstance(interpolant, Discrete):
-        each = len(interpolant.sigmas) // steps
-        if each < 1:
-            raise UsageError(f"distillation.steps={steps}: this model has {len(interpolant.sigmas)} timesteps")
-        places = [max(0, each * k - 1) for k in range(steps + 1)]
+        count = len(interpolant.sigmas)
+        if 2 * steps > count:
+            raise UsageError(f"distillation.steps={steps}: give {count // 2} at most, this model has {count} timesteps")
+        places = [max(0, round(count * k / steps) - 1) for k in range(steps + 1)]
         return [float(k) for k in places], [interpolant.sigmas[k] for k in places]
     if not isinstance(interpolant, Flow):
         raise UsageError("consistency is learned along timesteps or a flow, and this model has neither")

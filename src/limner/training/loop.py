@@ -111,10 +111,11 @@ def train(
         check(config, system.grid, config.data.size)
         check_samples(config, system)
         model: Any = system.base if isinstance(system, adapting.Beside) else system
+        model.stays = True  # a drawing that has no room may not move what learns
         if hasattr(model, "objective"):
             model.objective = config.loss
         if config.init_from:
-            opened = system.opened if config.control else partial(catalog.load, dtype=torch.float32)
+            opened = getattr(system, "opened", partial(catalog.load, dtype=torch.float32))
             warm_start(system, Path(config.init_from), opened)
         system.to(processes.device, memory_format=torch.channels_last)
         images = open_batches(config.data, config.seed, processes.device)
@@ -127,8 +128,7 @@ def train(
             images, out = parted(images, config.validation)
             unlearned = encoded(out, system)
         if isinstance(system, controlling.Controlling):
-            captions = system.show(out if config.validation else images)
-            config = replace(config, sample_prompts=config.sample_prompts or tuple(captions))
+            system.show(out if config.validation else images)
         batches: Batches = encoded(images, system)
         if config.prior.wanted:
             of_class = prior.opened(prior.drawn(system, config, run, processes), config, processes.device)
@@ -136,7 +136,10 @@ def train(
             data |= {"prior": of_class.account()} if processes.first else {}
             read.append(of_class)
         learning = system if isinstance(system, distilling.DistillingNetwork) else model
-        if config.gradient_checkpointing and not recompute_blocks(learning):
+        recomputed = config.gradient_checkpointing and recompute_blocks(learning)
+        if config.gradient_checkpointing and isinstance(system, controlling.Controlling):
+            recomputed = recompute_blocks(system) + recomputed
+        if config.gradient_checkpointing and not recomputed:
             raise UsageError(
                 f"gradient_checkpointing is for networks of repeated blocks, and {config.name} has none: leave it out"
             )
@@ -266,6 +269,16 @@ def vain(config: TrainConfig, side: int) -> list[str]:
         )
     if data.source in SAMPLED and data.cache and data.latent_views < 2 and (data.crop == "random" or data.mirror):
         told.append("data.crop and data.mirror have no effect on one view that is kept: give data.latent_views=2")
+    if config.ema_half_life == 0 and config.ema_warmup != TrainConfig.ema_warmup:
+        told.append(f"ema_warmup={config.ema_warmup:g} has no effect with ema_half_life=0")
+    if (how := config.distillation) is not None:
+        idle = ("steps", "loss", "huber", "average") if how.kind == "guidance" else ("huber",) * (how.loss == "l2")
+        of = "kind=guidance" if how.kind == "guidance" else "loss=l2"
+        told += [
+            f"distillation.{name}={getattr(how, name)} has no effect with distillation.{of}"
+            for name in idle
+            if getattr(how, name) != getattr(type(how), name)
+        ]
     times = config.loss.times
     if times.kind != "logit_normal" and (times.mean, times.std) != (0, 1):
         told.append(f"loss.times.mean and std have no effect with loss.times.kind={times.kind}")
@@ -393,7 +406,8 @@ def fit(
                     if processes.first:
                         save_checkpoint(run / "checkpoints", state.step, files, config.keep)
                 saved = state.step
-            if (processes.first or sharded) and config.sample_prompts and draw_now and state.step > start:
+            prompts = config.sample_prompts or getattr(system, "prompts", ())
+            if (processes.first or sharded) and prompts and draw_now and state.step > start:
                 with report.aside(), averaged() as drawing:
                     if processes.first:
                         report.draw(checkpoint_name(state.step), draw(drawing, config))
@@ -492,7 +506,8 @@ def restore(state: TrainState, run: Path, processes: Processes, data_changed: bo
                 f"these, to another end: limner train --resume {run} --data-changed"
             )
         if data_changed:
-            notes.append(f"from step {step} on with other data: {other}" if other else "the data are what they were")
+            same = "the data are what they were" if told.get("data") else "what its data were is not known"
+            notes.append(f"from step {step} on with other data: {other}" if other else same)
         return step, files
 
     step, files = processes.lead(newest) or (-1, None)

@@ -21,7 +21,7 @@ from limner.training.processes import Processes
 from limner.training.state import TrainState
 from limner.types import Conditioning
 
-MOST = 32
+MOST = 64
 """Recordings that are kept: each shape of latents and each length of words has its own. They share their memory."""
 
 
@@ -45,7 +45,7 @@ class Passes:
     def forget(self) -> None:
         """All recordings, and where they read and write."""
         self.graphs = Graphs()
-        self.made: dict[Any, tuple[Leaves, Any, dict[str, Tensor]]] = {}
+        self.made: dict[Any, tuple[Leaves, Any, dict[str, Tensor], Any]] = {}
         self.once: set[Any] = set()
         self.first: Any = None
         """The kind of what one recording was made of that puts gradients where they were not; others add to them."""
@@ -62,7 +62,8 @@ class Passes:
                 self.forget()
                 self.weights = weights
         self.empty = True
-        for parameter, grad in zip(parameters, self.grads or [None] * len(parameters), strict=True):
+        grads = self.grads if self.records and self.grads else [None] * len(parameters)
+        for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
 
     def __call__(
@@ -99,25 +100,35 @@ class Passes:
             self.once.add(key)
             return self.back(lambda: self.error(told), weight)
         if key not in self.made:
-            while len(self.made) >= MOST:
+            while len(self.made) >= MOST:  # that which was not asked for longest
                 self.made.pop(next(name for name in self.made if not name[-1]))
-            own = told.own()
-            torch.cuda.empty_cache()  # what the same took without a recording
-            try:
-                graph, found = self.graphs.graph_of(lambda: self.back(lambda: self.error(own), weight), self.device)
-            except RuntimeError as error:  # what asks the host something cannot be recorded
-                warnings.warn(f"cuda_graphs=true has no effect, these passes cannot be recorded: {error}", stacklevel=2)
+            if problem := self.record(key, told, parameters):
+                warnings.warn(f"passes are not recorded from here on (cuda_graphs): {problem}", stacklevel=2)
                 self.records = False
-                for parameter in parameters if fresh else ():
-                    parameter.grad = None
+                for parameter, grad in zip(parameters, [p.grad for p in parameters], strict=True):
+                    parameter.grad = None if fresh or grad is None else grad.clone()
+                self.forget()
                 return self.back(lambda: self.error(told), weight)
-            self.made[key] = own, graph, found
-            if fresh:
-                self.first, self.grads = kind, [p.grad for p in parameters]
-        own, graph, found = self.made[key]
+        self.made[key] = own, graph, found, _ = self.made.pop(key)
         own.put(told)
         graph.replay()
         return {name: value.clone() for name, value in found.items()}
+
+    def record(self, key: Any, told: Leaves, parameters: list[nn.Parameter]) -> str:
+        """Make a recording; returns why there is none: what asks the host something cannot be recorded, and there may
+        be no room."""
+        own = told.own()
+        torch.cuda.empty_cache()  # what the same took without a recording
+        try:
+            graph, found = self.graphs.graph_of(lambda: self.back(lambda: self.error(own), key[0]), self.device)
+        except RuntimeError as error:
+            return str(error)
+        modules = {*self.system.modules(), *self.system.network.modules()}
+        held = [dict(module.tables) for module in modules if hasattr(module, "tables")]  # which it reads
+        self.made[key] = own, graph, found, held
+        if key[-1]:
+            self.first, self.grads = key[:-1], [p.grad for p in parameters]
+        return ""
 
     def error(self, told: Leaves) -> dict[str, Tensor]:
         examples = told.tree()

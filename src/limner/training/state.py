@@ -75,8 +75,9 @@ class TrainState:
         self.ema = Ema(system, keep=config.ema_half_life > 0)
         own = tensors_of(system)
         frozen = {name for name, p in system.named_parameters() if not p.requires_grad}
-        whose = str(getattr(system, "identity", "")).encode()  # of weights that are no part of it
-        self.frozen = hashlib.sha256(_pack({n: t for n, t in own.items() if n in frozen}) + whose).hexdigest()
+        whose = str(getattr(system, "identity", "")).encode()  # of a model that is there
+        stays = {} if whose else {n: t for n, t in own.items() if n in frozen}
+        self.frozen = hashlib.sha256(_pack(stays) + whose).hexdigest()
         self.tensors = {n: t for n, t in own.items() if n not in frozen}
         buffers = {id(b) for b in system.buffers()}
         self.buffers = [t for n, t in system.state_dict(keep_vars=True).items() if id(t) in buffers and n in own]

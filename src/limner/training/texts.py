@@ -157,20 +157,21 @@ def keep(
         return [f"data.text_cache={data.text_cache:g} has no effect on {config.name}: {why}"] if idle else []
     if not data.text_cache:
         return []
+    captions = [source.words() for source in sources]
+    if any(one is None for one in captions):  # new ones at every step, which are best read with it
+        return []
+    wanted = list(dict.fromkeys(["", *(caption for one in captions for caption in one or ())]))
     folder = Path(data.cache) / "texts" if data.cache and data.source in SAMPLED else None
-    cache = model.texts = TextCache(encoder, config, device, folder, model.model_hash if folder else "")
+    cache = TextCache(encoder, config, device, folder, model.model_hash if folder else "")
+    need = len(wanted) * bytes_of(cache.read([""])[""])
+    if need > cache.limit and folder is None:
+        more = f"data.text_cache={need / 1e9 + 0.1:.1f}, or data.cache=FOLDER, would keep what is made of them"
+        return [f"{len(wanted)} captions are read as they come, they take {need / 1e9:.1f} GB: {more}"]
+    model.texts = cache
     apart = processes.world == 1 or system is not model  # DDP wants all of a system on one device
     weights = sum(tensor.nbytes for tensor in tensors_of(encoder))
     if device.type == "cpu" or weights < LARGE or not apart:
         return []
-    captions = [source.words() for source in sources]
-    if any(one is None for one in captions):
-        return []
-    wanted = list(dict.fromkeys(["", *(caption for one in captions for caption in one or ())]))
-    need = len(wanted) * bytes_of(cache.read([""])[""])
-    if need > cache.limit and folder is None:
-        more = f"data.text_cache={need / 1e9 + 0.1:.1f} would free the GPU of the text encoder, {weights / 1e9:.1f} GB"
-        return [f"{len(wanted)} captions take {need / 1e9:.1f} GB: {more}"]
     cache.fill(wanted)
     rest(model)
     return [f"{len(wanted)} captions are read: the text encoder, {weights / 1e9:.1f} GB, rests on the CPU"]

@@ -22,13 +22,21 @@ if TYPE_CHECKING:
 
 def loaded(config: TrainConfig, device: torch.device) -> Any:
     """The model of `config.model`, of which the network is trained, in float32. Raises UsageError, FileProblem."""
-    system = catalog.load(config.model, device, dtype=torch.float32)
+    system: Any = catalog.load(config.model, device, dtype=torch.float32)
     if not hasattr(system, "network"):
         raise UsageError(f"{system.name} has no network that draws from words: train one with its own recipe")
     check_name(config, system)
     system.network.requires_grad_(True)
-    system.text_encoder.to(kept_in(config, device))
+    check_kept(dtype := kept_in(config, device))
+    system.text_encoder.to(dtype)
+    system.identity = system.model_hash  # whatever the rest is kept in
     return system
+
+
+def check_kept(dtype: torch.dtype) -> None:
+    """Raises UsageError for what is for weights beside which an adapter learns."""
+    if dtype == torch.float8_e4m3fn:
+        raise UsageError("keep_model_in=fp8 is for adapters: give bf16, or an adapter")
 
 
 def check_name(config: TrainConfig, system: Any) -> None:
