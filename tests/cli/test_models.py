@@ -17,7 +17,7 @@ from limner.training.config import fields_of
 
 def test_models_lists_the_catalogue(limner):
     rows = json.loads(limner("models", "--json").out)
-    assert [row["name"] for row in rows] == catalog.names()
+    assert [row["name"] for row in rows] == [*catalog.names(), *catalog.CONTROLS]
     for row in rows:
         assert all(isinstance(row[key], str) and row[key] for key in ("name", "family", "task", "weights"))
         assert row["weights"] in ("bundled", "needed")
@@ -29,6 +29,7 @@ def test_bundled_means_that_the_file_is_there(limner, tmp_path, monkeypatch):
 
     file = tmp_path / "icons.safetensors"
     monkeypatch.setattr(catalog, "CATALOG", {"icons": replace(catalog.entry("icons"), file=file)})
+    monkeypatch.setattr(catalog, "CONTROLS", {})
     assert weights() == ["needed"]
     file.touch()
     assert weights() == ["bundled"]

@@ -378,7 +378,7 @@ SMALL_SD1 = (
 
 
 @pytest.mark.parametrize(
-    "whole", ["folder", "ours", *(pytest.param(name, marks=pytest.mark.slow) for name in ("file", "parts"))]
+    "whole", ["ours", *(pytest.param(name, marks=pytest.mark.slow) for name in ("folder", "file", "parts"))]
 )
 @pytest.mark.filterwarnings("ignore")
 def test_sd1_learns_beside_the_autoencoder_and_the_words_of_any_file(limner, here, sd1_folder, whole):

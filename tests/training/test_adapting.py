@@ -163,7 +163,7 @@ def test_captions_that_do_not_say_the_word_get_it_in_front(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "model", ["icons", "sd1", "flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd3"))]
+    "model", ["icons", "sd1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd3", "flux"))]
 )
 def test_a_network_goes_on_learning_and_its_file_is_read(model, limner, here, pictures, tmp_path, tiny_model):
     makers = {"sd3": flow_models.sd3, "flux": flow_models.flux}

@@ -115,8 +115,14 @@ def acts(monkeypatch):
     monkeypatch.setattr(Graphs, "graph_of", graph_of)
 
 
-@pytest.mark.parametrize("way", ["plain", "parts", "few"])
-@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize(
+    ("way", "moves"),
+    [
+        ("plain", True),
+        ("parts", False),
+        *(pytest.param(way, moves, marks=pytest.mark.slow) for way, moves in (("parts", True), ("few", False))),
+    ],
+)
 def test_acted_recordings_train_as_passes_do(tmp_path, request, way, moves):
     config = replace(CONFIG, **WAYS[way])
     plain, none = trained(tmp_path / "plain", config, "cpu")
@@ -129,9 +135,17 @@ def test_acted_recordings_train_as_passes_do(tmp_path, request, way, moves):
         torch.testing.assert_close(acted[name], weight, rtol=1e-4, atol=1e-5)  # sums are in another order
 
 
-@pytest.mark.parametrize("first", [1, 2])
-@pytest.mark.parametrize("way", ["plain", "parts"])
-def test_what_cannot_be_recorded_trains_without(tmp_path, acts, monkeypatch, first, way):
+@pytest.mark.parametrize(
+    ("way", "first"),
+    [
+        ("parts", 2),
+        *(
+            pytest.param(way, first, marks=pytest.mark.slow)
+            for way, first in (("plain", 1), ("plain", 2), ("parts", 1))
+        ),
+    ],
+)
+def test_what_cannot_be_recorded_trains_without(tmp_path, acts, monkeypatch, way, first):
     config, graph_of, asked = replace(CONFIG, **WAYS[way]), Graphs.graph_of, []
 
     def refuses(self, call, device):

@@ -231,7 +231,7 @@ def bases(path: Path, tensors: Mapping[str, Tensor]) -> tuple[list[str], str]:
     ours, its = joint_dit_controlnet.is_one(tensors), flow_controlnets.family(tensors)
     if ours or its:
         kind = JointDiTConfig if ours else FluxConfig if its == flow_controlnets.FLUX else MMDiTConfig
-        for config in (entry.config for entry in catalog.entries()):
+        for config in (e.config for e in sorted(catalog.entries(), key=lambda e: e.name.endswith("-tiny"))):
             if isinstance(config, catalog.DiffusionConfig) and isinstance(config.network, kind):
                 rows.append((config.name, config.network, {}, config.autoencoder.factor))
     else:

@@ -11,7 +11,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON array of ob
 
 
 def models_command(as_json: AsJson = False) -> None:
-    """List the models, and ControlNets that ship; weights are bundled, or needed from you."""
+    """List the models; weights are bundled, or needed from you."""
     from limner import catalog
 
     columns = ("name", "family", "task", "weights", "summary")
