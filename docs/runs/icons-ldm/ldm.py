@@ -1,6 +1,6 @@
 """Latent diffusion of the Stable Diffusion 1 kind from nothing on the icon data, and `icons` at as many pictures seen.
 
-    python ldm.py autoencoder DATA CACHE RUN SECONDS
+    python ldm.py autoencoder DATA CACHE RUN SECONDS_OF_IT
     torchrun --nproc-per-node N ldm.py network DATA CACHE RUN AUTOENCODER STEPS_128 STEPS_256
     torchrun --nproc-per-node N ldm.py icons DATA CACHE RUN AUTOENCODER STEPS_128 STEPS_256
 
@@ -8,11 +8,13 @@ The autoencoder has a KL bottleneck, 8 pixels a latent of 4 channels, and RGBA i
 network is a U-Net with cross-attention to MiniLM's words (46.7 million, 19.9 GFLOP for a picture of 256 pixels, where
 icons' transformer takes 19.6), told of 1,000 timesteps, and predicts eps; guidance is classifier-free. Steps are of
 1,024 pictures for both, first at 128 pixels, then at 256, as the recipe of each has the rest. What is left:
-RUN/final/NAME.safetensors, and RUN-128 beside it.
+RUN/final/NAME.safetensors, and RUN-128 beside it. SECONDS in the environment is when to save and stop; the same command
+goes on from there.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,16 @@ from limner.training.loop import train
 
 CODEC = KLConfig(image_channels=4, latent_channels=4, widths=(64, 128, 256, 256), blocks=1)
 UNET = UNetConfig(widths=(128, 192, 320), depths=(1, 1, 1), head_width=64, text_width=384)
+
+
+def go(config: TrainConfig, run: Path) -> None:
+    """Begin or go on; ends the process where the time is up."""
+    seconds = os.environ.get("SECONDS")
+    begun = (run / "config.json").exists()
+    if (run / "final").exists():
+        return
+    if code := train(config, run, resume=begun, stop_after=float(seconds) if seconds else None):
+        sys.exit(code)
 
 
 def autoencoder(data: str, cache: str, run: str, seconds: str, rate: float = 370.0, share: float = 0.6) -> None:
@@ -45,7 +57,7 @@ def autoencoder(data: str, cache: str, run: str, seconds: str, rate: float = 370
         steps=steps, batch_size=batch, lr=5e-4, warmup=100, lr_schedule="cosine", lr_final=0.05, precision="bf16",
         compile=True, ema_half_life=10_000, save_every=10**6,
     )  # fmt: skip
-    train(config, Path(run), stop_after=time + 60)
+    go(config, Path(run))
 
 
 def both_sizes(config: TrainConfig, run: str, steps_128: str, steps_256: str, batch_256: int) -> None:
@@ -55,13 +67,13 @@ def both_sizes(config: TrainConfig, run: str, steps_128: str, steps_256: str, ba
         config, data=replace(data, size=128, latent_views=4, other_sizes=()), steps=int(steps_128), batch_size=1024,
         lr_schedule="constant", save_every=10**6,
     )  # fmt: skip
-    train(small, Path(f"{run}-128"))
+    go(small, Path(f"{run}-128"))
     checkpoint = Path(f"{run}-128", "checkpoints", f"step-{int(steps_128):06}")
     large = replace(
         config, data=replace(data, size=256, latent_views=4, other_sizes=()), steps=int(steps_256),
         batch_size=batch_256, init_from=str(checkpoint / "ema.safetensors"), warmup=50, save_every=10**6,
     )  # fmt: skip
-    train(large, Path(run))
+    go(large, Path(run))
 
 
 def network(data: str, cache: str, run: str, codec: str, steps_128: str, steps_256: str) -> None:
