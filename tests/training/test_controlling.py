@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -290,3 +291,17 @@ def test_what_cannot_be_is_told_before_the_first_step(limner, here, tiny_model, 
         with pytest.raises(CheckpointMismatch, match=why):
             open_control(to, tmp_path / f"{file}.safetensors", Image.new("RGB", (8, 8)))
     assert math.isclose(sd1.caption_dropout, 0.5)
+
+
+def test_captions_that_cannot_be_drawn_are_no_prompts_but_their_hints_are_drawn_with(base):
+    system = Controlling(base("icons"), ControlConfig(), 0)
+    hint = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    for captions, prompts in (
+        (("a fox", "a house"), ("a fox", "a house")),
+        (("a fox", " "), ()),
+        (("a fox", "x" * 3000), ()),
+        (("", ""), ()),
+    ):
+        system.prompts = ()
+        system.show(SimpleNamespace(first=lambda count, told=captions: [(caption, hint) for caption in told]))
+        assert (system.prompts, len(system.hints)) == (prompts, 2)

@@ -163,6 +163,11 @@ def test_the_levels_are_those_of_the_published_models():
     times, sigmas = distilling.levels(interpolants.get(VPConfig()), 50)
     assert times == [0, *range(19, 1000, 20)]
     assert sigmas[-1] == interpolants.get(VPConfig()).sigmas[999]
+    for steps in (3, 300, 500):
+        places = distilling.levels(interpolants.get(VPConfig()), steps)[0]
+        assert (len(set(places)), places[0], places[-1]) == (steps + 1, 0, 999)
+    with pytest.raises(UsageError, match=r"distillation\.steps=501: give 500 at most"):
+        distilling.levels(interpolants.get(VPConfig()), 501)
     levels = distilling.levels(interpolants.get(FlowConfig(shift=3.0)), 4)[1]
     assert levels == pytest.approx([0, 0.5, 0.75, 0.9, 1])
 
@@ -417,6 +422,8 @@ def test_what_has_no_teacher_or_another_aim_is_refused(limner, here, tiny_model,
         (("loss.min_snr_gamma=5", "distillation.guidance=4"), "distillation.loss: leave it out"),
         (("sharding=fsdp", "distillation.guidance=4"), "sharding=fsdp is for networks that learn alone"),
         (("keep_model_in=fp8", "distillation.guidance=4"), "keep_model_in=fp8 is for adapters"),
+        (("control={}", "data.hints=canny", "distillation.guidance=4"), "leave control out"),
+        (('adapter={"text_encoder": true}', "distillation.guidance=4"), "leave adapter.text_encoder out"),
         ((), "give one scale"),
     ):
         done = limner("train", "lcm", "-m", tiny_model, "-d", pictures, "-o", "run", "--device", "cpu", *FEW, *told)

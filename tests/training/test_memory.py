@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -102,3 +103,17 @@ def test_weights_that_are_cut_need_less_memory(monkeypatch):
     memory.check_parameters(config, torch.device("cpu"), pieces=2)
     with pytest.raises(OutOfMemory, match="make the network smaller"):
         memory.check_parameters(config, torch.device("cpu"))
+
+
+def test_what_was_measured_does_not_stay():
+    """A tensor that its own function keeps would stay, with all before it, until Python looks for circles."""
+    system: Any = catalog.build(catalog.bare(catalog.entry("icons-tiny").config))
+    batch = {"latents": torch.randn(2, 8, 4, 4), "captions": ["a", "b"], "ids": ["a", "b"]}
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(one, Tensor) for one in gc.get_objects())
+        assert kept_by(system, batch, "main", torch.device("cpu")) > 0
+        assert sum(isinstance(one, Tensor) for one in gc.get_objects()) == before
+    finally:
+        gc.enable()

@@ -8,8 +8,8 @@ The autoencoder has a KL bottleneck, 8 pixels a latent of 4 channels, and RGBA i
 network is a U-Net with cross-attention to MiniLM's words (46.7 million, 19.9 GFLOP for a picture of 256 pixels, where
 icons' transformer takes 19.6), told of 1,000 timesteps, and predicts eps; guidance is classifier-free. Steps are of
 1,024 pictures for both, first at 128 pixels, then at 256, as the recipe of each has the rest. What is left:
-RUN/final/NAME.safetensors, and RUN-128 beside it. SECONDS in the environment is when to save and stop; the same command
-goes on from there.
+RUN/final/NAME.safetensors, and RUN-128 beside it. STOP_AFTER in the environment is the seconds after which to save and
+stop; the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ UNET = UNetConfig(widths=(128, 192, 320), depths=(1, 1, 1), head_width=64, text_
 
 def go(config: TrainConfig, run: Path) -> None:
     """Begin or go on; ends the process where the time is up."""
-    seconds = os.environ.get("SECONDS")
+    seconds = os.environ.get("STOP_AFTER")
     begun = (run / "config.json").exists()
     if (run / "final").exists():
         return

@@ -18,22 +18,10 @@ from torch import Tensor
 
 from limner.adapters.files import Adapter, Contents, Entry, base
 from limner.adapters.kinds import DECOMPOSED, Scale
-from limner.adapters.names import DIFFUSERS, Written, written
+from limner.adapters.names import DIFFUSERS, DIFFUSERS_KEYS, KEYS, Written, written
 from limner.adapters.trainable import METADATA, PROGRAMS
 from limner.errors import UsageError
 
-KEYS = {
-    "down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "up_bias": "lora_up.bias",
-    "dora": "dora_scale", "blocks": "oft_blocks", "tk2": "lokr_t2", "rows": "weight", "columns": "weight",
-    **{part: f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f"k{part}": f"lokr_w{part}" for part in ("1", "1_a", "1_b", "2", "2_a", "2_b")},
-    **{part: f"{part}.weight" for part in ("a1", "a2", "b1", "b2")},
-    **{part: part for part in ("rescale", "w_norm", "b_norm", "diff", "diff_b")},
-}  # fmt: skip
-"""part -> how kohya's programs, LyCORIS and ComfyUI name it."""
-DIFFUSERS_KEYS = {
-    "down": "lora_A.weight", "up": "lora_B.weight", "up_bias": "lora_B.bias", "dora": "lora_magnitude_vector"
-}  # fmt: skip
 OF_ROWS = ("up", "up_bias", *DECOMPOSED)
 """Parts that have a row for each of the weight's."""
 

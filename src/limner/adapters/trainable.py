@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from limner.adapters import kinds
 from limner.adapters.kinds import Kind, Scale
-from limner.adapters.names import COMFYUI, DIFFUSERS, KOHYA, written
+from limner.adapters.names import COMFYUI, DIFFUSERS, DIFFUSERS_KEYS, KEYS, KOHYA, written
 from limner.checkpoints.files import write_atomically
 from limner.errors import UsageError
 from limner.nn.linear import Linear
@@ -33,12 +33,6 @@ BESIDE_BLOCKS = re.compile(r"modulation|adaLN|time_emb_proj|\bmod\b|_mod\b|norm"
 KINDS = {"lora": "LoRA", "dora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT"}
 Spelling = Literal["kohya", "diffusers", "comfyui"]
 PROGRAMS: dict[str, str] = {"kohya": KOHYA, "diffusers": DIFFUSERS, "comfyui": COMFYUI}
-KEYS = {  # part -> how kohya's programs and LyCORIS name it
-    "down": "lora_down.weight", "up": "lora_up.weight", "dora": "dora_scale", "blocks": "oft_blocks",
-    **{part: f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b")},
-    **{f"k{part}": f"lokr_w{part}" for part in ("1", "2", "2_a", "2_b")},
-}  # fmt: skip
-DIFFUSERS_KEYS = {"down": "lora_A.weight", "up": "lora_B.weight", "dora": "lora_magnitude_vector"}
 METADATA = "lora_adapter_metadata"
 
 

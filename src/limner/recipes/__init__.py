@@ -1,7 +1,7 @@
 """Training recipes: each name is a function that returns a complete TrainConfig; derive a variant by `replace`.
 
 Every recipe NAME has a NAME-tiny beside it that needs no data outside the package and trains in under a minute on two
-CPU cores, but for `word`, which needs a model that does not ship.
+CPU cores, but for `word` and `t2i-adapter`, which need models that do not ship.
 """
 
 from __future__ import annotations
