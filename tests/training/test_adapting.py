@@ -215,3 +215,16 @@ def test_a_dit_goes_on_learning_and_a_sits_file_must_say_so(limner, here, pictur
     assert done.code == 0, done.err
     (here / "more" / "final" / "vae").symlink_to(folder / "vae")
     assert catalog.load("more/final/sit-finetune.safetensors", dtype=torch.float32).prediction.name == "velocity"
+
+
+def test_a_folder_without_a_word_and_a_warmup_without_an_end_are_told(limner, here, tiny_model, pictures):
+    for file in pictures.glob("*.txt"):
+        file.unlink()
+    few = ("-m", tiny_model, "-d", pictures, "--device", "cpu", *FEW[:-1], "data.size=32", "steps=2", "warmup=9")
+    bare = "none of 3 pictures has a caption: put NAME.txt beside NAME, or say what all show, data.trigger=TEXT"
+    told = limner("train", "lora", "-o", "bare", *few).out
+    assert bare in told
+    assert "warmup=9 is longer than the 2 steps: the learning rate never gets to lr=" in told
+    told = limner("train", "lora", "-o", "said", *few[:-1], "data.trigger=a fox").out
+    assert "has a caption" not in told
+    assert "warmup" not in told

@@ -43,7 +43,10 @@ def respelled(
     alphas: dict[str, float | None] = {}
     for module, entries in adapter.entries.items():
         if module not in names:
-            raise UsageError(f"{spelling} has no name for {module}, which {adapter.path} changes")
+            raise UsageError(
+                f"{spelling} has no name for {module} of {system.name}, which {adapter.path} changes: give another, as "
+                "kohya"
+            )
         weight = base(owners[module])["weight"]
         ours = [plain(entry, weight.dim() == 2) for entry in entries]
         for row, entry in placed(ours, names[module], len(weight), adapter):

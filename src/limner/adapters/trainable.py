@@ -218,7 +218,7 @@ def tensors(training: Training) -> dict[str, Tensor]:
     for name in training.named:
         if name not in names:
             raise UsageError(
-                f"adapter.spelling={config.spelling} has no name for {name}: give another, or other targets"
+                f"adapter.spelling={config.spelling} has no name for {name} of this model: give another, as kohya"
             )
         part = training[name]
         for row in names[name]:

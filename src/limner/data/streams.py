@@ -145,6 +145,11 @@ class Stream:
             told |= {"weight": torch.tensor(weights, device=self.device), "count": count}
         return told
 
+    @property
+    def bare(self) -> bool:
+        """Whether nothing is said of any picture."""
+        return not self.config.trigger and all(captions == ("",) for captions in self.samples.captions)
+
     def account(self) -> dict[str, int | str]:
         """What tells these samples from others; see `limner.data.samples.account`."""
         samples, places = self.samples, range(self.count)

@@ -25,6 +25,7 @@ from limner import catalog, pictures, pipeline
 from limner.data.batches import SAMPLED, open_batches
 from limner.data.images import Batches
 from limner.data.latents import encoded
+from limner.data.streams import Stream
 from limner.errors import FileProblem, UsageError
 from limner.systems.objectives import Objective
 from limner.text.labels import LabelsConfig
@@ -148,6 +149,12 @@ def train(
         if config.compile:
             system.compile(dynamic=False)
         notes = [*vain(config, side), *getattr(images, "notes", ()), *getattr(system, "notes", ()), *told]
+        wordless = config.word is not None or (config.system is not None and config.system.kind == "autoencoding")
+        if isinstance(images, Stream) and not wordless and images.bare:
+            notes.append(
+                f"none of {len(images)} pictures has a caption: put NAME.txt beside NAME, or say what all show, "
+                "data.trigger=TEXT"
+            )
         if isinstance(batches, prior.WithPrior):
             notes.append(f"beside {len(batches.stream)} pictures of the class, in {batches.stream.samples.name}")
         if getattr(images, "masked", False) and config.system is not None and config.system.kind == "autoencoding":
@@ -260,6 +267,11 @@ def check_samples(config: TrainConfig, system: Any) -> None:
 def vain(config: TrainConfig, side: int) -> list[str]:
     """A sentence for each field that changes nothing in this run, whose pictures have `side` pixels."""
     told = []
+    if config.warmup > config.steps:
+        told.append(
+            f"warmup={config.warmup} is longer than the {config.steps} steps: the learning rate never gets to "
+            f"lr={config.lr:g}"
+        )
     if config.optimizer != "muon" and config.muon_lr_scale != 1:
         told.append(f"muon_lr_scale={config.muon_lr_scale:g} has no effect with optimizer={config.optimizer}")
     data = config.data
