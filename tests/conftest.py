@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,13 @@ def _noisy_model(path: Path, seed: int) -> Path:
             parameter.normal_(std=0.1)
     catalog.save(system, config, path)
     return path
+
+
+@pytest.fixture
+def pictures(here) -> Path:
+    """A folder of three, with captions."""
+    (here / "pictures").mkdir()
+    for i, color in enumerate(("red", "blue", "green")):
+        Image.new("RGB", (40, 32), color).save(here / "pictures" / f"{i}.png")
+        (here / "pictures" / f"{i}.txt").write_text(f"a {color} square")
+    return here / "pictures"

@@ -19,15 +19,6 @@ from systems import flow_models, stable_diffusion
 FEW = ["steps=6", "batch_size=2", "log_every=2", "save_every=2", "warmup=0", "lr=0.01", "adapter.rank=2"]
 
 
-@pytest.fixture
-def pictures(here):
-    (here / "pictures").mkdir()
-    for i, color in enumerate(("red", "blue", "green")):
-        Image.new("RGB", (40, 32), color).save(here / "pictures" / f"{i}.png")
-        (here / "pictures" / f"{i}.txt").write_text(f"a {color} square")
-    return here / "pictures"
-
-
 def trained(limner, out, model, pictures, *more):
     done = limner("train", "lora", "--model", model, "--data", pictures, "--out", out, "--device", "cpu", *FEW, *more)
     assert done.code == 0, done.err

@@ -330,15 +330,6 @@ FEW = [
 ]
 
 
-@pytest.fixture
-def pictures(here):
-    (here / "pictures").mkdir()
-    for i, color in enumerate(("red", "blue", "green")):
-        Image.new("RGB", (40, 32), color).save(here / "pictures" / f"{i}.png")
-        (here / "pictures" / f"{i}.txt").write_text(f"a {color} square")
-    return here / "pictures"
-
-
 def distilled(limner, recipe, model, pictures, out, *more):
     done = limner("train", recipe, "-m", model, "-d", pictures, "-o", out, "--device", "cpu", *FEW, *more)
     assert done.code == 0, done.err

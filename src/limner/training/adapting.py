@@ -74,6 +74,11 @@ class Beside(nn.Module, ABC):
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         return list(self.parameters())
 
+    @property
+    def passed(self) -> list[nn.Module]:
+        """What a gradient goes through, by whose blocks memory can be spared."""
+        return [self.base]
+
     def compile(self, **how: Any) -> None:
         """As the model does."""
         self.base.compile(**how)

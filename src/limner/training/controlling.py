@@ -80,6 +80,10 @@ class Controlling(Beside):
     def off(self) -> None:
         """As `on`."""
 
+    @property
+    def passed(self) -> list[nn.Module]:
+        return [self, self.base]
+
     def compile(self, **how: Any) -> None:
         self.base.compile(**how)
         compile_blocks(self.control, **how)

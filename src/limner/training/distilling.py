@@ -286,6 +286,10 @@ class DistillingNetwork(Distilling):
     def learning(self) -> Any:
         return self.network
 
+    @property
+    def passed(self) -> list[nn.Module]:
+        return [self]
+
     def compile(self, **how: Any) -> None:
         for network in (self.network, self.base.network):
             compile_blocks(network, **how)

@@ -136,11 +136,7 @@ def train(
             batches = prior.WithPrior(batches, of_class, config.prior.weight, model)
             data |= {"prior": of_class.account()} if processes.first else {}
             read.append(of_class)
-        learning = system if isinstance(system, distilling.DistillingNetwork) else model
-        recomputed = config.gradient_checkpointing and recompute_blocks(learning)
-        if config.gradient_checkpointing and isinstance(system, controlling.Controlling):
-            recomputed = recompute_blocks(system) + recomputed
-        if config.gradient_checkpointing and not recomputed:
+        if config.gradient_checkpointing and not sum(map(recompute_blocks, getattr(system, "passed", [system]))):
             raise UsageError(
                 f"gradient_checkpointing is for networks of repeated blocks, and {config.name} has none: leave it out"
             )

@@ -105,8 +105,8 @@ class Passes:
             if problem := self.record(key, told, parameters):
                 warnings.warn(f"passes are not recorded from here on (cuda_graphs): {problem}", stacklevel=2)
                 self.records = False
-                for parameter, grad in zip(parameters, [p.grad for p in parameters], strict=True):
-                    parameter.grad = None if fresh or grad is None else grad.clone()
+                for parameter in parameters:  # out of the memory that recordings share
+                    parameter.grad = None if fresh or parameter.grad is None else parameter.grad.clone()
                 self.forget()
                 return self.back(lambda: self.error(told), weight)
         self.made[key] = own, graph, found, _ = self.made.pop(key)
