@@ -107,11 +107,12 @@ def kept_by(system: nn.Module, batch: dict[str, Any], phase: str, device: torch.
     """Bytes of the tensors, other than weights, that the loss keeps for its gradient."""
     seen: dict[int, torch.UntypedStorage] = {}  # all of it until here, so that no memory is used twice
 
-    def keep(tensor: Tensor) -> None:  # not the tensor: one that its own function keeps would never be freed
+    def keep(tensor: Tensor) -> Tensor:  # detached: one that its own function keeps would never be freed
         storage = tensor.untyped_storage()
         seen[storage.data_ptr()] = storage
+        return tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):  # a loss may ask for gradients of its parts
         system.loss(batch, phase, torch.Generator(device).manual_seed(0))  # type: ignore[operator]
     for parameter in system.parameters():
         seen.pop(parameter.untyped_storage().data_ptr(), None)
