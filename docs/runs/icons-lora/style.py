@@ -2,7 +2,8 @@
 
     python style.py pictures SPRITES FOLDER COUNT         so many sprites of monsters as pictures and captions
     python style.py others ICONS FOLDER COUNT             so many drawings of the model itself, of training captions
-    python style.py measure SPRITES ICONS OUT [LORA ...]  a JSON line for the model alone, and for each LoRA
+    python style.py measure SPRITES ICONS OUT [LORA ...]  a JSON line for the model alone, and for each LoRA at each
+                                                          of WEIGHTS (1)
 
 The style is that of the sprites of Dungeon Crawl (32 pixels, shown eightfold), called "dungeon sprite of ...". Whether
 a picture is of it says a linear probe on EffLite0's features that knows it from 22 styles of icons: it learns from
@@ -37,6 +38,7 @@ from limner.metrics.prompts import held_out_prompts
 
 SIDE = 256
 DRAWN, OTHERS, LEARNED = (int(n) for n in os.environ.get("SIZES", "200 400 600").split())
+WEIGHTS = [float(w) for w in os.environ.get("WEIGHTS", "1").split()]
 
 
 def monsters(sprites: Path, split: str) -> tuple[ImageSet, list[str]]:
@@ -130,12 +132,13 @@ def measure(sprites: str, icons: str, out: str, *loras: str) -> None:
     def drawn(what: list[str], numbers: list[int]) -> Tensor:
         return evaluation.draw(system, what, numbers, 64)
 
-    for file in (None, *loras):
+    for file, weight in [(None, 0.0), *((file, weight) for file in loras for weight in WEIGHTS)]:
         if file is not None:
-            stack(system).attach(Path(file))
+            stack(system).attach(Path(file), weight)
         of_style, others = drawn(asked, list(range(DRAWN))), drawn([p.text for p in prompts], seeds)
         row = {
             "lora": None if file is None else Path(file).parent.name,
+            "weight": weight,
             "bytes": 0 if file is None else Path(file).stat().st_size,
             "style accuracy": float(judges(features(of_style).final.to(device)).float().mean()),
             "KID of sprites": kid(features(of_style).final.to(device), real_sprites).value,
@@ -149,7 +152,7 @@ def measure(sprites: str, icons: str, out: str, *loras: str) -> None:
         }  # fmt: skip
         print(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
         some = torch.cat([of_style[:20], others[:: OTHERS // 20][:20]])
-        name = "none" if file is None else Path(file).parent.name
+        name = "none" if file is None else f"{Path(file).parent.name}-{weight:g}"
         sheet: Image.Image = evaluation.draw_grid(some, columns=10)
         sheet.resize((sheet.width // 2, sheet.height // 2)).save(Path(out, f"{name}.png"))
         stack(system).restore([])
