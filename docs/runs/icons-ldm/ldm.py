@@ -48,7 +48,7 @@ def go(config: TrainConfig, run: str, data: str, cache: str, **its: object) -> N
 
 def autoencoder(data: str, cache: str, run: str, seconds: str) -> None:
     """`RATE` pictures a second for 0.7 of the time, and then half as many, against a discriminator."""
-    usual, batch, rate = recipes.get("kl-f8"), 32, float(os.environ.get("RATE", "700"))
+    usual, batch, rate = recipes.get("kl-f8"), 32, float(os.environ.get("RATE", "420"))
     assert isinstance(usual.system, catalog.AutoencodingConfig)
     first = int(0.7 * float(seconds) * rate / batch)
     steps = first + int(0.3 * float(seconds) * rate / 2 / batch)

@@ -1,11 +1,11 @@
 #!/bin/sh
 # Latent diffusion and `icons` beside each other, on one GPU: sh docs/runs/icons-ldm/run.sh DATA WORK CODEC
-# DATA is the icon pack, WORK a new folder, CODEC the weights of icons' own autoencoder. AE (240) is the seconds of the
-# autoencoder, N128 (1600) and N256 (400) the steps of both networks. What is left in WORK: the runs kl, ldm-128, ldm,
+# DATA is the icon pack, WORK a new folder, CODEC the weights of icons' own autoencoder. AE (400) is the seconds of the
+# autoencoder, N128 (1600) and N256 (250) the steps of both networks. What is left in WORK: the runs kl, ldm-128, ldm,
 # icons-128, icons, an evaluation of each of the two, packed weights, logs.
 set -eu
 data=$1 work=$2 codec=$3 cache=$2/cache
-here=$(dirname "$0") n128=${N128:-1600} n256=${N256:-400}
+here=$(dirname "$0") n128=${N128:-1600} n256=${N256:-250}
 mkdir -p "$work"
 ldm() { # NAME, arguments
     name=$1
@@ -23,7 +23,7 @@ ldm render-128 render "$data" "$cache" 128
 ldm render-256 render "$data" "$cache" 256 &
 ldm icons-128 icons "$data" "$cache" "$work/icons-128" "$codec" 128 "$n128"
 wait
-ldm kl autoencoder "$data" "$cache" "$work/kl" "${AE:-240}"
+ldm kl autoencoder "$data" "$cache" "$work/kl" "${AE:-400}"
 kl=$work/kl/final/icons-kl.safetensors
 ldm ldm-128 network "$data" "$cache" "$work/ldm-128" "$kl" 128 "$n128"
 ldm ldm network "$data" "$cache" "$work/ldm" "$kl" 256 "$n256" "$(newest "$work/ldm-128")/ema.safetensors"

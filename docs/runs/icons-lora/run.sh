@@ -14,5 +14,5 @@ for rank in ${RANKS:-1 2 4 8 16 32}; do
         save_every=100000 log_every=100 ${MORE:-} >"$work/rank-$rank.log" 2>&1 &
 done
 wait
-python3 "$here/style.py" measure "$sprites" "$icons" "$work/sheets" "$work"/rank-*/lora.safetensors \
+WEIGHTS="${WEIGHTS:-1 0.7 0.6 0.5}" python3 "$here/style.py" measure "$sprites" "$icons" "$work/sheets" "$work"/rank-*/lora.safetensors \
     >"$work/ranks.jsonl"
