@@ -40,7 +40,9 @@ from limner.models.dit import DIT_TINY, DIT_XL_2, DIT_XL_2_512, SIT_XL_2, DiT, D
 from limner.models.flux import FLUX_CONTROL, FLUX_DEV, FLUX_FILL, FLUX_SCHNELL, FLUX_TINY, Flux, FluxConfig
 from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, JointDiTConfig
 from limner.models.mmdit import SD3_MEDIUM, SD3_TINY, SD35_LARGE, SD35_MEDIUM, MMDiT, MMDiTConfig
+from limner.models.pixels import Pixels, PixelsConfig
 from limner.models.unet import (
+    ICONS_32,
     SD1,
     SD1_EDIT,
     SD2,
@@ -49,6 +51,7 @@ from limner.models.unet import (
     SDXL_EDIT,
     SDXL_REFINER,
     UNET_TINY,
+    UNET_TINY_PIXELS,
     X4_UPSCALER,
     UNet,
     UNetConfig,
@@ -92,6 +95,7 @@ _ONCE = replace(_ICONS, steps=1, guidance=1.0)
 SystemName = Annotated[str, Field(min_length=1, max_length=200)]
 """As pictures remember it."""
 AutoencoderConfig = Annotated[DCAEConfig | KLConfig | VQConfig, Field(discriminator="type")]
+CodecConfig = Annotated[DCAEConfig | KLConfig | VQConfig | PixelsConfig, Field(discriminator="type")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +130,7 @@ class DiffusionConfig:
     network: Annotated[
         JointDiTConfig | UNetConfig | DiTConfig | MMDiTConfig | FluxConfig, Field(discriminator="type")
     ] = JOINT_DIT_ICONS
-    autoencoder: AutoencoderConfig = DCAE_ICONS
+    autoencoder: CodecConfig = DCAE_ICONS
     autoencoder_from: str = ""
     text_encoder: Literal["minilm"] | CLIPTowersConfig | LabelsConfig | SD3TextConfig | FluxTextConfig = "minilm"
     text_encoder_from: str = ""
@@ -236,6 +240,39 @@ def _miniature(name: str, family: str, what: str, network: Any, **changes: Any) 
     )  # fmt: skip
     summary = f"coloured shapes, 32 px: {what}, trained in a minute"
     return Entry(config=replace(config, **changes), task=DiffusionSystem.task, summary=summary)
+
+
+STYLES = LabelsConfig(
+    num_classes=23,
+    names=(
+        "3d", "blob", "cartoon-outline", "circle-flag", "clipart", "duotone", "emojione", "flat-icon", "fluent-flat",
+        "fluent-icon", "freehand", "fxemoji", "glossy", "glyph", "line-fill", "mono-line", "noto", "pixel",
+        "silhouette", "twemoji", "ultimate-color", "weather-fill", "weather-line",
+    ),
+)  # fmt: skip
+"""Those of the icon data."""
+DDPM_NOISE = VPConfig(betas="linear", first=1e-4, last=0.02, offset=0, to_zero=True)
+
+
+def _pixels(name: str, family: str, what: str, **changes: Any) -> tuple[Entry, Entry]:
+    """Rows of a system that draws icons in 32 pixels, told a style, and of the same in miniature, told a shape: what
+    differs from DDPM. Changes of `network` and `defaults` are of their fields."""
+    network, defaults = changes.pop("network", {}), changes.pop("defaults", {})
+    usual: dict[str, Any] = {"interpolant": DDPM_NOISE, "prediction": "eps"}
+    drawn: dict[str, Any] = {"steps": 50, "sampler": "ddim", "schedule": "auto", "guidance": 1.0}
+    row = DiffusionConfig(
+        name=name, family=family, network=replace(ICONS_32, **network), autoencoder=PixelsConfig(), text_encoder=STYLES,
+        **usual | changes,
+        defaults=replace(_TINY, **drawn | defaults),
+    )  # fmt: skip
+    tiny = replace(
+        row, name=f"{name}-tiny", network=replace(UNET_TINY_PIXELS, widths=(24, 48), num_classes=41, **network),
+        text_encoder=_SHAPES, defaults=replace(row.defaults, width=16, height=16),
+    )  # fmt: skip
+    return (
+        Entry(config=row, task=DiffusionSystem.task, summary=f"icons in 32 px by their style: {what}"),
+        Entry(config=tiny, task=DiffusionSystem.task, summary="coloured shapes, 16 px: the same, trained in a minute"),
+    )
 
 
 _SD2 = {"family": "Stable Diffusion 2", "network": SD2, "text_encoder": SD2_TEXT}
@@ -360,6 +397,24 @@ CATALOG = {
             replace(DIT_TINY, channels=8, width=128, depth=3, num_heads=4, num_classes=40, guided_channels=8),
             text_encoder=_SHAPES,
             interpolant=dit.NOISE,
+        ),
+        *_pixels("ddpm", "DDPM", "eps of 1,000 timesteps"),
+        *_pixels(
+            "edm",
+            "EDM",
+            "a preconditioned network, Heun's method",
+            interpolant=EDMConfig(),
+            prediction="edm",
+            defaults={"steps": 18, "sampler": "heun", "schedule": "karras"},
+        ),
+        *_pixels(
+            "flow-matching",
+            "flow matching",
+            "the velocity of a straight path",
+            network={"time_scale": 1000.0},
+            interpolant="flow",
+            prediction="velocity",
+            defaults={"steps": 25, "sampler": "heun", "schedule": "uniform"},
         ),
         replace(_stable_diffusion("sd1", "512 px, any file of Stable Diffusion 1"), recipe=""),
         _stable_diffusion("sd2", "512 px, Stable Diffusion 2 base", **_SD2),
@@ -518,8 +573,7 @@ def check(config: DiffusionConfig) -> None:
     if small is None and (found := getattr(network, channels)) != latent and not known:
         raise UsageError(f"network.{channels}={found}, but the autoencoder's latents have {latent}")
     if isinstance(network, DiTConfig) or isinstance(text, LabelsConfig):
-        if getattr(network, "num_classes", 0) != getattr(text, "num_classes", 0) or not isinstance(network, DiTConfig):
-            raise UsageError("a DiT is told a class of its network.num_classes, as text_encoder.type=labels alone does")
+        check_classes(config)
     elif network.text_width != (text_width := minilm_width if text == "minilm" else text.width):
         raise UsageError(f"network.text_width={network.text_width}, but the text encoder's tokens have {text_width}")
     if isinstance(network, UNetConfig) and network.vector_width:
@@ -535,6 +589,36 @@ def check(config: DiffusionConfig) -> None:
         raise UsageError("prediction=eps says nothing at the noisy end of interpolant=flow: take velocity, v or x0")
 
 
+def check_classes(config: DiffusionConfig) -> None:
+    """Raises UsageError unless a network that is told classes and what reads them know the same ones."""
+    network, text = config.network, config.text_encoder
+    if not isinstance(network, DiTConfig | UNetConfig) or not isinstance(text, LabelsConfig):
+        raise UsageError("a DiT is told a class of its network.num_classes, as text_encoder.type=labels alone does")
+    if isinstance(network, DiTConfig):
+        fits = network.num_classes == text.num_classes
+    else:
+        fits = network.num_classes - text.num_classes in (0, 1) and not (network.text_width or network.vector_width)
+        fits &= text.num_classes > 0 or not network.num_classes
+    if config.defaults.prompted != (text.num_classes > 0):
+        raise UsageError(
+            f"defaults.prompted={config.defaults.prompted}, but there are {text.num_classes} classes to name"
+        )
+    if not fits:
+        raise UsageError(
+            f"network.num_classes={network.num_classes} are not the {text.num_classes} classes of text_encoder; a "
+            "U-Net may have one more, for none"
+        )
+    if (
+        text.num_classes == getattr(network, "num_classes", 0) > 0
+        and isinstance(network, UNetConfig)
+        and config.caption_dropout
+    ):
+        raise UsageError(
+            f"caption_dropout={config.caption_dropout:g}, but the network has no class for none: give "
+            f"caption_dropout=0, or network.num_classes={network.num_classes + 1}"
+        )
+
+
 def build(
     config: AutoencodingConfig | DiffusionConfig, tokenizers: Sequence[CLIPTokenizer | T5Tokenizer] = ()
 ) -> AutoencodingSystem | DiffusionSystem:
@@ -543,7 +627,7 @@ def build(
 
     Raises UsageError for what no system can be built of.
     """
-    kinds: dict[str, Any] = {"dcae": DCAE, "kl": KLAutoencoder, "vq": VQAutoencoder}
+    kinds: dict[str, Any] = {"dcae": DCAE, "kl": KLAutoencoder, "vq": VQAutoencoder, "pixels": Pixels}
     autoencoder = kinds[config.autoencoder.type](config.autoencoder)
     if isinstance(config, AutoencodingConfig):
         return _autoencoding(config, autoencoder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +36,8 @@ class DataConfig:
     (width, height, share of the steps) at which latents are drawn beside `size`: each step has one size, and one larger
     than `size` holds fewer pictures, so that no step has more pixels.
 
+    `caption_from` names what is said of pictures of a set in place of their captions, such as the "style" of icons.
+
     Of samples: `image_column` and `caption_column` name columns, or fields of JSON, that are not called as usual.
     `buckets` gives each picture the shape nearest its own, in steps of `bucket_step` pixels a side, no larger than
     size x size pixels and at most `bucket_ratio` times as long as short. A picture covers its shape; what is over is
@@ -54,6 +56,7 @@ class DataConfig:
     other_sizes: tuple[tuple[int, int, float], ...] = ()
     cache: str = ""
     text_cache: float = 1.0
+    caption_from: str = ""
     image_column: str = ""
     caption_column: str = ""
     buckets: bool = False
@@ -76,9 +79,9 @@ _OF_SAMPLES = (
     *("trigger", "shuffle_tags", "keep_tags", "min_size", "bad"),
 )
 READ: dict[str, tuple[str, ...]] = {
-    "icons": ("folder", "split", "cache", "other_sizes"),
-    "shapes": ("other_sizes",),
-    **dict.fromkeys(CLASSICS, ("folder", "split", "other_sizes")),
+    "icons": ("folder", "split", "cache", "other_sizes", "caption_from"),
+    "shapes": ("other_sizes", "caption_from"),
+    **dict.fromkeys(CLASSICS, ("folder", "split", "other_sizes", "caption_from")),
     "folder": _OF_SAMPLES,
     "webdataset": _OF_SAMPLES,
     "parquet": (*_OF_SAMPLES, "image_column"),
@@ -182,7 +185,16 @@ def open_images(config: DataConfig) -> ImageSet:
         from limner.data.classics import open_classic
 
         images = open_classic(config.source, folder, split=config.split)
+    if config.caption_from:
+        images = replace(images, captions=said(images, config.caption_from))
     return images.select(range(min(config.limit, len(images)))) if config.limit else images
+
+
+def said(images: ImageSet, group: str) -> list[tuple[str, ...]]:
+    """The captions of pictures of which this alone is told. Raises UnknownName."""
+    if group not in images.groups:
+        raise UnknownName("data.caption_from", group, images.groups)
+    return [(value,) for value in images.groups[group]]
 
 
 def open_batches(config: DataConfig, seed: int, device: torch.device) -> ImageBatches | Stream:

@@ -62,7 +62,8 @@ class UNetConfig:
     guidance_width: int = 0
     """Width of `cond.guidance`: the scale of guidance that a consistency model is told (arXiv:2310.04378)."""
     num_classes: int = 0
-    """Classes of `cond.labels`; for the upscaler, levels of noise in the picture to enlarge."""
+    """Classes of `cond.labels`, the last of which may stand for none; for the upscaler, levels of noise in the picture
+    to enlarge."""
     groups: int = 32
     eps: float = 1e-5
     scale_shift: bool = False
@@ -74,6 +75,8 @@ class UNetConfig:
     sines_first: bool = False
     freq_shift: int = 0
     """Order of the time's sinusoids, and 1 if the slowest has a period of 2π·10,000 sharp (both as in Ho et al.)."""
+    time_scale: float = 1.0
+    """What times are multiplied by: 1000 where they are those of a flow, 0 to 1."""
     dropout: float = 0.0
 
     def heads(self, width: int) -> int:
@@ -174,6 +177,7 @@ ADM_256 = replace(  # 554M, ImageNet
 )
 
 UNET_TINY = UNetConfig(widths=(32, 64), num_blocks=1, depths=(1, 1), head_width=16, text_width=32, groups=8)
+ICONS_32 = replace(DDPM_CIFAR, num_classes=24)  # told one of 23 styles, or none
 UNET_TINY_PIXELS = replace(DDPM_CIFAR, widths=(32, 64), num_blocks=1, depths=(0, 1), groups=8)
 
 
@@ -245,7 +249,7 @@ class DownPath(nn.Module):
         """What every block is told of the time, the sizes and the class, and `more` (b, d), after the SiLU that all of
         them begin with."""
         config = self.config
-        frequencies = sinusoid(t, config.widths[0], config.sines_first, config.freq_shift)
+        frequencies = sinusoid(config.time_scale * t, config.widths[0], config.sines_first, config.freq_shift)
         emb = self.time_embedding(frequencies.to(self.conv_in.weight.dtype), cond.guidance)
         if self.add_embedding is not None:
             assert cond.vector is not None, "the network wants cond.vector"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from limner.errors import UnknownName
-from limner.recipes import adapters, autoencoders, distillation, icons, stable_diffusion, transformers
+from limner.recipes import adapters, autoencoders, distillation, icons, pixels, stable_diffusion, transformers
 from limner.training.config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
@@ -21,6 +21,12 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "kl-f8-tiny": autoencoders.kl_f8_tiny,
     "vq-f4": autoencoders.vq_f4,
     "vq-f4-tiny": autoencoders.vq_f4_tiny,
+    "ddpm": pixels.ddpm,
+    "ddpm-tiny": lambda: pixels.tiny(pixels.ddpm()),
+    "edm": pixels.edm,
+    "edm-tiny": lambda: pixels.tiny(pixels.edm()),
+    "flow-matching": pixels.flow_matching,
+    "flow-matching-tiny": lambda: pixels.tiny(pixels.flow_matching()),
     "sd1": stable_diffusion.sd1,
     "sd1-tiny": stable_diffusion.sd1_tiny,
     "sd2-v": stable_diffusion.sd2_v,

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from limner import hints, pictures
 from limner.errors import CheckpointMismatch, UsageError
 from limner.models import flux, ip_adapter, tiling, unet
-from limner.models.unet import Residuals, UNet, micro_conditioning
+from limner.models.unet import Residuals, UNet, UNetConfig, micro_conditioning
 from limner.nn.graphs import Graphs, compile_blocks
 from limner.sampling import compat, samplers, schedules
 from limner.sampling.guidance import Combine, Guidance, classifier_free, combining, composed, guided, on_first, within
@@ -252,6 +252,9 @@ class DiffusionSystem(nn.Module):
             self.told_guidance = partial(unet.guidance_embedding, width=config.guidance_width)
         elif getattr(config, "guidance_embedded", False):
             self.told_guidance = flux.guidance_embedding
+        classes = text_encoder.config.num_classes if isinstance(text_encoder, Labels) else -1
+        self.knows_none = not isinstance(config, UNetConfig) or config.num_classes != classes
+        """Whether the network can be told of no class."""
         self.enlarges = self.grid if small_noise is not None else 1
         """How many times larger than the picture given what it draws must be."""
         self.dialects: tuple[Dialect, ...] = text_encoder.dialects  # type: ignore[assignment]
@@ -393,7 +396,7 @@ class DiffusionSystem(nn.Module):
     def check(self, request: Request) -> None:
         if self.small_noise is not None:
             self.check_small(request)
-        elif not all(
+        elif self.defaults.prompted and not all(
             prompt.strip() or any(r.behind and r.weight for r in request.ip_adapter) for prompt in request.prompts
         ):
             raise UsageError("the prompt is empty: say what to draw")
@@ -407,6 +410,11 @@ class DiffusionSystem(nn.Module):
             )
         if isinstance(self.text_encoder, Labels):
             self.text_encoder.classes([*request.prompts, *request.negatives])
+            if not self.unguided(request) and not (self.defaults.prompted and self.knows_none):
+                raise UsageError(
+                    f"guidance is {request.guidance:g}, but {self.name} has no class for none, to lead away from: "
+                    "give 1"
+                )
         seen: int = self.unit * getattr(self.network.config, "pos_embed_max", 0)
         longest = max(min(n, request.tile or n) for n in (request.width, request.height))
         if seen and longest > seen:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from limner import pictures
 from limner.models.autoencoder import KL_SD1, KL_SDXL, KL_UPSCALER, KLConfig
+from limner.models.pixels import PixelsConfig
 from limner.types import Autoencoder, Latents
 
 Map = tuple[tuple[float, ...], ...]
@@ -76,6 +77,8 @@ def of(autoencoder: Any) -> Tensor:
     """The map of an autoencoder: the published one, or `fit` to 16 soft patterns that it encodes and decodes, which
     takes it about as long as one picture of 256 pixels."""
     config = autoencoder.config
+    if isinstance(config, PixelsConfig):
+        return torch.eye(config.image_channels + 1)[:, :-1]
     if isinstance(config, KLConfig) and config in PUBLISHED:
         return torch.tensor(PUBLISHED[config])
     latents = _patterns(autoencoder)

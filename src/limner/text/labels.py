@@ -24,14 +24,15 @@ IMAGENET = Path(__file__).parent.parent / "weights" / "imagenet" / "classes.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsConfig:
-    """`names` are those of each class, with commas between; without any, 1000 classes are taken for ImageNet's."""
+    """`names` are those of each class, with commas between; without any, 1000 classes are taken for ImageNet's. With 0
+    classes there is nothing to be said: prompts are empty."""
 
     type: Literal["labels"] = "labels"
     num_classes: int = 1000
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.num_classes < 1 or len(self.names) not in (0, self.num_classes):
+        if self.num_classes < 0 or len(self.names) not in (0, self.num_classes):
             raise UsageError(f"{len(self.names)} names are not those of num_classes={self.num_classes}")
 
 
@@ -68,6 +69,8 @@ class Labels(nn.Module):
         count = self.config.num_classes
         if not text:
             return count
+        if not count:
+            raise UsageError(f"{text!r:.80}: this model draws as it likes, it reads no words: leave the prompt out")
         if text.isascii() and text.isdecimal():
             if (number := int(text[:10])) >= count:
                 raise UsageError(f"no class {text:.40}: this model has 0 to {count - 1}")

@@ -202,12 +202,13 @@ def check_pretrained(config: TrainConfig) -> None:
     system = config.system
     if system is None or system.kind != "diffusion" or config.init_from:
         return
-    parts = {"autoencoder_from": system.autoencoder_from}
+    parts = {} if system.autoencoder.type == "pixels" else {"autoencoder_from": system.autoencoder_from}
     if system.text_encoder != "minilm" and not isinstance(system.text_encoder, LabelsConfig):
         parts["text_encoder_from"] = system.text_encoder_from
+    words = {"autoencoder_from": "an autoencoder", "text_encoder_from": "a text encoder"}
     if missing := [f"system.{name}=FILE" for name, source in parts.items() if not source]:
         raise UsageError(
-            f"{config.name} learns with an autoencoder{' and a text encoder' * (len(parts) > 1)} trained already: name "
+            f"{config.name} learns with {' and '.join(words[name] for name in parts)} trained already: name "
             f"a file or folder of them, such as one of {system.family}, with {' and '.join(missing)}"
         )
 

@@ -1,0 +1,66 @@
+"""Diffusion on pixels: the icons in 32 pixels on white, told their style, with one training for all to be compared by;
+and each in miniature."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from limner import catalog
+from limner.data.batches import DataConfig
+from limner.sampling.interpolants import Times
+from limner.systems.objectives import Objective
+from limner.training.config import TrainConfig
+
+
+def ddpm() -> TrainConfig:
+    """Denoising diffusion with the U-Net that the paper has for CIFAR-10 (arXiv:2006.11239), 2 million pictures."""
+    return TrainConfig(
+        name="ddpm",
+        system=catalog.entry("ddpm").config,
+        data=DataConfig(source="icons", size=32, caption_from="style"),
+        steps=8_000,
+        batch_size=256,
+        lr=5e-4,
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        warmup=400,
+        lr_final=0.02,
+        ema_half_life=200_000,
+        precision="auto",
+        log_every=100,
+        save_every=4_000,
+        sample_every=4_000,
+        sample_prompts=catalog.STYLES.names,
+    )
+
+
+def edm() -> TrainConfig:
+    """The same network inside EDM's preconditioning, at a log-normal sigma (arXiv:2206.00364)."""
+    return replace(ddpm(), name="edm", system=catalog.entry("edm").config)
+
+
+def flow_matching() -> TrainConfig:
+    """The same network for the velocity of the path of optimal transport, at all times alike (arXiv:2210.02747)."""
+    config = catalog.entry("flow-matching").config
+    return replace(ddpm(), name="flow-matching", system=config, loss=Objective(times=Times(kind="uniform")))
+
+
+def tiny(full: TrainConfig) -> TrainConfig:
+    """In miniature, on coloured shapes."""
+    name = f"{full.name}-tiny"
+    return replace(
+        full,
+        name=name,
+        system=catalog.entry(name).config,
+        data=DataConfig(source="shapes", size=16),
+        steps=800,
+        batch_size=16,
+        lr=2e-3,
+        warmup=20,
+        ema_half_life=2_000,
+        precision="fp32",
+        log_every=20,
+        save_every=200,
+        sample_every=0,
+        sample_prompts=("red circle", "blue square", "green triangle", "yellow cross"),
+    )

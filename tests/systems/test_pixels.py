@@ -1,0 +1,113 @@
+"""Systems that diffuse pixels, told classes or nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from limner import catalog, pipeline
+from limner.data.batches import DataConfig, open_images
+from limner.errors import UnknownName, UsageError
+from limner.systems import previews
+
+from .test_catalogue import noisy
+
+DDPM: Any = catalog.entry("ddpm-tiny").config
+
+
+def built(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    return catalog.build(replace(DDPM, **changes)).eval()
+
+
+def test_pixels_are_their_own_latents_and_previews():
+    system = built()
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert system.encode(x) is not None
+    assert torch.equal(system.decode(system.encode(x)), x)
+    shown = previews.show(x, previews.of(system.autoencoder))
+    assert torch.equal(torch.tensor(shown[1].get_flattened_data())[5], ((x[1, :, 0, 5] + 1) * 127.5).round().long())
+
+
+def test_transparent_pictures_are_learned_on_white():
+    system, nothing = built(), -torch.ones(1, 4, 16, 16)
+    torch.manual_seed(0)
+    asked = system.examples({"images": nothing, "captions": ["red circle"]}, torch.Generator().manual_seed(0))
+    sigma = asked["sigma"]
+    x = asked["x"] / system.interpolant.input_scale(sigma)
+    assert torch.allclose(x - sigma * asked["target"], torch.ones_like(x), atol=1e-4 * float(sigma))
+
+
+def test_a_class_changes_the_picture_and_none_is_what_guidance_leads_away_from():
+    system = noisy("ddpm-tiny").eval()
+    draw = {"steps": 3, "seed": 1}
+    red, blue = (pipeline.generate(system, p, **draw)[0].image.tobytes() for p in ("red circle", "blue circle"))
+    assert red != blue
+    assert pipeline.generate(system, "red circle", guidance=3.0, **draw)[0].image.tobytes() != red
+    with pytest.raises(UnknownName, match="no class 'fox'"):
+        pipeline.generate(system, "fox", **draw)
+
+
+def test_without_a_class_for_none_there_is_no_guidance():
+    with pytest.raises(UsageError, match=r"no class for none: give caption_dropout=0, or network.num_classes=41"):
+        catalog.check(replace(DDPM, network=replace(DDPM.network, num_classes=40)))
+    system = built(network=replace(DDPM.network, num_classes=40), caption_dropout=0.0)
+    pipeline.generate(system, "red circle", steps=2)
+    with pytest.raises(UsageError, match="guidance is 2, but ddpm-tiny has no class for none"):
+        pipeline.generate(system, "red circle", steps=2, guidance=2.0)
+    loss = system.loss(
+        {"images": torch.rand(8, 4, 16, 16), "captions": ["yellow cross"] * 8}, "main", torch.Generator()
+    )
+    assert loss["loss"].isfinite()
+
+
+def test_one_that_knows_no_classes_is_told_nothing():
+    nothing = replace(DDPM.text_encoder, num_classes=0, names=())
+    alone = replace(DDPM.defaults, prompted=False)
+    system = built(network=replace(DDPM.network, num_classes=0), text_encoder=nothing, defaults=alone)
+    pictures = pipeline.generate(system, "", steps=2, batch=2, seed=3)
+    assert pictures[0].image.size == (16, 16)
+    assert pictures[0].image.tobytes() != pictures[1].image.tobytes()
+    with pytest.raises(UsageError, match="it reads no words: leave the prompt out"):
+        pipeline.generate(system, "red circle", steps=2)
+    with pytest.raises(UsageError, match=r"guidance is 2"):
+        pipeline.generate(system, "", steps=2, guidance=2.0)
+    with pytest.raises(UsageError, match=r"network.num_classes=7 are not the 0 classes"):
+        catalog.check(replace(DDPM, network=replace(DDPM.network, num_classes=7), text_encoder=nothing, defaults=alone))
+
+
+def test_flows_tell_their_time_in_thousandths():
+    flow: Any = catalog.build(catalog.entry("flow-matching-tiny").config)
+    plain: Any = catalog.build(replace(catalog.entry("flow-matching-tiny").config, network=DDPM.network))
+    torch.manual_seed(0)
+    for parameter in flow.network.parameters():
+        parameter.data.normal_(std=0.1)
+    plain.network.load_state_dict(flow.network.state_dict())
+    x, cond = torch.randn(2, 3, 16, 16), flow.text_encoder.encode(["red circle", "0"])
+    t = torch.tensor([0.25, 0.75])
+    assert torch.equal(flow.network.eval()(x, t, cond), plain.network.eval()(x, 1000 * t, cond))
+
+
+def test_a_group_of_the_data_may_stand_for_captions():
+    images = open_images(DataConfig(source="shapes", size=16, caption_from="concept"))
+    assert images.captions[0] == ("circle",)
+    assert len({c for (c,) in images.captions}) == 5
+    with pytest.raises(UnknownName, match=r"no data.caption_from 'shap'.*concept"):
+        open_images(DataConfig(source="shapes", size=16, caption_from="shap"))
+    with pytest.raises(UsageError, match=r"no effect on data.source=folder"):
+        open_images(DataConfig(source="folder", folder="x", caption_from="style"))
+
+
+def test_the_styles_of_the_rows_are_those_of_the_data():
+    pytest.importorskip("resvg_py")
+    from limner.data.icons import default_folders, open_icons
+    from limner.errors import FileProblem
+
+    try:
+        pack = open_icons()
+    except FileProblem:
+        pytest.skip(f"no icon pack in {default_folders()}")
+    assert {record.style for record in pack.records} == set(catalog.STYLES.names)
