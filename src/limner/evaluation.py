@@ -522,7 +522,7 @@ def reconstructed(autoencoder: Autoencoder, images: Tensor, batch: int, device: 
 
 def draw(system: System, prompts: list[str], seeds: list[int], batch: int, **settings: Any) -> Tensor:
     """uint8 (n, 4, h, w) on the CPU, `batch` pictures at a time; `settings` beside the model's defaults."""
-    request = pipeline.prepare(system, prompt="any", **settings)
+    request = pipeline.prepare(system, prompt=prompts[0], **settings)
     drawn = pipeline.draw(system, prompts, seeds, request, chunk=batch)
     return torch.cat([to_bytes(some) for some in drawn.split(batch)])
 

@@ -36,7 +36,8 @@ class DataConfig:
     (width, height, share of the steps) at which latents are drawn beside `size`: each step has one size, and one larger
     than `size` holds fewer pictures, so that no step has more pixels.
 
-    `caption_from` names what is said of pictures of a set in place of their captions, such as the "style" of icons.
+    `caption_from` names what is said of pictures of a set in place of their captions, such as the "style" of icons;
+    with `even`, all of them are drawn as often, where icons alike but for the tone of a skin are otherwise rarer.
 
     Of samples: `image_column` and `caption_column` name columns, or fields of JSON, that are not called as usual.
     `buckets` gives each picture the shape nearest its own, in steps of `bucket_step` pixels a side, no larger than
@@ -57,6 +58,7 @@ class DataConfig:
     cache: str = ""
     text_cache: float = 1.0
     caption_from: str = ""
+    even: bool = False
     image_column: str = ""
     caption_column: str = ""
     buckets: bool = False
@@ -79,7 +81,7 @@ _OF_SAMPLES = (
     *("trigger", "shuffle_tags", "keep_tags", "min_size", "bad"),
 )
 READ: dict[str, tuple[str, ...]] = {
-    "icons": ("folder", "split", "cache", "other_sizes", "caption_from"),
+    "icons": ("folder", "split", "cache", "other_sizes", "caption_from", "even"),
     "shapes": ("other_sizes", "caption_from"),
     **dict.fromkeys(CLASSICS, ("folder", "split", "other_sizes", "caption_from")),
     "folder": _OF_SAMPLES,
@@ -185,6 +187,8 @@ def open_images(config: DataConfig) -> ImageSet:
         from limner.data.classics import open_classic
 
         images = open_classic(config.source, folder, split=config.split)
+    if config.even:
+        images = replace(images, weights=torch.ones_like(images.weights))
     if config.caption_from:
         images = replace(images, captions=said(images, config.caption_from))
     return images.select(range(min(config.limit, len(images)))) if config.limit else images

@@ -17,7 +17,7 @@ def ddpm() -> TrainConfig:
     return TrainConfig(
         name="ddpm",
         system=catalog.entry("ddpm").config,
-        data=DataConfig(source="icons", size=32, caption_from="style"),
+        data=DataConfig(source="icons", size=32, caption_from="style", even=True),
         steps=8_000,
         batch_size=256,
         lr=5e-4,

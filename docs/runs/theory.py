@@ -1,0 +1,165 @@
+"""The systems that draw icons in 32 pixels by their style, measured alike.
+
+    python theory.py reference DATA CACHE OUT            what real pictures are like: OUT, a .pt
+    python theory.py measure REFERENCE MODEL OUT [FIELD=VALUE ...] ...
+                                                         a JSON line to OUT for the model as it draws by default, or
+                                                         for each further argument, such as "steps=10 sampler=ddim"
+    python theory.py sheet MODEL OUT.png [FIELD=VALUE ...]
+    python theory.py table FOLDER                        FOLDER/*/measured.jsonl -> FOLDER/theory.md and theory.png
+
+COUNT (5,000) pictures of styles as frequent as in the data. FD is the Frechet distance of EffLite0's features to those
+of all training pictures: its floor is that of COUNT training pictures to the others, its ceilings those of the same
+blurred and of noise. "style" is the share of pictures that a linear probe of the same features takes for their style
+(of held-out pictures it knows what `reference` says). "ms" is of a picture, in batches of BATCH (500).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from limner import evaluation, pipeline
+from limner.catalog import STYLES
+from limner.data.batches import DataConfig, open_images
+from limner.metrics.distances import frechet, precision_recall
+from limner.metrics.features import EffLite0
+
+COUNT, BATCH = int(os.environ.get("COUNT", "5000")), int(os.environ.get("BATCH", "500"))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+warnings.simplefilter("ignore")
+
+
+def on_white(images: Tensor) -> Tensor:
+    """uint8 (n, 4, h, w), premultiplied, opaque."""
+    return torch.cat([images[:, :3] + (255 - images[:, 3:]), torch.full_like(images[:, 3:], 255)], 1)
+
+
+def probe(x: Tensor, y: Tensor, steps: int = 500) -> dict[str, Tensor]:
+    """Logistic regression of classes y (n,) on features x (n, d)."""
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    weight = torch.zeros(x.shape[1], len(STYLES.names), device=x.device, requires_grad=True)
+    bias = torch.zeros(len(STYLES.names), device=x.device, requires_grad=True)
+    optimizer = torch.optim.Adam([weight, bias], lr=3e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy((x - mean) / std @ weight + bias, y) + 1e-3 * weight.square().sum()
+        loss.backward()
+        optimizer.step()
+    return {"mean": mean, "std": std, "weight": weight.detach(), "bias": bias.detach()}
+
+
+def classes(found: dict[str, Tensor], x: Tensor) -> Tensor:
+    found = {name: value.to(x) for name, value in found.items()}
+    return ((x - found["mean"]) / found["std"] @ found["weight"] + found["bias"]).argmax(1)
+
+
+def reference(data: str, cache: str, out: str) -> None:
+    features = EffLite0(DEVICE)
+
+    def seen(images: Tensor) -> Tensor:
+        return features(images).final
+
+    def of(split: str) -> tuple[Tensor, Tensor]:
+        config = DataConfig(source="icons", folder=data, cache=cache, split=split, size=32, caption_from="style")
+        found = open_images(config)
+        labels = [STYLES.names.index(caption) for (caption,) in found.captions]
+        return on_white(found.images[:].clone()), torch.tensor(labels)
+
+    (images, labels), (held, wanted) = of("train"), of("val")
+    x = seen(images)
+    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:COUNT]
+    rest = torch.ones(len(images), dtype=torch.bool)
+    rest[some] = False
+    blurred = F.avg_pool2d(images[some, :3].float(), 3, 1, 1, count_include_pad=False).round().to(torch.uint8)
+    blurred = torch.cat([blurred, images[some, 3:]], 1)
+    noise = torch.randint(0, 256, (COUNT, 4, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    noise[:, 3] = 255
+    found = probe(x.to(DEVICE), labels.to(DEVICE))
+    report = {
+        "pictures": len(images),
+        "floor": frechet(x[some].to(DEVICE), x[rest].to(DEVICE)),
+        "held-out pictures": frechet(seen(held).to(DEVICE), x.to(DEVICE)),
+        "blurred": frechet(seen(blurred).to(DEVICE), x.to(DEVICE)),
+        "noise": frechet(seen(noise).to(DEVICE), x.to(DEVICE)),
+        "style of held-out pictures": float((classes(found, seen(held)) == wanted).float().mean()),
+    }
+    print(json.dumps(report))
+    torch.save({"features": x, "labels": labels, "probe": found, "report": report}, out)
+
+
+def parsed(settings: str) -> dict[str, Any]:
+    def value(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+
+    return {name: value(text) for name, text in (word.split("=", 1) for word in settings.split())}
+
+
+def measure(source: str, model: str, out: str, *settings: str) -> None:
+    known = torch.load(source)
+    pipe, features = pipeline.load(model, DEVICE), EffLite0(DEVICE)
+    real = known["features"].to(DEVICE)
+    chosen = random.Random(0).choices(known["labels"].tolist(), k=COUNT)
+    prompts = [STYLES.names[k] for k in chosen]
+    for words in settings or ("",):
+        asked = 0
+        hook = pipe.system.network.register_forward_pre_hook(lambda *_: count())
+
+        def count() -> None:
+            nonlocal asked
+            asked += 1
+
+        begun = time.monotonic()
+        drawn = evaluation.draw(pipe.system, prompts, list(range(COUNT)), BATCH, **parsed(words))
+        took = time.monotonic() - begun
+        hook.remove()
+        drawn = drawn if drawn.shape[1] == 4 else torch.cat([drawn, torch.full_like(drawn[:, :1], 255)], 1)
+        x = features(drawn).final
+        precision, recall = precision_recall(real[:: max(1, len(real) // COUNT)], x.to(DEVICE))
+        row = {
+            "model": Path(model).name, "settings": words, "NFE": asked / -(-COUNT // BATCH),
+            "FD": frechet(x.to(DEVICE), real), "precision": precision, "recall": recall,
+            "style": float((classes(known["probe"], x) == torch.tensor(chosen)).float().mean()),
+            "ms": 1000 * took / COUNT, "pictures": COUNT,
+        }  # fmt: skip
+        row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+        print(json.dumps(row), flush=True)
+        with Path(out).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def sheet(model: str, out: str, settings: str = "") -> None:
+    pipe = pipeline.load(model, DEVICE)
+    prompts = [name for name in STYLES.names for _ in range(8)]
+    drawn = evaluation.draw(pipe.system, prompts, list(range(len(prompts))), BATCH, **parsed(settings))
+    drawn = drawn if drawn.shape[1] == 4 else torch.cat([drawn, torch.full_like(drawn[:, :1], 255)], 1)
+    evaluation.draw_grid(drawn, columns=16, gap=4).save(out)
+
+
+def table(folder: str) -> None:
+    rows = []
+    for file in sorted(Path(folder).glob("*/measured.jsonl")):
+        rows += [{"run": file.parent.name} | json.loads(line) for line in file.read_text().splitlines()]
+    lines = ["| run | settings | NFE | FD | precision | recall | style | ms |", "|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        lines.append(
+            f"| {row['run']} | {row['settings'] or 'as it is'} | {row['NFE']:g} | {row['FD']:.1f} | "
+            f"{row['precision']:.2f} | {row['recall']:.2f} | {row['style']:.3f} | {row['ms']:.2f} |"
+        )
+    Path(folder, "theory.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    {"reference": reference, "measure": measure, "sheet": sheet, "table": table}[sys.argv[1]](*sys.argv[2:])
