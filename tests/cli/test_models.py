@@ -46,7 +46,8 @@ def test_recipes_lists_the_fields_of_one(limner):
     rows = {row["field"]: row for row in json.loads(limner("recipes", "sd1-tiny", "--json").out)}
     config = recipes.get("sd1-tiny")
     assert list(rows) == fields_of(config)
-    assert rows["steps"] == {"field": "steps", "type": "int", "value": config.steps}
+    means = "Updates of the weights, from the first to the last"
+    assert rows["steps"] == {"field": "steps", "type": "int", "value": config.steps, "means": means}
     types = {
         "lr": "number",
         "optimizer": "adamw|adamw8bit|adafactor|prodigy|muon",

@@ -33,8 +33,8 @@ def recipes_command(
         from limner.training.config import described
 
         fields = described(recipes.get(name))
-        shown = fields if as_json else [f | {"value": json.dumps(f["value"], ensure_ascii=False)} for f in fields]
-        print_rows(shown, as_json)
+        shown = [f | {"value": shortened(json.dumps(f["value"], ensure_ascii=False))} for f in fields]
+        print_rows(fields if as_json else shown, as_json)
         return
     tasks = {entry.config.kind: entry.task for entry in catalog.entries()}
     configs = {name: recipes.get(name) for name in recipes.names()}
@@ -49,6 +49,10 @@ def recipes_command(
         for name, c in configs.items()
     ]
     print_rows(rows, as_json)
+
+
+def shortened(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:

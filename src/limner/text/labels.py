@@ -24,7 +24,8 @@ IMAGENET = Path(__file__).parent.parent / "weights" / "imagenet" / "classes.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsConfig:
-    """`names` are those of each class, with commas between; without any, 1000 classes are taken for ImageNet's."""
+    """A caption is one of `num_classes`. `names` are those of each class, with commas between; without any, 1000
+    classes are taken for ImageNet's."""
 
     type: Literal["labels"] = "labels"
     num_classes: int = 1000
