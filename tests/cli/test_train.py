@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,11 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(limner, here, train
     assert (result.code, result.err) == (0, "")
     assert "run is finished: run/final/icons-autoencoder-tiny.safetensors" in result.out
     assert {p: p.read_bytes() for p in here.rglob("*") if p.is_file()} == before
+    found = re.search(r"limner (train icons-autoencoder-tiny --out NEW init_from=\S+) steps=N", result.out)
+    assert found, result.out
+    assert limner(*found[1].split(), "--device", "cpu", *FEW, "steps=1", "lr=1e-12").code == 0
+    ended, began = (load_file(f"{run}/final/icons-autoencoder-tiny.safetensors") for run in ("run", "NEW"))
+    assert all(torch.allclose(began[name], ended[name], atol=1e-6) for name in ended if "latent_" not in name)
 
 
 def test_stop_after_saves_and_resume_goes_on_to_the_same_end(limner, here, trained):

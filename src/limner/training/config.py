@@ -134,7 +134,8 @@ class TrainConfig:
     """One drawing each in a grid, with a `control` beside its hint; none, no grid, or with a `control` the captions of
     the first pictures."""
     init_from: str = ""
-    """A final weights file, or a checkpoint's model.safetensors or ema.safetensors, to start the weights from."""
+    """A checkpoint's model.safetensors or ema.safetensors to start the weights from, or but for an adapter or a word a
+    final weights file."""
 
     @property
     def file_name(self) -> str:
