@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -337,13 +338,13 @@ def test_ctrl_c_saves_and_ends_with_130(limner, here, monkeypatch):
     assert [p.name for p in (here / "run" / "checkpoints").iterdir()] == ["step-000000"]
 
 
-def test_a_checkpoint_is_packed_as_the_final_weights_of_its_step_would_be(limner, here):
+def test_a_checkpoint_is_packed_as_the_final_weights_of_its_step_would_be(limner, here, monkeypatch):
     """What a run that was cut short leaves is as good as what one of fewer steps would have."""
     assert limner("train", "icons-tiny", "-o", "run", "steps=4", "save_every=4", "sample_every=0").code == 0
     pack = Path(__file__).parents[2] / "tools" / "pack.py"
     for source, out in (("run", "a.safetensors"), ("run/checkpoints/step-000004", "b.safetensors")):
-        command = [sys.executable, pack, source, out, "--bits", "32"]
-        subprocess.run(command, check=True, cwd=here, capture_output=True)
+        monkeypatch.setattr(sys, "argv", [str(pack), source, out, "--bits", "32"])
+        runpy.run_path(str(pack), run_name="__main__")
     assert (here / "a.safetensors").read_bytes() == (here / "b.safetensors").read_bytes()
     assert limner("red circle", "-m", "b.safetensors", "-s", 1, "--steps", 1, "-o", "c.png").code == 0
 
@@ -358,15 +359,15 @@ def test_sd1_tiny_learns_and_is_drawn_from(limner, here):
         *RUN,
         "--device",
         "cpu",
-        "steps=60",
-        "batch_size=16",
-        "warmup=5",
-        "log_every=20",
+        "steps=30",
+        "batch_size=12",
+        "warmup=3",
+        "log_every=10",
         "sample_prompts=[]",
     )
     assert limner("train", *args).code == 0
     first, _, last = losses(here / "run")
-    assert last < 0.6 * first
+    assert last < 0.75 * first
     assert limner("red circle", "-m", "run", "-s", 1, "-o", "circle.png").code == 0
     settings = metadata.read_settings(here / "circle.png")
     assert (settings["model"], settings["width"]) == ("sd1-tiny", 32)
