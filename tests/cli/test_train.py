@@ -335,6 +335,7 @@ def test_ctrl_c_saves_and_ends_with_130(limner, here, monkeypatch):
     result = limner("train", "icons-autoencoder-tiny", "--out", "run", "--device", "cpu", *FEW)
     assert result.code == 130
     assert "interrupted: saved at step 0" in result.out
+    assert result.err == ""  # said once
     assert [p.name for p in (here / "run" / "checkpoints").iterdir()] == ["step-000000"]
 
 

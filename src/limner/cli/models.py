@@ -41,7 +41,7 @@ def recipes_command(
     rows = [
         {
             "name": name,
-            "family": c.system.family if c.system else f"any, such as {c.model}",
+            "family": c.system.family if c.system else goes_with(c),
             "task": tasks[c.system.kind] if c.system else "adapter",
             "steps": c.steps,
             "images": c.batch_size,
@@ -49,6 +49,13 @@ def recipes_command(
         for name, c in configs.items()
     ]
     print_rows(rows, as_json)
+
+
+def goes_with(config: Any) -> str:
+    """Whose models a recipe for a model that is there is for."""
+    if config.word or (config.control and config.control.kind == "t2i_adapter"):
+        return "Stable Diffusion 1, 2, XL"
+    return "Stable Diffusion, FLUX.1, icons" if config.control else f"any, such as {config.model}"
 
 
 def shortened(text: str, most: int = 40) -> str:

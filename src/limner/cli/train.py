@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from limner import errors
 from limner.errors import UsageError
 
 
@@ -67,4 +68,4 @@ def train_command(
         config, run = parse_overrides(recipes.get(recipe), [*given, *(overrides or [])]), out
     on = resume is not None
     if train(config, run, resume=on, device=device, stop_after=stop_after, data_changed=data_changed) == INTERRUPTED:
-        raise KeyboardInterrupt
+        raise SystemExit(errors.INTERRUPTED)  # which the run has told
