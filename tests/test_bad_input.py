@@ -74,8 +74,8 @@ def refused(limner, here):
         ("width is 100000", ["fox", "-W", "100000"]),
         ("no sampler 'eulr'. Did you mean 'euler'", ["fox", "--sampler", "eulr"]),
         ("no schedule 'karas'. Did you mean 'karras'", ["fox", "--schedule", "karas"]),
-        ("no sampler ''. Nearest: ", ["fox", "--sampler", ""]),
-        ("no schedule ''. Nearest: ", ["fox", "--schedule", ""]),
+        ("no sampler ''. Known: ddim, ddpm, ", ["fox", "--sampler", ""]),
+        ("no schedule ''. Known: align_your_steps, ", ["fox", "--schedule", ""]),
         ("without a picture to paint over: add -i", ["fox", "--strength", "0.5"]),
         ("No such option: --stepz", ["fox", "--stepz", "3"]),
         ("'--steps' requires an argument", ["fox", "--steps"]),
@@ -101,7 +101,7 @@ def test_strengths_that_cannot_be_meant(refused, here, tiny_model, strength):
 def test_names_that_do_not_exist_name_the_nearest(refused):
     refused(FILE, "no model 'icon-tiny'. Did you mean 'icons-tiny'", "fox", "-m", "icon-tiny")
     refused(FILE, "no model ''", "fox", "-m", "")
-    refused(FILE, f"no model '{'x' * 300}'. Nearest: ", "fox", "-m", "x" * 300)
+    refused(FILE, f"no model '{'x' * 300}'. `limner models` lists all", "fox", "-m", "x" * 300)
     refused(FILE, "no file (y/)+y: give", "fox", "-m", "y/" * 3000 + "y")
     refused(USAGE, "no recipe 'icons-tny'", "train", "icons-tny", "--out", "run")
 

@@ -100,7 +100,8 @@ CodecConfig = Annotated[DCAEConfig | KLConfig | VQConfig | PixelsConfig, Field(d
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the loss terms of a DCAE; see `limner.systems.autoencoding`."""
+    """What the terms of a DCAE's loss weigh beside L1: the KL divergence (`kl_weight`), the gradients of the picture
+    (`gradient_weight`), L1 of a half-size picture (`scale_weight`); see `limner.systems.autoencoding`."""
 
     type: Literal["pixels"] = "pixels"
     kl_weight: float = 1e-7
@@ -110,6 +111,8 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencodingConfig:
+    """`name` is the system's own; `family` says in words what it is."""
+
     kind: Literal["autoencoding"] = "autoencoding"
     name: SystemName = "icons-autoencoder"
     family: str = "KL autoencoder"
@@ -122,7 +125,12 @@ class AutoencodingConfig:
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
     """`autoencoder_from` and `text_encoder_from` are files or folders of an autoencoder and of CLIP's towers, or of
-    whole systems with them, of ours or of other programs, whose weights are used when training."""
+    whole systems with them, of ours or of other programs, whose weights are used when training.
+
+    `name` is the system's own; `family` says in words what it is. `text_encoder` is what reads prompts; as "minilm" it
+    reads `max_tokens` of one. `interpolant` ties alpha to sigma; `prediction` is what the network's output means.
+    A caption is left out with a chance of `caption_dropout`, for guidance.
+    """
 
     kind: Literal["diffusion"] = "diffusion"
     name: SystemName = "icons"

@@ -2,7 +2,7 @@
 
     LimnerError                 3   anything below; a message of one line
     ├── UsageError              2   an argument that cannot be meant: unknown name, size off the grid, NaN
-    ├── UnknownName             2   no such model, recipe, sampler, schedule, field; names the nearest (3 for a model)
+    ├── UnknownName             2   no such model, recipe, sampler, schedule, field; names one near it (3 for a model)
     ├── FileProblem             3   a file or folder that is missing, foreign, torn, full or not writable
     │   ├── CheckpointMismatch  3   a weight file whose keys or shapes are not the network's
     │   └── ImageProblem        3   a picture that cannot be read
@@ -33,18 +33,21 @@ class UsageError(LimnerError):
 
 
 class UnknownName(UsageError):
-    """`kind` "sampler", `name` what was asked, `known` what exists: the message names the nearest, or some."""
+    """`kind` "sampler", `name` what was asked, `known` what exists: the message names one that is near, or else says
+    with `hint` where all are, or lists them."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         if kind == "model":
             self.exit_code = 3
         names = sorted(known)
-        near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
-        nearest = next((n for n in names if near and n.lower() == near[0]), None)
-        listing = f"Did you mean {nearest!r}?" if nearest else f"Known: {', '.join(names) or 'none'}."
-        if len(names) > 12 and not nearest:
-            listing = f"Nearest: {', '.join(difflib.get_close_matches(name, names, n=5, cutoff=0))}."
-        super().__init__(f"no {kind} {name!r}. {listing}{' ' + hint if hint else ''}")
+        plain = {n: n.lower().partition("=")[0] for n in (name, *names)}
+        near = difflib.get_close_matches(plain[name], [plain[n] for n in names], n=1, cutoff=0.6)
+        found = [repr(n) for n in names if plain[n] in near or n.endswith(f".{name}")]
+        listing = [f"Did you mean {' or '.join(found[:3])}?"] if found else []
+        if not listing and not (hint and len(names) > 12):
+            more = f" and {len(names) - 40} more" if len(names) > 40 else ""
+            listing = [f"Known: {', '.join(names[:40]) or 'none'}{more}."]
+        super().__init__(" ".join([f"no {kind} {name!r}.", *listing, *([hint] if hint else [])]))
 
 
 class FileProblem(LimnerError):

@@ -80,9 +80,12 @@ class Conditioning:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a model draws with when the request does not say; each has its own, in `limner.catalog`. Sizes in pixels;
-    guidance acts at noise levels in `guidance_interval`, in sigma of the flow (see `limner.sampling.guidance.within`);
-    `image_guidance` is 1, none, but for models that edit a picture."""
+    """What a model draws with when the request does not say; each has its own, in `limner.catalog`. `width` and
+    `height` are in pixels, and a side has `min_size` to `max_size`; `sampler` and `schedule` walk so many `steps`
+    through the noise. `guidance` is the scale, 1 for none, and acts at noise levels in `guidance_interval`, in sigma of
+    the flow (see `limner.sampling.guidance.within`); `guidance_kind` is its way, and `guidance_rescale`, 0 to 1, pulls
+    the spread of its colours back. `image_guidance` is 1, none, but for models that edit a picture; `strength` is how
+    far a drawing moves from a picture given. A prompt has at most `max_prompt_chars` signs."""
 
     width: int
     height: int

@@ -116,6 +116,13 @@ def test_published_spellings_are_known(name):
     assert "transformer.transformer_blocks.0.norm1.emb.timestep_embedder.linear_1" not in table  # of one block of many
 
 
+@pytest.mark.parametrize(("name", "module"), [("icons", "blocks.0.qkv"), ("sd1", "mid_block.resnets.0.conv1")])
+def test_names_are_told_as_those_of_the_program_that_gives_them(name, module):
+    table = spellings(bare(name))
+    prefixes = {"diffusion_model.": "ComfyUI", "unet.": "diffusers", "network.": "the model", "": "the model"}
+    assert {prefix: table[prefix + module].program for prefix in prefixes} == prefixes
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in TABLES]
 )

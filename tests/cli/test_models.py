@@ -40,13 +40,19 @@ def test_recipes_lists_the_recipes(limner):
     assert [row["name"] for row in rows] == list(recipes.names())
     for row in rows:
         assert all(isinstance(row[key], str) and row[key] for key in ("name", "family", "task"))
+    families = {row["name"]: row["family"] for row in rows}
+    assert families["lora"] == "any, such as icons"
+    assert families["word"] == "Stable Diffusion 1, 2, XL"
+    assert families["t2i-adapter"] == "Stable Diffusion 1, 2, XL"
+    assert families["control"] == "Stable Diffusion, FLUX.1, icons"
 
 
 def test_recipes_lists_the_fields_of_one(limner):
     rows = {row["field"]: row for row in json.loads(limner("recipes", "sd1-tiny", "--json").out)}
     config = recipes.get("sd1-tiny")
     assert list(rows) == fields_of(config)
-    assert rows["steps"] == {"field": "steps", "type": "int", "value": config.steps}
+    means = "Updates of the weights, from the first to the last"
+    assert rows["steps"] == {"field": "steps", "type": "int", "value": config.steps, "means": means}
     types = {
         "lr": "number",
         "optimizer": "adamw|adamw8bit|adafactor|prodigy|muon",

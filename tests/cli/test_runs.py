@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,13 @@ def runs(tmp_path) -> Path:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(to_json(config))
     lines: list[dict] = [{"step": 400, "loss": 0.5}, {"step": 800, "validation/loss": 0.4}]
+    lines += [{"step": step, "loss": loss} for step, loss in ((720, 5.0), (740, 0.2), (780, 0.1))]
     lines += [{"step": 800, "loss": 0.3, "images_per_second": 90.0}]
+    for name, captions in (("a", "3f2a"), ("b", "1b0c")):
+        for step, count in ((999_999, 8), (1_000_000, 16)):
+            (tmp_path / name / "checkpoints" / f"step-{step}").mkdir(parents=True)
+            told = {"data": {"data": {"samples": count, "captions": captions}}}
+            (tmp_path / name / "checkpoints" / f"step-{step}" / "state.json").write_text(json.dumps(told))
     (tmp_path / "a" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"loss": 9')
     (tmp_path / "a" / "final").mkdir()
     (tmp_path / "a" / "final" / "icons-tiny.safetensors").touch()
@@ -33,14 +40,17 @@ def test_runs_lists_how_far_each_came(limner, runs):
         "run": "a",
         "recipe": "icons-tiny",
         "learns": "",
+        "data": a["data"],
         "step": "800/800",
-        "loss": 0.3,
+        "loss_last_tenth": 0.2,  # of the steps after 720
         "validation/loss": 0.4,
         "images_per_second": 90.0,
         "state": "finished",
     }
     assert len(when) == len("2026-01-01 12:00")
-    assert (b["run"], b["step"], b["loss"], b["state"]) == ("b", "0/800", "", "unfinished")
+    assert (b["run"], b["step"], b["loss_last_tenth"], b["state"]) == ("b", "0/800", "", "unfinished")
+    assert [re.fullmatch(r"16 of shapes, [0-9a-f]{4}", row["data"]) is None for row in (a, b)] == [False, False]
+    assert a["data"] != b["data"]
     assert [line.split()[0] for line in limner("runs", runs).out.splitlines()] == ["RUN", "a", "b"]
     assert [row["run"] for row in json.loads(limner("runs", runs / "b", "--json").out)] == ["b"]
 
@@ -49,11 +59,13 @@ def test_runs_that_are_compared_show_the_fields_that_differ(limner, runs):
     rows = json.loads(limner("runs", runs / "a", runs / "b", "--json").out)
     found = {row["field"]: (row[str(runs / "a")], row[str(runs / "b")]) for row in rows}
     found.pop("when", None)
+    told = found.pop("data")
+    assert told[0] != told[1]
     assert found == {
         "lr": (2e-3, 1e-4),
         "compile": (False, True),
         "step": ("800/800", "0/800"),
-        "loss": (0.3, ""),
+        "loss_last_tenth": (0.2, ""),
         "validation/loss": (0.4, ""),
         "images_per_second": (90.0, ""),
         "state": ("finished", "unfinished"),
@@ -73,13 +85,15 @@ def test_runs_beside_a_model_say_what_they_learn_for_which(limner, tmp_path):
     control = json.loads((tmp_path / "finetune" / "config.json").read_text()) | {"control": {"kind": "t2i_adapter"}}
     (tmp_path / "z").mkdir()
     (tmp_path / "z" / "config.json").write_text(json.dumps(control))
-    assert {row["run"]: row["learns"] for row in json.loads(limner("runs", tmp_path, "--json").out)} == {
+    rows = json.loads(limner("runs", tmp_path, "--json").out)
+    assert {row["run"]: row["learns"] for row in rows} == {
         "dreambooth": "lora for icons beside its class",
         "finetune": "network for icons",
         "lora": "oft for sd1.safetensors",
         "word": "my-mug for sd1",
         "z": "t2i_adapter for icons",
     }
+    assert rows[0]["data"] == "folder"  # before a checkpoint it is not known which
     rows = json.loads(limner("runs", tmp_path / "lora", tmp_path / "dreambooth", "--json").out)
     found = {row["field"]: [row[str(tmp_path / name)] for name in ("lora", "dreambooth")] for row in rows}
     assert found["adapter.kind"] == ["oft", "lora"]

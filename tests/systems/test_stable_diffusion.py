@@ -114,11 +114,9 @@ def assert_same(ours: tuple[torch.Tensor, Image.Image], expected: tuple[torch.Te
     assert (apart <= 1).mean() >= 0.999
 
 
-MOST = {"euler", "euler_a", "dpm2_a", "ddim", "plms", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm"}
-
-
 @pytest.mark.parametrize(
-    ("name", "sampler"), sweep(MODELS, SCHEDULERS, fast=lambda name, sampler: name == "sd1" or sampler in MOST)
+    ("name", "sampler"),
+    sweep(MODELS, SCHEDULERS, fast=lambda name, sampler: name == "sd1" or sampler in ("euler", "dpmpp_2m")),
 )
 def test_a_folder_and_a_single_file_draw_what_diffusers_draws(models, name, sampler, monkeypatch):
     if (name, sampler) == ("sd2_v", "plms"):
@@ -189,7 +187,7 @@ def test_a_network_that_overflows_in_half_precision_draws_in_float32_and_says_so
         system.network.conv_in.weight *= 3e4
         system.network.conv_in.bias *= 3e4
     catalog.save(system, catalog.config_of(folders.recognise(sd1.folder)), here / "loud.safetensors")
-    told = ("a red fox", "-m", "loud.safetensors", "-s", 3, "--steps", 2)
+    told = ("a red fox", "-m", "loud.safetensors", "-s", 3, "--steps", 1)
     half, whole = (limner(*told, "--dtype", dtype, "-o", f"{dtype}.png") for dtype in ("fp16", "fp32"))
     assert half.code == 0, half.err
     assert "overflows in half precision: its network computes in fp32 from here on" in half.err

@@ -85,6 +85,13 @@ def test_what_cannot_be_is_told_before_the_first_step(limner, here, tiny_model, 
     assert (done.code, "icons-tiny trains a system of its own: leave model out" in done.err) == (2, True)
     trained(limner, "run", tiny_model, pictures)
     copy = json.loads((here / "run" / "config.json").read_text()) | {"model": str(other_model)}
+    done = limner("train", "lora", "-m", tiny_model, "-d", pictures, "-o", "more", "init_from=run/lora.safetensors")
+    assert (done.code, "give RUN/checkpoints/step-…/ema.safetensors" in done.err) == (2, True)
+    last = "init_from=run/checkpoints/step-000006/ema.safetensors"
+    trained(limner, "more", tiny_model, pictures, last, "steps=1", "lr=1e-12", "seed=7")
+    ended, began = (safetensors.torch.load_file(f"{run}/lora.safetensors") for run in ("run", "more"))
+    assert all(torch.allclose(began[name], ended[name], atol=1e-3) for name in ended)
+    assert any(ended[name].any() for name in ended if "lora_up" in name)
     (here / "run" / "lora.safetensors").unlink()
     (here / "run" / "config.json").write_text(json.dumps(copy))
     assert limner("train", "--resume", "run", "--device", "cpu").code == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import diffusers
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from toy import StopAt
 
-from limner import catalog
+from limner import catalog, recipes
 from limner.adapters.control import open_control
 from limner.checkpoints import joint_dit_controlnet
 from limner.errors import CheckpointMismatch, UsageError
@@ -24,6 +25,7 @@ from limner.nn.graphs import Graphs
 from limner.systems.diffusion import controlled
 from limner.training import controlling, loop
 from limner.training.controlling import ControlConfig, Controlling
+from limner.training.memory import autocast, kept_in
 from limner.types import Conditioning, Request
 from systems import flow_models, stable_diffusion
 from systems.stable_diffusion import noised
@@ -103,6 +105,23 @@ def test_it_learns_by_what_is_drawn_with_its_file(model, kind, base, tmp_path):
             for mine, its in zip(parts(residuals), parts(system.base.network.together([found])), strict=True):
                 assert (mine[row] - its).abs().max() <= 2e-5 * its.abs().max()
         assert (system.base.network(x, t, cond, residuals) - said).abs().max() <= 1e-5 * said.abs().max()
+
+
+@pytest.mark.parametrize(("model", "kind"), KINDS[2:])
+def test_of_a_model_kept_in_16_bits_it_learns_about_the_same_in_32(model, kind, base):
+    whole, device, losses = base(model), torch.device("cpu"), []
+    for precision in ("fp32", "bf16"):
+        config = replace(recipes.get("control"), precision=precision)
+        system = Controlling(whole.to(kept_in(config, device)), ControlConfig(kind=kind, caption_dropout=0.0), 0)
+        assert {p.dtype for p in system.parameters()} == {torch.float32}
+        noised(system.control, 3)
+        with autocast(config, device):
+            losses.append(system.loss(batch_of(whole), "main", torch.Generator().manual_seed(1))["loss"])
+    losses[-1].backward()
+    assert torch.bfloat16 in {p.dtype for p in whole.parameters()}
+    assert all(p.grad.isfinite().all() for p in system.parameters() if p.grad is not None)
+    assert torch.isclose(losses[1], losses[0], rtol=0.05)
+    assert recipes.get("control").precision == recipes.get("t2i-adapter").precision == "auto"
 
 
 def test_the_loss_is_that_of_diffusers_networks(base, tmp_path):

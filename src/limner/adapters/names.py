@@ -61,7 +61,7 @@ DIFFUSERS_KEYS = {
 NETWORK = {  # prefixes before a path with dots, and before one with underscores
     ".": {
         "unet.": DIFFUSERS, "transformer.": DIFFUSERS, "base_model.model.": PEFT, "base_model.model.unet.": PEFT,
-        "": OWN, "network.": OWN, "diffusion_model.": OWN, "model.diffusion_model.": OWN,
+        "": OWN, "network.": OWN, "diffusion_model.": COMFYUI, "model.diffusion_model.": OWN,
     },
     "_": {"lora_unet_": KOHYA, "lora_transformer_": ONETRAINER, "lycoris_": LYCORIS},
 }  # fmt: skip

@@ -38,11 +38,11 @@ METADATA = "lora_adapter_metadata"
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What is trained in place of a model's own weights. `rank` is OFT's size of a block and LoKr's rank of the larger
-    factor; `alpha` scales the difference by alpha / rank (0 for the rank itself, a scale of 1); `targets` are regular
-    expressions for names of modules (none for the linear layers of all blocks, but for those that tell them the time);
-    `conv_rank` above 0 takes their convolutions, too. `text_encoder` adapts CLIP's towers as well; `spelling` is whose
-    names the file has, `bits` 16 or 32 what of its numbers."""
+    """What is trained in place of a model's own weights. `kind` is the formula; `rank` is that of a change, OFT's size
+    of a block and LoKr's rank of the larger factor; `alpha` scales the difference by alpha / rank (0 for the rank
+    itself, a scale of 1); `targets` are regular expressions for names of modules (none for the linear layers of all
+    blocks, but for those that tell them the time); `conv_rank` above 0 takes their convolutions, too. `text_encoder`
+    adapts CLIP's towers as well; `spelling` is whose names the file has, `bits` 16 or 32 what of its numbers."""
 
     kind: Literal["lora", "dora", "loha", "lokr", "oft"] = "lora"
     rank: int = 16

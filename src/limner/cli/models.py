@@ -33,15 +33,15 @@ def recipes_command(
         from limner.training.config import described
 
         fields = described(recipes.get(name))
-        shown = fields if as_json else [f | {"value": json.dumps(f["value"], ensure_ascii=False)} for f in fields]
-        print_rows(shown, as_json)
+        shown = [f | {"value": shortened(json.dumps(f["value"], ensure_ascii=False))} for f in fields]
+        print_rows(fields if as_json else shown, as_json)
         return
     tasks = {entry.config.kind: entry.task for entry in catalog.entries()}
     configs = {name: recipes.get(name) for name in recipes.names()}
     rows = [
         {
             "name": name,
-            "family": c.system.family if c.system else f"any, such as {c.model}",
+            "family": c.system.family if c.system else goes_with(c),
             "task": tasks[c.system.kind] if c.system else "adapter",
             "steps": c.steps,
             "images": c.batch_size,
@@ -49,6 +49,17 @@ def recipes_command(
         for name, c in configs.items()
     ]
     print_rows(rows, as_json)
+
+
+def goes_with(config: Any) -> str:
+    """Whose models a recipe for a model that is there is for."""
+    if config.word or (config.control and config.control.kind == "t2i_adapter"):
+        return "Stable Diffusion 1, 2, XL"
+    return "Stable Diffusion, FLUX.1, icons" if config.control else f"any, such as {config.model}"
+
+
+def shortened(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ import typer
 from limner.cli.models import AsJson, print_rows
 from limner.errors import FileProblem
 
-METRICS = ("loss", "validation/loss", "images_per_second")
+LAST = 0.1
+"""Share of a run's steps, the last, whose logged losses are averaged: one alone is noise."""
 
 
 def runs_command(
@@ -23,7 +25,8 @@ def runs_command(
 ) -> None:
     """List training runs, or compare several.
 
-    Of those that are compared: the fields in which they differ, and how far they came.
+    Losses are means over the last tenth of the steps done; data that differ have another number or mark. Of those that
+    are compared: the fields in which they differ, and how far they came.
     """
     folders = folders or [Path("runs")]
     if len(folders) > 1:
@@ -50,7 +53,10 @@ def compared(runs: list[Path]) -> list[dict[str, Any]]:
 
 def summary(run: Path) -> dict[str, Any]:
     """What a run is and how far it came; "" where it has not said yet."""
-    config, last = config_of(run), metrics(run)
+    config, lines = config_of(run), metrics(run)
+    last = {name: value for line in lines for name, value in line.items()}
+    step = last.get("step", 0)
+    losses = [line["loss"] for line in lines if "loss" in line and line["step"] > (1 - LAST) * step]
     written = [path for path in (run / "metrics.jsonl", run / "config.json") if path.exists()]
     name = f"{(config.get('word') or config).get('name')}.safetensors"
     finished = any(file.exists() for file in (run / "final" / name, run / name))  # an adapter lies beside, not within
@@ -58,8 +64,10 @@ def summary(run: Path) -> dict[str, Any]:
         "run": run.name or str(run),
         "recipe": config.get("name", ""),
         "learns": learns(config),
-        "step": f"{last.get('step', 0)}/{config.get('steps')}",
-        **{name: last.get(name, "") for name in METRICS},
+        "data": data_of(run, config),
+        "step": f"{step}/{config.get('steps')}",
+        "loss_last_tenth": float(f"{sum(losses) / len(losses):.6g}") if losses else "",
+        **{name: last.get(name, "") for name in ("validation/loss", "images_per_second")},
         "state": "finished" if finished else "unfinished",
         "when": time.strftime("%Y-%m-%d %H:%M", time.localtime(written[0].stat().st_mtime)),
     }
@@ -89,16 +97,30 @@ def config_of(run: Path) -> dict[str, Any]:
     return config
 
 
-def metrics(run: Path) -> dict[str, Any]:
-    """The last value of everything that was measured; lines cut short are passed over."""
-    last: dict[str, Any] = {}
+def data_of(run: Path, config: dict[str, Any]) -> str:
+    """Whose data were learned from, how many, and a mark that is another where they differ, "16 of shapes, 3f2a";
+    without number and mark where no checkpoint tells."""
+    told = config.get("data") or {}
+    source = Path(told.get("folder") or "").name or told.get("source", "")
+    saved = sorted(run.glob("checkpoints/step-*[0-9]/state.json"), key=lambda path: (len(str(path)), path))
+    try:
+        data = json.loads(saved[-1].read_bytes())["data"]
+        count = data["data"]["samples"]
+    except (IndexError, OSError, ValueError, KeyError, TypeError):
+        return source
+    return f"{count} of {source}, {hashlib.sha256(json.dumps(data).encode()).hexdigest()[:4]}"
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """What was measured, line by line; lines cut short are passed over."""
+    lines = []
     if (run / "metrics.jsonl").exists():
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                last.update(json.loads(line))
+                lines.append({"step": 0, **json.loads(line)})
             except (ValueError, TypeError):
                 continue
-    return last
+    return lines
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

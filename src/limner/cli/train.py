@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from limner import errors
 from limner.errors import UsageError
 
 
@@ -48,12 +49,17 @@ def train_command(
     from limner.training.config import parse_overrides
     from limner.training.loop import train
     from limner.training.processes import INTERRUPTED
-    from limner.training.state import config_of, final_file
+    from limner.training.state import checkpoints, config_of, final_file
 
     if resume is not None:
         config, run = config_of(resume), resume
         if final_file(run, config).exists():
             print(f"{run} is finished: {final_file(run, config)}")
+            name = config.name if config.name in recipes.names() else "RECIPE"
+            for newest in checkpoints(run / "checkpoints")[-1:]:
+                weights = newest / f"{'ema' if config.ema_half_life else 'model'}.safetensors"
+                begin = f"limner train {name} --out NEW init_from={weights}"
+                print(f"to learn more, begin a run with its weights: {begin} steps=N, and what else it was told")
             return
     else:
         assert out is not None
@@ -62,4 +68,4 @@ def train_command(
         config, run = parse_overrides(recipes.get(recipe), [*given, *(overrides or [])]), out
     on = resume is not None
     if train(config, run, resume=on, device=device, stop_after=stop_after, data_changed=data_changed) == INTERRUPTED:
-        raise KeyboardInterrupt
+        raise SystemExit(errors.INTERRUPTED)  # which the run has told

@@ -26,15 +26,17 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """`source`: "icons", "shapes", a classic set, or samples that are read while the run goes on: "folder" (pictures
-    beside .txt or metadata.jsonl), "webdataset" (tar shards), "parquet", "hf" (what `datasets` saved with
-    save_to_disk). `folder` where its files lie ("" = the usual place), or the one file of shards or Parquet.
-    `size` in pixels; `limit` > 0 keeps the first so many; `latent_views` > 0 encodes so many views of a picture once
-    instead of encoding each batch; `cache` keeps rendered pictures, or of samples their latents, in this folder ("" =
-    in memory only), and beside latents what is made of captions, of which `text_cache` GB are held in memory where the
-    text encoder learns nothing, 0 for none. `hints` are what a control network is told: what a maker of `limner.hints`
-    makes of the pictures as they are drawn, or of samples NAME-hint.png "beside" a picture. `other_sizes` are rows of
-    (width, height, share of the steps) at which latents are drawn beside `size`: each step has one size, and one larger
-    than `size` holds fewer pictures, so that no step has more pixels.
+    beside .txt or metadata.jsonl), "webdataset" (tar shards), "parquet", "hf" (what datasets saved with save_to_disk).
+    `folder` where its files lie ("" = the usual place), or the one file of shards or Parquet; `split` is the part of a
+    source that has parts. `size` in pixels, 0 for the model's own; `limit` > 0 keeps the first so many; `latent_views`
+    > 0 encodes so many views of a picture once instead of encoding each batch; `cache` keeps rendered pictures, or of
+    samples their latents, in this folder ("" = in memory only), and beside latents what is made of captions, of which
+    `text_cache` GB are held in memory where the text encoder learns nothing, 0 for none. `hints` are what a control
+    network is told: what a maker of `limner.hints` makes of the pictures as they are drawn, or of samples NAME-hint.png
+    "beside" a picture. `other_sizes` are rows of (width, height, share of the steps) at which latents are drawn beside
+    `size`: each step has one size, and one larger than `size` holds fewer pictures, so that no step has more pixels.
+    `augment` changes pictures as they are drawn: "view" moves and scales them a little, "autoencoder" also turns them,
+    exchanges colours, and mirrors whatever it is.
 
     `caption_from` names what is said of pictures of a set in place of their captions, such as the "style" of icons;
     with `even`, all of them are drawn as often, where icons alike but for the tone of a skin are otherwise rarer.

@@ -32,10 +32,12 @@ EPS = 1e-6  # of every group norm
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """`widths` run from fine to coarse; each level after the first halves the size. `blocks` is per level of the
+    """Pictures of `image_channels`, latents of `latent_channels`; norms are over so many `groups` of channels.
+
+    `widths` run from fine to coarse; each level after the first halves the size. `blocks` is per level of the
     encoder. `attention_levels` count from fine (0) and have attention after each block, as the middle always does.
 
-    Latents are (z - shift) * scale of the raw z: a shift and a scale that bring them to about unit variance.
+    Latents are (z - `shift`) * `scale` of the raw z: a shift and a scale that bring them to about unit variance.
     """
 
     image_channels: int = 3

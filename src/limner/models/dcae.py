@@ -23,7 +23,8 @@ from limner.nn.convolution import ChannelToSpace, ResidualBlock, SpaceToChannel
 
 @dataclass(frozen=True, kw_only=True)
 class DCAEConfig:
-    """`widths` and blocks run from fine to coarse; the coarsest level has 2 ** len(widths) pixels a latent."""
+    """Pictures of `image_channels`, latents of `latent_channels`. `widths`, `encoder_blocks` and `decoder_blocks`
+    (residual blocks a level) run from fine to coarse; the coarsest level has 2 ** len(widths) pixels a latent."""
 
     type: Literal["dcae"] = "dcae"
     image_channels: int = 4

@@ -34,7 +34,8 @@ FREQUENCIES = 256
 class DiTConfig:
     """`channels` are those of latents, `out_channels` as many, or twice as many with a learned variance. `size` is the
     side of the latents that positions were made for, in latents, as is `patch`, that of a token. `num_classes` does not
-    count the last row of the table, which stands for no class."""
+    count the last row of the table, which stands for no class. `depth` blocks are on tokens of `width`, with
+    `num_heads` heads."""
 
     type: Literal["dit"] = "dit"
     channels: int = 4

@@ -38,7 +38,10 @@ FREQUENCIES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class FluxConfig:
-    """Channels are those of tokens, four times those of latents."""
+    """`in_channels` and `out_channels` are those of tokens, four times those of latents. Tokens have `width`, blocks
+    `num_heads` heads and MLPs `mlp_ratio` times as wide; after the double blocks come `depth_single` single ones.
+    `text_width` is that of T5's tokens, `pooled_width` that of CLIP's vector; `theta` is the base of the positions'
+    angles."""
 
     type: Literal["flux"] = "flux"
     in_channels: int = 64

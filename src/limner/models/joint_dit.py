@@ -28,6 +28,9 @@ from limner.types import Conditioning
 
 @dataclass(frozen=True, kw_only=True)
 class JointDiTConfig:
+    """Latents of `channels`; `depth` blocks on tokens of `width`, with `num_heads` heads and MLPs of width `hidden`;
+    `text_width` is that of the text's tokens."""
+
     type: Literal["joint_dit"] = "joint_dit"
     channels: int = 32
     width: int = 512

@@ -31,7 +31,9 @@ from limner.types import Conditioning
 
 @dataclass(frozen=True, kw_only=True)
 class MMDiTConfig:
-    """Published networks have as many heads as blocks, each 64 wide."""
+    """Latents of `channels`; `depth` blocks with `num_heads` heads of `head_width`: published networks have as many
+    heads as blocks, each 64 wide. `text_width` is that of the text's tokens, `pooled_width` that of its vector; with
+    `qk_norm` "rms" queries and keys are normed."""
 
     type: Literal["mmdit"] = "mmdit"
     channels: int = 16

@@ -37,9 +37,12 @@ from limner.types import Conditioning
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
     """`widths`, `depths` and `text_only` have an entry a level, from fine to coarse; 0 is none in every count.
+    `in_channels` and `out_channels` are those of what is denoised and predicted; norms are over `groups` of channels
+    and add `eps`; `dropout` is within residual blocks.
 
-    Heads are given by their number or by their width. Without `text_width` attention is over the picture alone, one
-    layer of it wherever `depths` is 1; with it, `depths` layers of a transformer that also reads the text.
+    Heads are given by their number (`num_heads`) or by their width (`head_width`). Without `text_width` attention is
+    over the picture alone, one layer of it wherever `depths` is 1; with it, `depths` layers of a transformer that also
+    reads the text, and `mid_depth` in the middle.
     """
 
     type: Literal["unet"] = "unet"
@@ -73,8 +76,9 @@ class UNetConfig:
     pad: Literal["around", "after"] = "around"
     """Where halving convolutions see zeros: on all sides, or (Ho et al.) only right and below."""
     sines_first: bool = False
+    """Whether sines come before cosines among the time's sinusoids (as in Ho et al.)."""
     freq_shift: int = 0
-    """Order of the time's sinusoids, and 1 if the slowest has a period of 2π·10,000 sharp (both as in Ho et al.)."""
+    """1 if the slowest of them has a period of 2π·10,000 sharp (as in Ho et al.)."""
     time_scale: float = 1.0
     """What times are multiplied by: 1000 where they are those of a flow, 0 to 1."""
     dropout: float = 0.0

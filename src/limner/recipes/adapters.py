@@ -100,6 +100,7 @@ def control() -> TrainConfig:
         warmup=200,
         lr_schedule="constant",
         ema_half_life=5000,
+        precision="auto",
         save_every=1000,
         log_every=20,
         sample_every=1000,

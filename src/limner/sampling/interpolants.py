@@ -29,8 +29,8 @@ Level = TypeVar("Level", float, Tensor)
 
 @dataclass(frozen=True, kw_only=True)
 class VPConfig:
-    """The noise that a DDPM was trained with: `steps` timesteps whose betas run from `first` to `last`, evenly, or with
-    evenly spaced roots (`scaled_linear`, Stable Diffusion), or by a cosine (arXiv:2102.09672) that needs neither.
+    """The noise that a DDPM was trained with: `steps` timesteps whose `betas` run from `first` to `last`, evenly, or
+    with evenly spaced roots (`scaled_linear`, Stable Diffusion), or by a cosine (arXiv:2102.09672) that needs neither.
 
     `zero_snr` rescales them so that the last timestep is pure noise (arXiv:2305.08891, algorithm 1).
     `offset` is added to timesteps spaced from the clean end, as diffusers does; `to_zero` lets DDIM end there, and not
@@ -93,9 +93,9 @@ class FlowConfig:
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Times:
-    """At which times u in (0, 1), from data to noise, a network learns: `default` as the interpolant has it; all alike;
-    or logit-normal with this `mean` and `std`. Then moved towards noise by `shift`, as schedules are, 1 not at all
-    (arXiv:2403.03206, section 3.1 and equation 23)."""
+    """At which times u in (0, 1), from data to noise, a network learns, by their `kind`: `default` as the interpolant
+    has it; all alike; or logit-normal with this `mean` and `std`. Then moved towards noise by `shift`, as schedules
+    are, 1 not at all (arXiv:2403.03206, section 3.1 and equation 23)."""
 
     kind: Literal["default", "uniform", "logit_normal"] = "default"
     mean: float = 0.0

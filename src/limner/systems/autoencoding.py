@@ -159,7 +159,9 @@ class AutoencodingSystem(nn.Module):
 class AdversarialConfig:
     """Of the loss of latent diffusion's autoencoders. Without a discriminator where `disc_weight` is 0; it begins at
     step `disc_start`. `perceptual_from` is a file with the weights of LPIPS, "" for none (see `limner.models.lpips`).
-    An autoencoder has one of `kl_weight` and `codebook_weight`."""
+    An autoencoder has the loss of the KL divergence or of a codebook, one of `kl_weight` and `codebook_weight`;
+    `perceptual_weight` is LPIPS's. `disc_loss` is what the discriminator learns by, `disc_width` its channels after the
+    first convolution, `disc_layers` how often it halves a picture."""
 
     type: Literal["adversarial"] = "adversarial"
     kl_weight: float = 1e-6

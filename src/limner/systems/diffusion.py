@@ -291,10 +291,7 @@ class DiffusionSystem(nn.Module):
 
     def examples(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         """What the network is asked of a batch, x, t and "cond", and what `error` needs to judge its answer."""
-        x0 = batch.get("latents")
-        if x0 is None:
-            with torch.no_grad():
-                x0 = self.autoencoder.encode(self.opaque(batch["images"]))
+        x0 = batch["latents"] if "latents" in batch else self.encode(batch["images"])
         n, device = len(x0), x0.device
         coin = random.Random(generator.initial_seed())  # on the host: asking the device would wait for it
         captions = ["" if coin.random() < self.caption_dropout else caption for caption in batch["captions"]]

@@ -35,7 +35,9 @@ AT_ONCE = 32
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig:
-    """`eot` None finds EOT as the largest id of a text, as OpenAI's program does. `pad` is the id texts are filled up
+    """`depth` blocks on tokens of `width`, with `num_heads` heads and MLPs of width `hidden`, whose nonlinearity is
+    `activation`; `norm_eps` is of their norms. `vocabulary` counts the ids, `context` the tokens of a text.
+    `eot` None finds EOT as the largest id of a text, as OpenAI's program does. `pad` is the id texts are filled up
     with. `projection` is the width of the space shared with pictures, None for a file without the matrix to it."""
 
     width: int = 768
@@ -74,7 +76,7 @@ CLIP_TINY = CLIPTextConfig(width=32, depth=3, num_heads=2, hidden=64, projection
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTowersConfig:
-    """What a system reads prompts with: one tower, or several side by side.
+    """What a system reads prompts with: `towers`, one, or several side by side.
 
     Tokens are the states after all layers but the last `skip`, through the final norm if `normed`; `skip` 1 is what
     users call clip skip 2. `zero_empty` gives zeros for an empty prompt.

@@ -24,8 +24,8 @@ IMAGENET = Path(__file__).parent.parent / "weights" / "imagenet" / "classes.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsConfig:
-    """`names` are those of each class, with commas between; without any, 1000 classes are taken for ImageNet's. With 0
-    classes there is nothing to be said: prompts are empty."""
+    """A caption is one of `num_classes`. `names` are those of each class, with commas between; without any, 1000
+    classes are taken for ImageNet's. With 0 classes there is nothing to be said: captions are empty."""
 
     type: Literal["labels"] = "labels"
     num_classes: int = 1000

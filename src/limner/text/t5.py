@@ -38,7 +38,8 @@ AT_ONCE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """`hidden` is the width of the MLPs, `head_width` that of a head. Half of `buckets` are for what lies before, half
+    """`depth` blocks on tokens of `width`, with `num_heads` heads. `hidden` is the width of the MLPs, `head_width` that
+    of a head. `vocabulary` counts the pieces of words. Half of `buckets` are for what lies before, half
     for what lies after; distances of `max_distance` and more share the last of each."""
 
     width: int = 4096

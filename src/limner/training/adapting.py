@@ -83,6 +83,11 @@ class Beside(nn.Module, ABC):
         """As the model does."""
         self.base.compile(**how)
 
+    def opened(self, path: Path) -> nn.Module:
+        """What is learned, in a file for users, to begin from."""
+        name = "RUN/checkpoints/step-…/ema.safetensors"
+        raise UsageError(f"init_from={path} is no file of a checkpoint, with which alone this begins: give {name}")
+
     @abstractmethod
     def on(self) -> None:
         """Have the model compute with what is learned."""

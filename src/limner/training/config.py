@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import json
 import math
+import re
+import textwrap
 from collections.abc import Iterable, Iterator
+from functools import cache
+from itertools import pairwise
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass, is_pydantic_dataclass
@@ -46,27 +52,34 @@ class TrainConfig:
     """Or a model that is there, by name, file or folder. An `adapter`, a `word` or a `control` is trained beside it,
     without one its network."""
     adapter: AdapterConfig | None = None
+    """LoRA and its kin, trained beside `model`."""
     word: WordConfig | None = None
+    """A name for what pictures show, trained beside `model`."""
     control: ControlConfig | None = None
+    """A ControlNet or T2I-Adapter, trained beside `model`."""
     distillation: DistillationConfig | None = None
-    """`model` teaches its network, a copy of it, or an `adapter`, to draw with fewer evaluations; see `distilling`."""
+    """`model` teaches its network, a copy of it, or an `adapter`, to draw with fewer evaluations."""
     keep_model_in: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """What the weights of `model` are kept in where they stay as they are; "auto" is what `precision` is."""
     prior: PriorConfig = Field(default_factory=PriorConfig)
     """Pictures of what a `model` knows already, learned beside its own; a step has as many again as `batch_size`."""
     data: DataConfig
     steps: Count
+    """Updates of the weights, from the first to the last."""
     batch_size: Count
     """Images a step, over all processes together."""
     accumulate: Count = 1
     """Parts into which each process cuts its share of a step, to hold one in memory at a time; one update for all."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "muon"] = "adamw"
-    """One for everything, or Muon for the matrices of repeated blocks and AdamW for the rest; see `optimizers`."""
+    """One for everything, or Muon for the matrices of repeated blocks and AdamW for the rest."""
     loss: Objective = Field(default_factory=Objective)
     """Of diffusion and flows."""
     lr: Positive = 3e-4
+    """The learning rate, after `warmup`."""
     betas: tuple[Beta, Beta] = (0.9, 0.99)
+    """What the optimizer's averages of gradients and of their squares keep of themselves a step."""
     eps: Positive = 1e-8
+    """What the optimizer adds to the root of the latter, not to divide by 0."""
     weight_decay: PositiveOrZero = 0.01
     """Of matrices; vectors and embeddings do not decay."""
     muon_lr_scale: Positive = 1.0
@@ -74,6 +87,7 @@ class TrainConfig:
     warmup: CountOrZero = 0
     """Steps over which the learning rate rises from 0."""
     lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """What becomes of the learning rate after `warmup`, until the last step."""
     lr_final: Fraction = 0.0
     """What the cosine ends at, as a fraction of `lr`."""
     ema_half_life: PositiveOrZero = 50_000.0
@@ -96,26 +110,32 @@ class TrainConfig:
     """Compute the repeated blocks once more on the way back instead of keeping what is inside them (arXiv:1604.06174):
     a third more work for far less memory."""
     compile: bool = False
+    """Compile the repeated blocks first (torch.compile)."""
     cuda_graphs: bool = True
     """On one GPU, record the passes of a diffusion or flow and replay them, which spares a small batch the waiting for
     the host; not with `compile` or `gradient_checkpointing`."""
     seed: CountOrZero = 0
+    """Of all that is drawn at random: first weights, order of the data, noise."""
     log_every: Count = 50
+    """Steps between lines of the log, each the mean of those since the last."""
     sample_every: CountOrZero = 0
     """Steps between sample grids; 0 for none but the last."""
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the pictures that are not learned from, but measured with the averaged weights; by their ids."""
     validate_every: Count = 500
+    """Steps between such measurements."""
     validation_images: Count = 256
     """How many are drawn from them, and with what noise, is the same every time."""
     save_every: Count = 1000
+    """Steps between checkpoints; the last step has one, too."""
     keep: Count = 2
     """How many of the newest checkpoints are kept."""
     sample_prompts: tuple[str, ...] = ()
     """One drawing each in a grid, with a `control` beside its hint; none, no grid, or with a `control` the captions of
     the first pictures."""
     init_from: str = ""
-    """A final weights file, or a checkpoint's model.safetensors or ema.safetensors, to start the weights from."""
+    """A checkpoint's model.safetensors or ema.safetensors to start the weights from, or but for an adapter or a word a
+    final weights file."""
 
     @property
     def file_name(self) -> str:
@@ -150,17 +170,41 @@ def fields_of(config: TrainConfig) -> list[str]:
 
 
 def described(config: TrainConfig) -> list[dict[str, Any]]:
-    """{"field", "type", "value"} of everything that can be changed, in order."""
+    """{"field", "type", "value", "means"} of everything that can be changed, in order."""
     return [
-        {"field": path, "type": _type_at(config, path.split(".")), "value": value}
+        {"field": path, "type": type_, "value": value, "means": means}
         for path, value in _leaves(_plain(config))
+        for type_, means in [_type_and_meaning(config, path.split("."))]
     ]
 
 
-def _type_at(section: Any, path: list[str]) -> str:
+def _type_and_meaning(section: Any, path: list[str]) -> tuple[str, str]:
     head, *rest = path
+    if rest:
+        return _type_and_meaning(getattr(section, head), rest)
     hint = get_type_hints(type(section))[head]
-    return _type_at(getattr(section, head), rest) if rest else _type_words(hint)
+    if get_origin(hint) is Literal and len(get_args(hint)) == 1:
+        return _type_words(hint), "What this section is; it is nothing else"
+    return _type_words(hint), meanings(section.__class__).get(head, "")
+
+
+@cache
+def meanings(section: type) -> dict[str, str]:
+    """What the fields of a section mean: the first sentence below each, or else the first clause of the section's own
+    docstring that has its name in backticks."""
+    found: dict[str, str] = {}
+    for cls in filter(dataclasses.is_dataclass, reversed(section.__mro__)):
+        tree = cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0])
+        for clause in reversed(_split(ast.get_docstring(tree) or "", r"[.;]")):
+            found |= dict.fromkeys(re.findall(r"`(\w+)`", clause), clause)
+        for field, told in pairwise(tree.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(told, ast.Expr):
+                found[ast.unparse(field.target)] = _split(ast.literal_eval(told.value), r"\.")[0]
+    return found
+
+
+def _split(text: str, ends: str) -> list[str]:
+    return [part.rstrip(".;") for part in re.split(rf"(?<={ends})\s+", " ".join(text.split()))]
 
 
 def _type_words(hint: Any) -> str:
@@ -173,7 +217,7 @@ def _type_words(hint: Any) -> str:
         return "list"
     if dataclasses.is_dataclass(hint):
         return "{}"
-    names = {"float": "number", "str": "text", "bool": "true|false"}
+    names = {"float": "number", "str": "text", "bool": "true|false", "NoneType": "null"}
     return names.get(getattr(hint, "__name__", ""), getattr(hint, "__name__", str(hint)))
 
 

@@ -45,10 +45,10 @@ SHOWN = 4
 @dataclass(frozen=True, kw_only=True)
 class ControlConfig:
     """A network that tells a model of a picture, its hint, while it draws, trained beside it; `data.hints` says what
-    the hints are. A ControlNet (arXiv:2302.05543) begins as a copy of the U-Net's way down, or of the first `depth`
-    blocks of a transformer (0: six), and that of icons anew (0: four blocks); a T2I-Adapter (arXiv:2302.08453), for
-    U-Nets, begins anew. A caption is left out with a chance of `caption_dropout`. `bits` are what the file has of
-    its numbers, 8 that of icons alone."""
+    the hints are. `kind` is what it is, a ControlNet or a T2I-Adapter. A ControlNet (arXiv:2302.05543) begins as a copy
+    of the U-Net's way down, or of the first `depth` blocks of a transformer (0: six), and that of icons anew (0: four
+    blocks); a T2I-Adapter (arXiv:2302.08453), for U-Nets, begins anew. A caption is left out with a chance of
+    `caption_dropout`. `bits` are what the file has of its numbers, 8 that of icons alone."""
 
     kind: Literal["controlnet", "t2i_adapter"] = "controlnet"
     depth: int = 0

@@ -52,10 +52,11 @@ DATA, TIME_SCALE = 0.5, 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """`guidance` is one scale, 1 for none, or the least and the most of many that the student is told. Of `consistency`
-    alone: the teacher's trajectory has so many `steps`; the `loss` of a difference d is sqrt(d^2 + huber^2) - huber, or
-    d^2; the target is said by the student's average, which keeps `average` of itself a step, or with 0 by the student.
-    """
+    """`kind` is what is learned: to draw in few steps (`consistency`), or without a second evaluation for guidance.
+    `guidance` is one scale, 1 for none, or the least and the most of many that the student is told. Of `consistency`
+    alone: the teacher's trajectory has so many `steps`; the `loss` of a difference d is sqrt(d^2 + `huber`^2) - huber,
+    or d^2; the target is said by the student's average, which keeps `average` of itself a step, or with 0 by the
+    student."""
 
     kind: Literal["consistency", "guidance"] = "consistency"
     guidance: tuple[float, ...] = (3.0,)

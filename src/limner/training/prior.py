@@ -37,7 +37,7 @@ MOST_KEPT = 4096
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class PriorConfig:
-    """`prompt` names the class ("a dog" where a certain dog is learned); None, and no `folder`, is no prior. So many
+    """`prompt` names the class ("a dog" where a certain dog is learned); None, and no folder, is no prior. So many
     `images` of it are drawn into RUN/prior, picture i with seed i, or they lie in a `folder`, where `prompt` is the
     caption of those without one. Each step has as many of them as own pictures, and its loss is that of the own ones
     plus `weight` times that of these."""
