@@ -149,6 +149,8 @@ class DiffusionConfig:
     small_noise: VPConfig | None = None
     """Of a picture that the network sees beside the latents and enlarges."""
     prediction: Literal["velocity", "x0", "eps", "v", "edm"] = "velocity"
+    learned_variance: bool = False
+    """Whether the second half of what the network says is of the variance, which the sampler ddpm then draws with."""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     defaults: Defaults = _ICONS
 
@@ -260,12 +262,13 @@ STYLES = LabelsConfig(
 )  # fmt: skip
 """Those of the icon data."""
 DDPM_NOISE = VPConfig(betas="linear", first=1e-4, last=0.02, offset=0, to_zero=True)
+IDDPM_NOISE = VPConfig(betas="cosine", offset=0, to_zero=True)
 
 
 def _pixels(name: str, family: str, what: str, **changes: Any) -> tuple[Entry, Entry]:
     """Rows of a system that draws icons in 32 pixels, told a style, and of the same in miniature, told a shape: what
-    differs from DDPM. Changes of `network` and `defaults` are of their fields."""
-    network, defaults = changes.pop("network", {}), changes.pop("defaults", {})
+    differs from DDPM. Changes of `network` and `defaults` are of their fields, those of `tiny` of its network."""
+    network, defaults, less = (changes.pop(name, {}) for name in ("network", "defaults", "tiny"))
     usual: dict[str, Any] = {"interpolant": DDPM_NOISE, "prediction": "eps"}
     drawn: dict[str, Any] = {"steps": 50, "sampler": "ddim", "schedule": "auto", "guidance": 1.0}
     row = DiffusionConfig(
@@ -274,7 +277,7 @@ def _pixels(name: str, family: str, what: str, **changes: Any) -> tuple[Entry, E
         defaults=replace(_TINY, **drawn | defaults),
     )  # fmt: skip
     tiny = replace(
-        row, name=f"{name}-tiny", network=replace(UNET_TINY_PIXELS, widths=(24, 48), num_classes=41, **network),
+        row, name=f"{name}-tiny", network=replace(UNET_TINY_PIXELS, **{"widths": (24, 48), "num_classes": 41} | network | less),
         text_encoder=_SHAPES, defaults=replace(row.defaults, width=16, height=16),
     )  # fmt: skip
     return (
@@ -407,6 +410,25 @@ CATALOG = {
             interpolant=dit.NOISE,
         ),
         *_pixels("ddpm", "DDPM", "eps of 1,000 timesteps"),
+        *_pixels(
+            "iddpm",
+            "Improved DDPM",
+            "a cosine of noise, learned variances",
+            network={"out_channels": 6, "scale_shift": True, "num_heads": 4},
+            interpolant=IDDPM_NOISE,
+            learned_variance=True,
+        ),
+        *_pixels(
+            "adm",
+            "ADM",
+            "more heads, blocks that resample",
+            network={
+                "out_channels": 6, "scale_shift": True, "resample": "block", "num_heads": 0, "head_width": 64,
+                "depths": (0, 1, 1, 0), "eps": 1e-5, "sines_first": False, "freq_shift": 0,
+            },
+            tiny={"depths": (0, 1), "head_width": 24},
+            learned_variance=True,
+        ),
         *_pixels(
             "edm",
             "EDM",
@@ -593,6 +615,12 @@ def check(config: DiffusionConfig) -> None:
         pooled = minilm_width if text == "minilm" else pooled
         if network.pooled_width != pooled:
             raise UsageError(f"network.pooled_width={network.pooled_width}, but the text encoder's vector has {pooled}")
+    says = getattr(network, "out_channels", 0)
+    if config.learned_variance and (says != 2 * latent or not isinstance(config.interpolant, VPConfig)):
+        raise UsageError(
+            f"learned_variance is of steps between timesteps (interpolant.type=vp), and takes the second half of "
+            f"network.out_channels={2 * latent}, not {says}"
+        )
     if (config.prediction, config.interpolant) == ("eps", "flow"):
         raise UsageError("prediction=eps says nothing at the noisy end of interpolant=flow: take velocity, v or x0")
 
@@ -669,6 +697,7 @@ def build(
         caption_dropout=config.caption_dropout,
         small_noise=None if config.small_noise is None else discrete(config.small_noise),
         looks=config.looks,
+        learned_variance=config.learned_variance,
     )
 
 

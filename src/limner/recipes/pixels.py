@@ -34,6 +34,17 @@ def ddpm() -> TrainConfig:
     )
 
 
+def iddpm() -> TrainConfig:
+    """Noise by a cosine, and a variance that is learned beside (arXiv:2102.09672): L_hybrid."""
+    config = catalog.entry("iddpm").config
+    return replace(ddpm(), name="iddpm", system=config, loss=Objective(variance_weight=0.001))
+
+
+def adm() -> TrainConfig:
+    """ADM's U-Net (arXiv:2105.05233, section 3) and L_hybrid, on the noise of DDPM."""
+    return replace(iddpm(), name="adm", system=catalog.entry("adm").config)
+
+
 def edm() -> TrainConfig:
     """The same network inside EDM's preconditioning, at a log-normal sigma (arXiv:2206.00364)."""
     return replace(ddpm(), name="edm", system=catalog.entry("edm").config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from limner.errors import CheckpointMismatch, UsageError
 from limner.models import flux, ip_adapter, tiling, unet
 from limner.models.unet import Residuals, UNet, UNetConfig, micro_conditioning
 from limner.nn.graphs import Graphs, compile_blocks
-from limner.sampling import compat, samplers, schedules
+from limner.sampling import bounds, compat, samplers, schedules
 from limner.sampling.guidance import Combine, Guidance, classifier_free, combining, composed, guided, on_first, within
 from limner.sampling.interpolants import Discrete, Interpolant, Preconditioned
 from limner.sampling.predictions import Prediction
@@ -230,8 +231,9 @@ class DiffusionSystem(nn.Module):
         caption_dropout: float = 0.1,
         small_noise: Discrete | None = None,
         looks: bool = False,
+        learned_variance: bool = False,
     ) -> None:
-        """`looks` is whether the network takes pictures to look at, as FLUX.1 Kontext does."""
+        """`learned_variance` is as `limner.catalog.DiffusionConfig` has it, `looks` is whether the network takes pictures to look at, as FLUX.1 Kontext does."""
         super().__init__()
         self.small_noise = small_noise
         self.graphs = Graphs()
@@ -243,6 +245,7 @@ class DiffusionSystem(nn.Module):
         self.grid = self.autoencoder.factor
         self.unit: int = self.grid * getattr(network.config, "patch", 1)
         """What widths and heights are multiples of, in pixels."""
+        self.learned_variance = learned_variance
         self.looks = looks
         """As for `limner.catalog.DiffusionConfig`."""
         config: Any = network.config
@@ -308,15 +311,34 @@ class DiffusionSystem(nn.Module):
             cond = replace(cond, guidance=self.told_guidance(torch.ones(n, device=device)))
         target = self.prediction.target(x0, eps, alpha, level)
         asked = {"x": x, "t": t, "cond": cond, "target": target, "alpha": alpha, "sigma": level}
+        if self.objective.variance_weight:
+            assert isinstance(self.interpolant, Discrete)
+            asked |= bounds.step(self.interpolant, t)
         return asked | {name: batch[name] for name in ("mask", "weight") if name in batch}
 
     def error(self, examples: dict[str, Any], more: More = lambda x, t, cond: ()) -> dict[str, Tensor]:
         """The loss of the network's answers to `examples`. `more` gives what the network is told besides."""
         judged = dict(examples)
         asked = judged.pop("x"), judged.pop("t"), judged.pop("cond")
-        output = self.network(*asked, *more(*asked))
-        output = output[:, : judged["target"].shape[1]]  # a variance beside it is not learned
-        return {"loss": self.objective.error(output.float(), prediction=self.prediction, **judged)}
+        step = {name: judged.pop(name) for name in bounds.STEP if name in judged}
+        output, variance = self.network(*asked, *more(*asked)).float().tensor_split([judged["target"].shape[1]], dim=1)
+        error = self.objective.error(output, prediction=self.prediction, **judged)
+        if not step:
+            return {"loss": error}
+        bits = self.bound(asked[0], output.detach(), variance, judged, **step)
+        return {"loss": error + self.objective.variance_weight * bits, "error": error, "bits": bits}
+
+    def bound(
+        self, x: Tensor, output: Tensor, variance: Tensor, judged: dict[str, Tensor], small: Tensor, large: Tensor,
+        kept: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Bits a dimension of the steps of the whole chain, as those of this batch are (arXiv:2102.09672, section 3.1):
+        the variance lies between the `small` and the `large`, along a line in the logarithm, where the network says."""
+        alpha, sigma = judged["alpha"], judged["sigma"]
+        x = x.float() / self.interpolant.input_scale(sigma)
+        x0, said = (self.prediction.to_x0(one, x, alpha, sigma) for one in (judged["target"], output))
+        nats = bounds.nats(x0, said, torch.lerp(small, large, (variance + 1) / 2), small, kept)
+        return nats.mean() * len(self.interpolant.sigmas) / math.log(2)  # type: ignore[attr-defined]
 
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         return list(self.network.parameters())
@@ -610,6 +632,7 @@ class DiffusionSystem(nn.Module):
         spoilt: Denoise | None = None,
         pictured: bool = False,
         reference: Latents | None = None,
+        variance: dict[float, Tensor] | None = None,
     ) -> Denoise:
         """The denoiser a solver asks, guided by `combine` (None is not at all) within an `interval`: a row of the
         network for each part and the negative prompt of a picture there, one row elsewhere and without guidance if
@@ -617,7 +640,8 @@ class DiffusionSystem(nn.Module):
         `controls` gives those of the step, each with what it saw of its picture. `network` stands for this system's
         own; `against` says what the negative prompt would, and `spoilt` what guidance pushes away from besides.
         `pictured` asks for one row more, of the negative prompt with nothing beside, for `combine`. `reference` are
-        latents that the network looks at.
+        latents that the network looks at. In `variance` is left what the network said of it, of each sigma, where it
+        learned to: 0 for DDPM's smaller to 1 for its larger.
         """
         network = self.network if network is None else network
         first = next(network.parameters())
@@ -647,7 +671,10 @@ class DiffusionSystem(nn.Module):
             asked: tuple[Any, ...] = (seen, clock(network, len(x), cond), cond, *told)
             # a copy of the network would be recorded anew in each drawing
             output = self.graphs(network, *asked) if network is self.network else network(*asked)
-            output = output[:, : x.shape[1]].to(x.dtype)  # without a variance that was learned beside
+            output, beside_it = output.to(x.dtype).tensor_split([x.shape[1]], dim=1)
+            if variance is not None:
+                variance.clear()
+                variance[sigma] = (beside_it[: rows or None] + 1) / 2
             return self.prediction.to_x0(output, x, self.interpolant.alpha(sigma), sigma)
 
         def pair(x: Tensor, sigma: float) -> tuple[Tensor, ...]:
@@ -767,6 +794,7 @@ class DiffusionSystem(nn.Module):
         controls = [[(one, self.see(one, hint, place)) for one, hint in told] for place in places]
         steps, last = 0, len(sigmas) - 1
         newest = x
+        variance: dict[float, Tensor] | None = {} if self.learned_variance and len(places) == 1 else None
 
         there = contextlib.ExitStack()
         if self.works_on is not None:
@@ -804,13 +832,15 @@ class DiffusionSystem(nn.Module):
             against, spoilt = None, plain(system, prompts, perturbed(system)) if request.pag_scale else None
             if system.unguided(request):
                 return system.denoiser(
-                    prompts, push, interval, times, near, *sees(system), None, spoilt, reference=reference
-                )
+                    prompts, push, interval, times, near, *sees(system), None, against=spoilt, reference=reference,
+                    variance=variance,
+                )  # fmt: skip
             if prompts.guide is not None:
                 assert system.guide is not None
                 against = plain(system.guide, prompts.guide)
             pictured = request.image_guidance != 1
             more: Any = {"against": against, "spoilt": spoilt, "pictured": pictured, "reference": reference}
+            more["variance"] = variance
             return system.denoiser(prompts, combine[tile], interval, times, near, *sees(system), **more)
 
         def on_step(done: int, total: int) -> None:
@@ -833,7 +863,8 @@ class DiffusionSystem(nn.Module):
             attached.enter_context(there)
             for system in seeing:
                 attached.enter_context(ip_adapter.attached(system.network, references))
-            x = sampler(denoise, x, sigmas, self.interpolant, noise=draw, on_step=on_step)
+            told_too: Any = {} if variance is None else {"spread": variance.__getitem__}
+            x = sampler(denoise, x, sigmas, self.interpolant, noise=draw, on_step=on_step, **told_too)
         if self.works_on is not None:
             for network in (*(c.network for c in request.control), *(r.network for r in apart)):
                 network.cpu()

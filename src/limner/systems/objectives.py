@@ -26,6 +26,10 @@ class Objective:
     """Standard deviation of the noise that all pixels of a channel share, added to their own, so that a network learns
     to move the mean of a picture (crosslabs.org/blog/diffusion-with-offset-noise; 0.1 there)."""
 
+    variance_weight: Annotated[float, Field(ge=0)] = 0.0
+    """How much the variational bound, in bits a dimension, counts beside the error, by which a variance is learned
+    (lambda of L_hybrid, arXiv:2102.09672, equation 16; 0.001 there); 0 learns none."""
+
     def noise(self, x0: Tensor, generator: torch.Generator) -> Tensor:
         """eps for latents `x0` (b, c, h, w)."""
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
