@@ -68,10 +68,10 @@ def variational_bits(
     and 13), with one draw of noise from `generator`, a CPU's, for each term.
 
     `variance` of the steps is beta tilde (`small`), beta (`large`), or what the denoiser says beside x0, as `spread` of
-    the samplers: 0 to 1, at the same sigma just asked for (arXiv:2102.09672, equation 15). With `every` k one
-    timestep, in the middle, stands for k of them, but the first 1 + k for themselves, where most is lost: an estimate of
-    the bound in less time. The bound of a shorter chain is that of a `Discrete` of fewer sigmas. `clip` keeps x0 in [-1, 1], as both papers do. Raises
-    UsageError.
+    the samplers: 0 to 1, at the same sigma just asked for (arXiv:2102.09672, equation 15). With `every` k one timestep,
+    in the middle, stands for k of them, but the first 1 + k for themselves, where most is lost: an estimate of the
+    bound in less time. The bound of a shorter chain is that of a `Discrete` of fewer sigmas. `clip` keeps x0 in
+    [-1, 1], as both papers do. Raises UsageError.
     """
     if not isinstance(interpolant, Discrete):
         raise UsageError("the variational bound counts timesteps, which this model does not have: take flow_bits")
