@@ -255,8 +255,11 @@ def test_hutchinsons_estimate_is_right_on_average_and_exact_where_it_is_told_to_
 
 def test_bits_of_the_flow_are_the_entropy_of_a_perfect_model():
     """But for what even noise in a bin costs, a little here, where a bin is a twentieth of the deviation."""
-    images = pictures(6)
-    found = flow_bits(mixture(Flow()), images, Flow(), generator(), solver="rk4", steps=80)
+    images, seen = pictures(6), []
+    denoise = lambda x, sigma: (seen.append(x.detach()), mixture(Flow())(x, sigma))[1]  # noqa: E731
+    found = flow_bits(denoise, images, Flow(), generator(), solver="rk4", steps=80)
+    within = (seen[0] / Flow().alpha(Flow().from_ratio(1e-3)) - images) / BIN
+    assert (within.min().item(), within.max().item()) == (pytest.approx(-0.5, abs=0.01), pytest.approx(0.5, abs=0.01))
     assert found.bits.mean().item() == pytest.approx(true_bits(images).mean().item(), abs=2e-3)
     assert found.bits.shape == (6,)
 

@@ -30,8 +30,9 @@ def rk4(slope: Slope, y: Tensor, start: float, end: float) -> Tensor:
 
 
 def dopri5(slope: Slope, y: Tensor, start: float, end: float, rtol: float = 1e-5, atol: float = 1e-5) -> Tensor:
-    """The pair of orders 5 and 4 of Dormand and Prince (1980), by torchdiffeq: steps as long as let the root mean
-    square of the error of y, of which a row may be allowed more for another's less, stay below atol + rtol |y|.
+    """The pair of orders 5 and 4 of Dormand and Prince (1980), by torchdiffeq: steps as long as let their errors, in
+    parts of atol + rtol |y|, stay below 1, as a root mean square over all of y. So what a row is given depends, within
+    that, on those beside it.
 
     Raises MissingExtra, and UsageError for tolerances that cannot be kept.
     """

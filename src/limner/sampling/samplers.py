@@ -83,8 +83,8 @@ def dopri5(
     **told: Unpack[Told],
 ) -> Tensor:
     """`odes.dopri5` on dx/dsigma, as score SDE and SiT draw (arXiv:2011.13456, section 4.3): the tolerances choose the
-    steps, so `sigmas` only say where to begin and to end, and when progress is told. To 0 it goes from the last level
-    or, where that is higher, from the interpolant's lowest, by Euler's step. Raises MissingExtra, UsageError."""
+    steps, so `sigmas` only say where to begin and to end, and when progress is told. The step to 0 is Euler's, from the
+    interpolant's lowest level or from that of `sigmas` where it is lower. Raises MissingExtra, UsageError."""
     levels = _steps(sigmas, told)
     _, due = next(levels)
 
@@ -321,8 +321,8 @@ def invert(
     right to first order.
 
     With `iterations` each step is solved for the x that a step of `ddim` takes back where it came from, to `tolerance`
-    of its greatest entry, by iteration from that guess (arXiv:2309.04907). Raises UsageError if so many
-    are too few.
+    of its greatest entry, by iteration from that guess (arXiv:2309.04907). Raises UsageError if so many are too few,
+    as they always are where one step from much noise goes to data: no noise may have that answer.
     """
     for following, sigma in _reported([*itertools.pairwise(sigmas[::-1])], told):
         alpha, above = interpolant.alpha(following), interpolant.alpha(sigma)
@@ -330,7 +330,7 @@ def invert(
             guess = _moved(x, denoise(x, following), following, sigma, interpolant)
         else:  # where eps has no answer: with that of the same picture under no noise yet at the higher end
             guess = above * x + above * (x - denoise(above * x, sigma))
-        rate = above / alpha if above > 0 else sigma / following  # of a step of ddim that is, in x, either way
+        rate = above / alpha if above > 0 else sigma / following  # more than x there moves with x here
         for _ in range(iterations):
             error = x - _moved(guess, denoise(guess, sigma), sigma, following, interpolant)
             if error.abs().max() <= tolerance * x.abs().max():
