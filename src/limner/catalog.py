@@ -59,7 +59,7 @@ from limner.models.unet import (
 from limner.nn.linear import Linear
 from limner.nn.quantized import Quantized, of_bytes, quantize_
 from limner.sampling import interpolants, predictions
-from limner.sampling.interpolants import SMALL_NOISE, EDMConfig, FlowConfig, VPConfig, discrete
+from limner.sampling.interpolants import SMALL_NOISE, EDMConfig, FlowConfig, SDEConfig, VPConfig, discrete
 from limner.systems import previews
 from limner.systems.autoencoding import AdversarialAutoencodingSystem, AdversarialConfig, AutoencodingSystem
 from limner.systems.diffusion import DiffusionSystem
@@ -143,7 +143,7 @@ class DiffusionConfig:
     text_encoder: Literal["minilm"] | CLIPTowersConfig | LabelsConfig | SD3TextConfig | FluxTextConfig = "minilm"
     text_encoder_from: str = ""
     max_tokens: int = 24
-    interpolant: Literal["flow", "edm"] | VPConfig | EDMConfig | FlowConfig = "flow"
+    interpolant: Literal["flow", "edm"] | VPConfig | EDMConfig | FlowConfig | SDEConfig = "flow"
     looks: bool = False
     """Whether the network takes pictures to look at (FLUX.1 Kontext)."""
     small_noise: VPConfig | None = None

@@ -23,7 +23,7 @@ from limner.adapters import control as controls
 from limner.errors import Assumed, FileProblem, Ignored, UnknownName, UsageError
 from limner.models import tiling
 from limner.sampling import compat as programs
-from limner.sampling import samplers, schedules
+from limner.sampling import odes, samplers, schedules
 from limner.sampling.guidance import WAYS
 from limner.sampling.interpolants import EDM
 from limner.systems.diffusion import DiffusionSystem
@@ -621,6 +621,8 @@ def check(
     ]
     sampler, fused = names.split(defaults.sampler if sampler is None else sampler)
     sampler = samplers.find(sampler)
+    if sampler == "dopri5":
+        odes.require()
     if compat and compat not in programs.PROGRAMS:
         raise UnknownName("program", str(compat), programs.PROGRAMS)
     if noise_delta and not (compat or "").startswith("a1111"):

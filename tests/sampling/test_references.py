@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -99,6 +100,30 @@ def test_a_solver_is_diffusers(name, steps, monkeypatch, double):
         real = x / VP.input_scale(sigma) if variance_preserving else x
         x = theirs.step((real - denoise(real, sigma)) / sigma, t, x, return_dict=False)[0]
     assert (ours - x.flatten()).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("kind", ["fixed_large", "learned_range"])
+def test_other_variances_of_ddpm_are_diffusers(kind, monkeypatch, double):
+    """A network says what is learned beside eps, from -1 to 1, the denoiser from 0 to 1. (The last timestep is 0 here:
+    after another diffusers adds noise to x0.)"""
+    model, learned = replace(VP, offset=0), kind == "learned_range"
+    theirs = diffusers.DDPMScheduler(**{**TABLE, "steps_offset": 0}, clip_sample=False, variance_type=kind)
+    theirs.alphas_cumprod = 1 / (torch.tensor(model.sigmas, dtype=torch.float64) ** 2 + 1)
+    theirs.set_timesteps(10)
+    numbers = noise()
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: numbers()[None, :, None])
+    sigmas = schedules.plan("leading", "ddpm", 10, model)
+    said = {sigma: torch.sin(7 * sigma + torch.arange(9.0, dtype=torch.float64)) for sigma in sigmas}
+    told = {"spread": lambda sigma: (said[sigma] + 1) / 2} if learned else {}
+    denoise, x = mixture_denoiser(model), begin(model, sigmas[0])
+    ours = samplers.get("ddpm" if learned else "ddpm_large")(denoise, x, sigmas, model, noise=noise(), **told)
+    y = (x * model.input_scale(sigmas[0]))[None, :, None]
+    for t in theirs.timesteps:
+        sigma = model.sigmas[int(t)]
+        real = y / model.input_scale(sigma)
+        output = [(real - denoise(real, sigma)) / sigma, *([said[sigma][None, :, None]] if learned else [])]
+        y = theirs.step(torch.cat(output, dim=1), t, y, return_dict=False)[0]
+    assert (ours - y.flatten()).abs().max() < 1e-8
 
 
 def a1111_restart(denoise, x: Tensor, sigmas: list[float], draw: Callable[..., Tensor]) -> Tensor:

@@ -69,6 +69,7 @@ def order(name: str, interpolant: Interpolant) -> float:
     ("name", "expected"),
     [
         *(("euler", 1), ("ddim", 1), ("heun", 2), ("dpm2", 2), ("dpmpp_2m", 2), ("res_multistep", 2), ("deis", 2)),
+        ("rk4", 4),
         ("unipc", 3),  # two, and the corrector's one
     ],
 )
@@ -83,6 +84,56 @@ def test_euler_is_ddim_without_noise(interpolant, schedule):
     one = samplers.euler(denoise, x, sigmas, interpolant)
     other = samplers.ddim(denoise, x, sigmas, interpolant)
     assert (one - other).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("interpolant", BOTH, ids=lambda i: i.name)
+def test_dopri5_errs_as_much_as_it_is_let(interpolant):
+    """And asks more often the less that is."""
+    pytest.importorskip("torchdiffeq")
+    sigmas, asked = grid(interpolant, 4), []
+    denoise, x = mixture_denoiser(interpolant), begin(interpolant, grid(interpolant, 1)[0])
+    exact = samplers.rk4(denoise, x, grid(interpolant, 320), interpolant)
+    counted = lambda x, sigma: (asked.append(sigma), denoise(x, sigma))[1]  # noqa: E731
+    counts, errors = [], []
+    for tolerance in (1e-4, 1e-6):
+        asked.clear()
+        end = samplers.dopri5(counted, x, sigmas, interpolant, rtol=tolerance, atol=tolerance)
+        errors.append((end - exact).abs().max().item())
+        counts.append(len(asked))
+    assert errors[1] < 5e-5 < 5e-4 < errors[0] < 5e-3
+    assert counts[0] < counts[1] < 200
+    with pytest.raises(UsageError, match=r"rtol=0 and atol=0\.1: give numbers from 0 to 1"):
+        samplers.dopri5(denoise, x, sigmas, interpolant, rtol=0, atol=0.1)
+    with pytest.raises(UsageError, match="'dopri5' cannot keep rtol=1e-05"):
+        samplers.dopri5(lambda x, sigma: x / 0, x, sigmas, interpolant)
+
+
+@pytest.mark.parametrize("interpolant", [EDM(), Flow(), VP], ids=lambda i: i.name)
+def test_an_inverted_picture_comes_back_the_nearer_the_more_steps_there_are(interpolant):
+    x0 = torch.tensor([-1.3, -0.8, 0.1, 0.6, 1.4, 2.2], dtype=torch.float64)
+    denoise, errors = mixture_denoiser(interpolant), []
+    for steps in (40, 80, 160):
+        sigmas = [*grid(interpolant, steps), 0.0]
+        seen = []
+        x = samplers.invert(denoise, x0, sigmas, interpolant, on_step=lambda *done: seen.append(done))  # noqa: B023
+        assert seen == [(i, steps + 1) for i in range(1, steps + 2)]
+        errors.append((samplers.ddim(denoise, x, sigmas, interpolant) - x0).abs().max().item())
+    assert errors[0] < 0.5
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.3)
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize(("interpolant", "schedule"), [(EDM(), "karras"), (Flow(), "uniform"), (VP, "trailing")])
+def test_steps_inverted_by_iteration_are_undone_exactly(interpolant, schedule):
+    """Also that from sigma = 0, and that to alpha = 0; without iteration they are not."""
+    x0 = torch.tensor([-1.3, -0.8, 0.1, 0.6, 1.4, 2.2], dtype=torch.float64)
+    sigmas, denoise = schedules.get(schedule)(50, interpolant), mixture_denoiser(interpolant)
+    x = samplers.invert(denoise, x0, sigmas, interpolant, iterations=200, tolerance=1e-12)
+    assert (samplers.ddim(denoise, x, sigmas, interpolant) - x0).abs().max() < 1e-6
+    plain = samplers.invert(denoise, x0, sigmas, interpolant)
+    assert (samplers.ddim(denoise, plain, sigmas, interpolant) - x0).abs().max() > 1e-3
+    with pytest.raises(UsageError, match="is not inverted after 1 iterations: ask for more"):
+        samplers.invert(denoise, x0, sigmas, interpolant, iterations=1, tolerance=1e-12)
 
 
 def test_flow_euler_follows_the_velocity():
@@ -142,7 +193,7 @@ def test_dpmpp_2m_is_its_sde_without_noise(interpolant):
     assert (one - other).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("name", ["euler_a", "dpmpp_2m_sde", "restart"])
+@pytest.mark.parametrize("name", ["euler_a", "ddpm_large", "dpmpp_2m_sde", "restart"])
 def test_a_stochastic_solver_keeps_the_variance_of_a_gaussian(name):
     """Data N(0, 1) has x0 = x * alpha / (alpha^2 + sigma^2); samples must come out with variance 1, but for the bias of
     400 steps, which is first order for `euler_a` (0.054 at 100 steps)."""
@@ -164,6 +215,8 @@ def test_every_solver_reports_each_step_and_ends_on_the_data(name, interpolant):
         with pytest.raises(UsageError, match="'tcd' counts timesteps"):
             samplers.tcd(lambda x, s: x, torch.ones(4), [1.0, 0.0], interpolant)
         return
+    if name == "dopri5":
+        pytest.importorskip("torchdiffeq")
     seen = []
     target = torch.full((4,), 0.25, dtype=torch.float64)
     noise = lambda: torch.ones(4, dtype=torch.float64)  # noqa: E731

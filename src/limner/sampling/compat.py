@@ -31,9 +31,10 @@ TIMED = frozenset({"ddim", "plms", "unipc"})
 """Solvers that A1111 took from Latent Diffusion, with timesteps of their own, and not from k-diffusion."""
 SHORTENED = {"a1111": frozenset({"dpm2", "dpm2_a", "dpmpp_3m_sde"}), "comfyui": frozenset({"dpm2", "dpm2_a", "unipc"})}
 """Solvers for which they drop the level before the last of a schedule of one step more."""
+_OURS = ("ddpm_large", "rk4", "dopri5", "pc", "pc_a")
 OTHERS = {
-    "a1111": frozenset({"unipc", "lcm", "tcd", "deis", "res_multistep", "ddpm", "flow_euler"}),
-    "comfyui": frozenset({"unipc", "tcd", "deis", "plms", "restart", "flow_euler"}),
+    "a1111": frozenset({"unipc", "lcm", "tcd", "deis", "res_multistep", "ddpm", "flow_euler", *_OURS}),
+    "comfyui": frozenset({"unipc", "tcd", "deis", "plms", "restart", "flow_euler", *_OURS}),
 }
 """Solvers with other formulas there, or none."""
 SCHEDULES = {

@@ -4,7 +4,7 @@ Two cases carry every diffusion and flow model (design after k-diffusion's EDM c
 `EDM` has alpha = 1 and sigma from 0 to infinity, `Flow` has alpha = 1 - sigma and sigma from 0 to 1 (rectified flow,
 SD3, FLUX; `Shifted` is one whose schedules are moved). Both are straight lines in sigma, so dx/dsigma = (x - x0) /
 sigma in either. `Discrete` is EDM for networks that were trained at numbered timesteps and see x with its variance kept
-at one (DDPM, Stable Diffusion).
+at one (DDPM, Stable Diffusion), and `SDE` one for networks of a continuous time (score SDE).
 """
 
 from __future__ import annotations
@@ -91,6 +91,31 @@ class FlowConfig:
         return math.exp(self.least + (tokens - 256) / (4096 - 256) * (self.most - self.least))
 
 
+@dataclass(frozen=True, kw_only=True)
+class SDEConfig:
+    """The noise of a stochastic differential equation in a continuous time t from 0 to 1 (score SDE, arXiv:2011.13456,
+    equation 29 and appendix C): `vp` and `subvp` of beta(t) even from `beta_min` to `beta_max`, whose integral B leaves
+    e^(-B/2) of x0 under noise of which 1 - e^-B is the variance or, of a `subvp`, the deviation; `ve` of sigma(t) from
+    `sigma_min` to `sigma_max`, geometrically (published for pixels in [0, 1]: those of ours want twice as much).
+    Nothing is learned or drawn at times below `floor`: published as 1e-5 to learn, and 1e-3 to draw a `vp`."""
+
+    type: Literal["sde"] = "sde"
+    kind: Literal["vp", "subvp", "ve"] = "vp"
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    floor: float = 1e-5
+
+    def __post_init__(self) -> None:
+        betas, sigmas = (self.beta_min, self.beta_max), (self.sigma_min, self.sigma_max)
+        if not (0 < betas[0] <= betas[1] <= 60 and 0 < sigmas[0] < sigmas[1] < 1e6 and 1e-6 <= self.floor < 0.5):
+            raise UsageError(
+                f"no SDE has betas {betas[0]:g} to {betas[1]:g}, sigmas {sigmas[0]:g} to {sigmas[1]:g} "
+                f"and times from {self.floor:g} on"
+            )
+
+
 @pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Times:
     """At which times u in (0, 1), from data to noise, a network learns, by their `kind`: `default` as the interpolant
@@ -140,6 +165,10 @@ class Interpolant:
         """What the network is told of sigma. `linear`: of one that lies between two timesteps linearly, as those of
         the schedule `linspace` do, not in its logarithm."""
         return sigma
+
+    def own_scale(self, sigma: float) -> float:
+        """What x is multiplied by to be in the coordinates of the process's own paper."""
+        return 1.0
 
     def start(self, eps: Tensor, sigma: float) -> Tensor:
         """Where sampling from nothing begins."""
@@ -244,6 +273,9 @@ class Discrete(EDM):
     def input_scale(self, sigma: Level) -> Level:
         return (sigma * sigma + 1) ** -0.5
 
+    def own_scale(self, sigma: float) -> float:
+        return self.input_scale(sigma)
+
     def time(self, sigma: float, linear: bool = False) -> float:
         i = min(max(bisect_left(self.sigmas, sigma), 1), len(self.sigmas) - 1)
         low, high = self.sigmas[i - 1 : i + 1]
@@ -277,6 +309,56 @@ class Discrete(EDM):
             even = replace(times, kind="uniform") if times.kind == "default" else times
             t = (even.draw(count, generator, device) * steps).long().clamp(max=steps - 1)
         return t, torch.tensor(self.sigmas, device=device)[t]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SDE(EDM):
+    """The process of an `SDEConfig` in EDM's coordinates, which is its own divided by its alpha: sigma is the root of
+    e^B - 1 of a `vp`, 2 sinh(B/2) of a `subvp`. A network sees x in the process's own coordinates, and is told 999 t,
+    or log sigma of a `ve` (as in its authors' code)."""
+
+    config: SDEConfig
+
+    def at(self, t: Tensor) -> Tensor:
+        """The sigmas of times from 0 to 1."""
+        how = self.config
+        if how.kind == "ve":
+            return how.sigma_min * (how.sigma_max / how.sigma_min) ** t
+        integral = how.beta_min * t + (how.beta_max - how.beta_min) / 2 * t * t
+        return integral.expm1().sqrt() if how.kind == "vp" else 2 * (integral / 2).sinh()
+
+    def clock(self, sigma: float) -> float:
+        """The inverse of `at`."""
+        how = self.config
+        if how.kind == "ve":
+            return math.log(sigma / how.sigma_min) / math.log(how.sigma_max / how.sigma_min)
+        integral = math.log1p(sigma**2) if how.kind == "vp" else 2 * math.asinh(sigma / 2)
+        root = math.sqrt(how.beta_min**2 + 2 * (how.beta_max - how.beta_min) * integral)
+        return 2 * integral / (how.beta_min + root)
+
+    def own_scale(self, sigma: float) -> float:
+        return self.input_scale(sigma)
+
+    def input_scale(self, sigma: Level) -> Level:
+        if self.config.kind == "subvp":
+            return (sigma / 2 + (sigma * sigma / 4 + 1) ** 0.5) ** -1
+        return (sigma * sigma + 1) ** -0.5 if self.config.kind == "vp" else sigma * 0 + 1
+
+    def time(self, sigma: float, linear: bool = False) -> float:
+        return math.log(sigma) if self.config.kind == "ve" else 999 * self.clock(sigma)
+
+    def start(self, eps: Tensor, sigma: float) -> Tensor:
+        """Noise alone: of a `ve` as much as sigma says, of the others that of unit variance in their coordinates."""
+        return sigma * eps if self.config.kind == "ve" else eps / self.input_scale(sigma)
+
+    def draw(
+        self, count: int, generator: torch.Generator, device: torch.device, times: Times = AS_EVER
+    ) -> tuple[Tensor, Tensor]:
+        """Times alike from `floor` to 1 (arXiv:2011.13456, equation 7)."""
+        even = replace(times, kind="uniform") if times.kind == "default" else times
+        t = self.config.floor + (1 - self.config.floor) * even.draw(count, generator, device)
+        sigma = self.at(t)
+        return (sigma.log() if self.config.kind == "ve" else 999 * t), sigma
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,10 +411,18 @@ def discrete(config: VPConfig) -> Discrete:
     )  # fmt: skip
 
 
+def continuous(config: SDEConfig) -> SDE:
+    made = SDE(name=f"sde_{config.kind}", config=config)
+    low, high = made.at(torch.tensor([config.floor, 1.0], dtype=torch.float64)).tolist()
+    return replace(made, sigma_max=high, ratio_min=low, ratio_max=high)
+
+
 INTERPOLANTS: dict[str, Interpolant] = {"edm": EDM(), "flow": Flow()}
 
 
-def get(name: str | VPConfig | EDMConfig | FlowConfig) -> Interpolant:
+def get(name: str | VPConfig | EDMConfig | FlowConfig | SDEConfig) -> Interpolant:
+    if isinstance(name, SDEConfig):
+        return continuous(name)
     if isinstance(name, FlowConfig):
         return Shifted(config=name, shift=name.shift)
     if isinstance(name, EDMConfig):

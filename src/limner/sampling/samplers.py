@@ -17,10 +17,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TypedDict, Unpack
 
+import torch
 from torch import Tensor
 
 from limner import names
 from limner.errors import UnknownName, UsageError
+from limner.sampling import odes
 from limner.sampling.interpolants import Discrete, Interpolant
 from limner.sampling.schedules import karras
 from limner.types import Denoise, Noise
@@ -31,6 +33,9 @@ Sampler = Callable[..., Tensor]
 class Told(TypedDict, total=False):
     noise: Noise | None
     on_step: Callable[[int, int], None] | None
+    spread: Callable[[float], Tensor] | None
+    """What the denoiser said of the variance when it was last asked at this sigma, of the shape of x: 0 for DDPM's
+    smaller, 1 for its larger, in between along a line in the logarithm (v of arXiv:2102.09672, equation 15)."""
 
 
 # ------------------------------------------------------------------------------------------------- in sigma
@@ -57,6 +62,50 @@ def _heun(denoise: Denoise, x: Tensor, sigma: float, following: float) -> Tensor
         slope = (slope + (end - denoise(end, following)) / following) / 2
         end = x + (following - sigma) * slope
     return end
+
+
+def rk4(denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, **told: Unpack[Told]) -> Tensor:
+    """The classical method of Runge and Kutta, fourth order in sigma with four calls a step; the step to 0 is
+    Euler's."""
+    slope = _slope(denoise)
+    for sigma, following in _steps(sigmas, told):
+        x = odes.rk4(slope, x, sigma, following) if following > 0 else x - sigma * slope(sigma, x)
+    return x
+
+
+def dopri5(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: list[float],
+    interpolant: Interpolant,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    **told: Unpack[Told],
+) -> Tensor:
+    """`odes.dopri5` on dx/dsigma, as score SDE and SiT draw (arXiv:2011.13456, section 4.3): the tolerances choose the
+    steps, so `sigmas` only say where to begin and to end, and when progress is told. The step to 0 is Euler's, from the
+    interpolant's lowest level or from that of `sigmas` where it is lower. Raises MissingExtra, UsageError."""
+    levels = _steps(sigmas, told)
+    _, due = next(levels)
+
+    def slope(sigma: float, x: Tensor) -> Tensor:
+        nonlocal due
+        while sigma < due and due > sigmas[-1]:
+            _, due = next(levels)
+        return _slope(denoise)(sigma, x)
+
+    low = sigmas[-1] or min(sigmas[-2], interpolant.from_ratio(interpolant.ratio_min))
+    if low < sigmas[0]:
+        x = odes.dopri5(slope, x, sigmas[0], low, rtol, atol)
+    x = x if sigmas[-1] else x - low * slope(low, x)
+    for _ in levels:
+        pass
+    return x
+
+
+def _slope(denoise: Denoise) -> odes.Slope:
+    """dx/dsigma of the ordinary differential equation whose solutions have the marginals of the noise."""
+    return lambda sigma, x: (x - denoise(x, sigma)) / sigma
 
 
 def restart(denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, **told: Unpack[Told]) -> Tensor:
@@ -165,6 +214,65 @@ def ddim(
 euler_ancestral = partial(ddim, eta=1.0)
 
 
+def ddpm(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: list[float],
+    interpolant: Interpolant,
+    large: bool = False,
+    **told: Unpack[Told],
+) -> Tensor:
+    """DDPM (arXiv:2006.11239, algorithm 2) with the smaller variance, that of the posterior, with the `large` one, that
+    of the noise which the step takes away (section 3.2), or, whatever `large` is, with that which the denoiser says
+    beside x0, by `spread` (arXiv:2102.09672, equation 15). The step to 0 has none, as in algorithm 2."""
+    spread = told.get("spread")
+    for sigma, following in _steps(sigmas, told):
+        x = _kept(x, denoise(x, sigma), sigma, following, interpolant, _fresh(sigma, following, interpolant, 1.0))
+        if following > 0:
+            small, most = deviations(sigma, following, interpolant)
+            if spread is None:
+                x = _noised(x, most if large else small, told)
+            else:
+                share = spread(sigma)
+                x = x + torch.exp((1 - share) * math.log(small) + share * math.log(most)) * _drawn(told)
+    return x
+
+
+def predictor_corrector(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: list[float],
+    interpolant: Interpolant,
+    ancestral: bool = False,
+    snr: float = 0.16,
+    corrections: int = 1,
+    **told: Unpack[Told],
+) -> Tensor:
+    """Score SDE's predictor and corrector (arXiv:2011.13456, algorithms 2 to 5), in the process's own coordinates: at
+    each level `corrections` steps of Langevin of a length that `snr` sets, each picture for itself, then reverse
+    diffusion (equation 46) or, where `ancestral`, DDPM's step with its smaller variance (equation 47). The step to 0 is
+    to x0 (appendix G)."""
+    for sigma, following in _steps(sigmas, told):
+        own, decay, fresh = _forward(sigma, following, interpolant)
+        for _ in range(corrections):
+            score, z = (interpolant.alpha(sigma) * denoise(x, sigma) - x) / sigma**2, _drawn(told)
+            step = 2 * (decay * snr * _norm(z) / _norm(score)) ** 2
+            x = x + step * score + (2 * step).sqrt() * z
+        x0 = denoise(x, sigma)
+        if ancestral or following == 0:
+            x = _ancestral(x, x0, sigma, following, interpolant, 1.0, told)
+        else:
+            score = (interpolant.alpha(sigma) * x0 - x) / (own * sigma) ** 2  # times own, of own * x
+            x = own / interpolant.own_scale(following) * ((2 - decay) * x + fresh**2 * score)
+            x = _noised(x, fresh / interpolant.own_scale(following), told)
+    return x
+
+
+def _norm(x: Tensor) -> Tensor:
+    """The length of each row."""
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())) or None, keepdim=True)
+
+
 def lcm(
     denoise: Denoise,
     x: Tensor,
@@ -196,6 +304,45 @@ def tcd(
         level = min(interpolant.sigmas[math.floor((1 - eta) * time)], following)
         x = _moved(x, denoise(x, sigma), sigma, level, interpolant)
         x = _noised(x, math.sqrt(following**2 - level**2), told)
+    return x
+
+
+def invert(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: list[float],
+    interpolant: Interpolant,
+    iterations: int = 0,
+    tolerance: float = 1e-5,
+    **told: Unpack[Told],
+) -> Tensor:
+    """The x at sigmas[0] from which `ddim` comes to the `x` at sigmas[-1], data where that is 0: DDIM the other way
+    round (arXiv:2010.02502, section 4.3), which takes eps at the lower end of a step for that at the higher and is
+    right to first order.
+
+    With `iterations` each step is solved for the x that a step of `ddim` takes back where it came from, to `tolerance`
+    of its greatest entry, by iteration from that guess (arXiv:2309.04907). Raises UsageError if so many are too few,
+    as they always are where one step from much noise goes to data: no noise may have that answer.
+    """
+    for following, sigma in _reported([*itertools.pairwise(sigmas[::-1])], told):
+        alpha, above = interpolant.alpha(following), interpolant.alpha(sigma)
+        if following > 0:
+            guess = _moved(x, denoise(x, following), following, sigma, interpolant)
+        else:  # where eps has no answer: with that of the same picture under no noise yet at the higher end
+            guess = above * x + above * (x - denoise(above * x, sigma))
+        rate = above / alpha if above > 0 else sigma / following  # more than x there moves with x here
+        for _ in range(iterations):
+            error = x - _moved(guess, denoise(guess, sigma), sigma, following, interpolant)
+            if error.abs().max() <= tolerance * x.abs().max():
+                break
+            guess = guess + rate * error
+        else:
+            if iterations:
+                raise UsageError(
+                    f"the step up to sigma {sigma:g} is not inverted after {iterations} iterations: "
+                    "ask for more of them, for more steps, or for less guidance"
+                )
+        x = guess
     return x
 
 
@@ -360,12 +507,17 @@ SAMPLERS: dict[str, Sampler] = {
     "euler": euler,
     "euler_a": euler_ancestral,
     "heun": heun,
+    "rk4": rk4,
+    "dopri5": dopri5,
     "restart": restart,
     "lms": lms,
     "dpm2": dpm2,
     "dpm2_a": partial(dpm2, eta=1.0),
     "ddim": ddim,
-    "ddpm": euler_ancestral,
+    "ddpm": ddpm,
+    "ddpm_large": partial(ddpm, large=True),
+    "pc": predictor_corrector,
+    "pc_a": partial(predictor_corrector, ancestral=True),
     "plms": plms,
     "dpmpp_2s_a": dpmpp_2s_ancestral,
     "dpmpp_sde": dpmpp_sde,
@@ -415,10 +567,14 @@ def _noised(x: Tensor, fresh: float, told: Told, ends: tuple[float, float] | Non
     """x and `fresh` noise, which may depend on the ends of the step (`limner.sampling.compat.Brownian`)."""
     if fresh <= 0:
         return x
+    between = getattr(told.get("noise"), "between", None)
+    return x + fresh * (_drawn(told) if between is None or ends is None else between(*ends))
+
+
+def _drawn(told: Told) -> Tensor:
     noise = told.get("noise")
     assert noise is not None, "a stochastic sampler needs a noise source"
-    between = getattr(noise, "between", None)
-    return x + fresh * (noise() if between is None or ends is None else between(*ends))
+    return noise()
 
 
 def _moved(x: Tensor, x0: Tensor, sigma: float, following: float, interpolant: Interpolant) -> Tensor:
@@ -431,10 +587,29 @@ def _ancestral(
     x: Tensor, x0: Tensor, sigma: float, following: float, interpolant: Interpolant, eta: float, told: Told
 ) -> Tensor:
     """As `_moved`, with `eta` of DDPM's noise in place of as much eps."""
-    eps = (x - interpolant.alpha(sigma) * x0) / sigma
     fresh = _fresh(sigma, following, interpolant, eta)
-    x = interpolant.alpha(following) * x0 + math.sqrt(max(0.0, following**2 - fresh**2)) * eps
-    return _noised(x, fresh, told, (sigma, following))
+    return _noised(_kept(x, x0, sigma, following, interpolant, fresh), fresh, told, (sigma, following))
+
+
+def _kept(x: Tensor, x0: Tensor, sigma: float, following: float, interpolant: Interpolant, fresh: float) -> Tensor:
+    """As `_moved`, with as much less eps as leaves room for noise of the deviation `fresh`."""
+    eps = (x - interpolant.alpha(sigma) * x0) / sigma
+    return interpolant.alpha(following) * x0 + math.sqrt(max(0.0, following**2 - fresh**2)) * eps
+
+
+def deviations(sigma: float, following: float, interpolant: Interpolant) -> tuple[float, float]:
+    """DDPM's smaller and larger standard deviation of x at `following`, given x at `sigma` and, for the smaller, x0
+    (arXiv:2006.11239, section 3.2: the roots of beta tilde and beta, in our coordinates)."""
+    _, _, fresh = _forward(sigma, following, interpolant)
+    return _fresh(sigma, following, interpolant, 1.0), fresh / interpolant.own_scale(following)
+
+
+def _forward(sigma: float, following: float, interpolant: Interpolant) -> tuple[float, float, float]:
+    """The process's own scale at `sigma`, and of its step up to there, from `following`, what x is multiplied by and
+    the deviation of the noise added."""
+    own, below = interpolant.own_scale(sigma), interpolant.own_scale(following)
+    decay = own * interpolant.alpha(sigma) / (below * interpolant.alpha(following))
+    return own, decay, math.sqrt(max(0.0, (own * sigma) ** 2 - (decay * below * following) ** 2))
 
 
 def _down(sigma: float, following: float, interpolant: Interpolant, eta: float) -> tuple[float, float, float]:

@@ -12,9 +12,11 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
+
 from limner import names
 from limner.errors import UnknownName, UsageError
-from limner.sampling.interpolants import EDM, Discrete, Interpolant, Shifted
+from limner.sampling.interpolants import EDM, SDE, Discrete, Interpolant, Shifted
 
 Schedule = Callable[[int, Interpolant], list[float]]
 
@@ -22,9 +24,14 @@ Schedule = Callable[[int, Interpolant], list[float]]
 
 
 def uniform(steps: int, interpolant: Interpolant) -> list[float]:
-    """Evenly spaced in time: in sigma from sigma_max to 0, or as `normal` where there are timesteps."""
+    """Evenly spaced in time: in sigma from sigma_max to 0, as `normal` where there are timesteps, or of an SDE from its
+    last time to its first, then 0."""
     if isinstance(interpolant, Discrete):
         return normal(steps, interpolant)
+    if isinstance(interpolant, SDE):
+        first = interpolant.config.floor if steps > 1 else 1.0
+        times = torch.linspace(1, first, steps, dtype=torch.float64)
+        return [*interpolant.at(times).tolist(), 0.0]
     return [interpolant.sigma_max * (1 - i / steps) for i in range(steps + 1)]
 
 
@@ -192,7 +199,7 @@ def hyper(steps: int, interpolant: Interpolant) -> list[float]:
 def timed(name: str, interpolant: Interpolant, steps: int) -> Discrete | Shifted:
     """The model, which has timesteps, and as many as `steps` or more. Raises UsageError."""
     if not isinstance(interpolant, Discrete | Shifted):
-        other = "karras" if isinstance(interpolant, EDM) else "uniform"
+        other = "karras" if isinstance(interpolant, EDM) and not isinstance(interpolant, SDE) else "uniform"
         raise UsageError(f"the schedule {name!r} counts timesteps, which this model does not have: take {other!r}")
     if steps > len(interpolant.sigmas):
         raise UsageError(f"the schedule {name!r} has {len(interpolant.sigmas)} timesteps at most: ask for fewer steps")
@@ -230,7 +237,7 @@ SCHEDULES: dict[str, Schedule] = {
     **TIMED,
 }
 USUAL = {
-    **dict.fromkeys(("ddim", "ddpm", "plms"), "leading"),
+    **dict.fromkeys(("ddim", "ddpm", "ddpm_large", "plms"), "leading"),
     **dict.fromkeys(("dpmpp_2s_a", "dpmpp_sde", "restart"), "karras"),
     "dpmpp_3m_sde": "exponential",
 }
