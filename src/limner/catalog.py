@@ -276,9 +276,10 @@ def _pixels(name: str, family: str, what: str, **changes: Any) -> tuple[Entry, E
         **usual | changes,
         defaults=replace(_TINY, **drawn | defaults),
     )  # fmt: skip
+    few = {"widths": (24, 48), "num_classes": 41} | network | less
     tiny = replace(
-        row, name=f"{name}-tiny", network=replace(UNET_TINY_PIXELS, **{"widths": (24, 48), "num_classes": 41} | network | less),
-        text_encoder=_SHAPES, defaults=replace(row.defaults, width=16, height=16),
+        row, name=f"{name}-tiny", network=replace(UNET_TINY_PIXELS, **few), text_encoder=_SHAPES,
+        defaults=replace(row.defaults, width=16, height=16),
     )  # fmt: skip
     return (
         Entry(config=row, task=DiffusionSystem.task, summary=f"icons in 32 px by their style: {what}"),
@@ -423,8 +424,15 @@ CATALOG = {
             "ADM",
             "more heads, blocks that resample",
             network={
-                "out_channels": 6, "scale_shift": True, "resample": "block", "num_heads": 0, "head_width": 64,
-                "depths": (0, 1, 1, 0), "eps": 1e-5, "sines_first": False, "freq_shift": 0,
+                "out_channels": 6,
+                "scale_shift": True,
+                "resample": "block",
+                "num_heads": 0,
+                "head_width": 64,
+                "depths": (0, 1, 1, 0),
+                "eps": 1e-5,
+                "sines_first": False,
+                "freq_shift": 0,
             },
             tiny={"depths": (0, 1), "head_width": 24},
             learned_variance=True,

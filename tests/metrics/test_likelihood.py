@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from limner.errors import MissingExtra, UsageError
-from limner.metrics.likelihood import BIN, discretized, flow_bits, log_density, variational_bits
+from limner.metrics.likelihood import flow_bits, log_density, variational_bits
 from limner.sampling import interpolants, odes
+from limner.sampling.bounds import BIN, discretized
 from limner.sampling.interpolants import EDM, EDMConfig, Flow, Interpolant, SDEConfig, VPConfig
 
 MEANS, SHARES, SPREAD = (torch.tensor(row, dtype=torch.float64) for row in ([-0.5, 0.2, 0.6], [0.3, 0.5, 0.2], [0.15]))

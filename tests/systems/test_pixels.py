@@ -11,7 +11,11 @@ import torch
 from limner import catalog, pipeline
 from limner.data.batches import DataConfig, open_images
 from limner.errors import UnknownName, UsageError
+from limner.metrics.likelihood import variational_bits
+from limner.sampling import bounds
+from limner.sampling.interpolants import VPConfig
 from limner.systems import previews
+from limner.systems.objectives import Objective
 
 from .test_catalogue import noisy
 
@@ -111,3 +115,75 @@ def test_the_styles_of_the_rows_are_those_of_the_data():
     except FileProblem:
         pytest.skip(f"no icon pack in {default_folders()}")
     assert {record.style for record in pack.records} == set(catalog.STYLES.names)
+
+
+def learner(**changes: Any) -> Any:
+    config: Any = catalog.entry("iddpm-tiny").config
+    torch.manual_seed(0)
+    system: Any = catalog.build(replace(config, **changes)).eval()
+    for parameter in system.network.parameters():
+        parameter.data.normal_(std=0.05)
+    system.objective = Objective(variance_weight=0.001)
+    return system
+
+
+def test_the_variational_bound_is_that_which_is_measured():
+    """Every timestep of a short chain, against the one that takes float64 and the whole chain."""
+    system = learner(interpolant=VPConfig(betas="cosine", steps=6, offset=0, to_zero=True))
+    image = (torch.rand(1, 3, 16, 16) * 255).round() / 127.5 - 1
+    told = system.text_encoder.encode(["red circle"])
+    sigmas = system.interpolant.sigmas
+    noise = torch.Generator().manual_seed(0)
+    said: dict[float, torch.Tensor] = {}
+
+    def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        scaled = system.interpolant.input_scale(sigma) * x
+        out = system.network(scaled.float(), torch.tensor([system.interpolant.time(sigma)]), told).double()
+        said[sigma] = (out[:, 3:] + 1) / 2
+        return system.prediction.to_x0(out[:, :3], x.double(), 1.0, sigma)
+
+    with torch.no_grad():
+        measured = variational_bits(denoise, image, system.interpolant, noise, variance=said.__getitem__, clip=False)
+        noise.manual_seed(0)
+        terms = []
+        for t, sigma in enumerate(sigmas):
+            e = torch.randn(image.shape, generator=noise)
+            level = torch.full((1, 1, 1, 1), sigma)
+            x = system.interpolant.input_scale(level) * (image + level * e)
+            asked = {"x": x, "t": torch.tensor([t]), "cond": told, "target": e, "alpha": torch.ones_like(level)}
+            asked |= {"sigma": level, **bounds.step(system.interpolant, torch.tensor([t]))}
+            terms.append(float(system.error(asked)["bits"]) / len(sigmas))
+    assert terms == pytest.approx(measured.terms[0].tolist(), rel=2e-3)
+
+
+def test_the_bound_teaches_the_variance_alone():
+    system = learner()
+    batch = {"images": torch.rand(8, 4, 16, 16) * 2 - 1, "captions": ["red circle"] * 8}
+    whole = system.loss(batch, "main", torch.Generator().manual_seed(1))
+    assert set(whole) == {"loss", "error", "bits"}
+    whole["bits"].backward()
+    grad = system.network.conv_out.weight.grad
+    assert not grad[:3].any()
+    assert grad[3:].abs().amin() > 0
+    assert float(whole["loss"]) == pytest.approx(float(whole["error"]) + 0.001 * float(whole["bits"]), rel=1e-5)
+
+
+def test_a_variance_that_was_learned_is_drawn_with():
+    system = learner()
+    seen = [pipeline.generate(system, "red circle", steps=4, seed=1, sampler=s)[0].image.tobytes()
+            for s in ("ddpm", "ddpm_large", "ddim")]  # fmt: skip
+    assert seen[0] == seen[1]  # it says more than either
+    system.network.conv_out.weight.data[3:] *= -1
+    system.network.conv_out.bias.data[3:] *= -1
+    others = [pipeline.generate(system, "red circle", steps=4, seed=1, sampler=s)[0].image.tobytes()
+              for s in ("ddpm", "ddim")]  # fmt: skip
+    assert others[0] != seen[0]
+    assert others[1] == seen[2]
+    system.network.conv_out.weight.data[3:] = 0
+    system.network.conv_out.bias.data[3:] = -1  # the smaller, whatever x is
+    smallest = pipeline.generate(system, "red circle", steps=4, seed=1, sampler="ddpm")[0].image
+    system.learned_variance = False
+    assert (
+        smallest.tobytes()
+        == pipeline.generate(system, "red circle", steps=4, seed=1, sampler="ddpm")[0].image.tobytes()
+    )

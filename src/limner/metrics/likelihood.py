@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from limner.errors import UsageError
-from limner.sampling import odes
+from limner.sampling import bounds, odes
+from limner.sampling.bounds import BIN
 from limner.sampling.interpolants import Discrete, Interpolant
-from limner.sampling.samplers import deviations
 from limner.types import Denoise, Images
 
-BIN = 2 / 255
-"""How far two neighbours of 256 values lie apart in [-1, 1]."""
 LOG2 = math.log(2)
 Variance = Literal["small", "large"] | Callable[[float], Tensor]
 Trace = Literal["rademacher", "gaussian", "exact"]
@@ -88,45 +86,20 @@ def variational_bits(
     weights = [*[1] * apart, *map(len, groups)]
     terms = []
     for t in times:
-        sigma, below = sigmas[t], sigmas[t - 1] if t else 0.0
+        sigma = sigmas[t]
         eps = torch.randn(images.shape, generator=generator).to(images)
         said = denoise((x0 + sigma * eps).to(images.dtype), sigma).double()
         said = said.clamp(-1, 1) if clip else said
-        small, large = (2 * math.log(d) for d in _deviations(interpolant, t))
+        small, large, kept = bounds.steps(interpolant)[t]
         share = variance(sigma).double() if callable(variance) else float(variance == "large" and t > 0)
         log = torch.as_tensor((1 - share) * small + share * large, dtype=torch.float64, device=x0.device)
-        if t == 0:
-            nats = -discretized(x0, said, log)
-        else:
-            kept = 1 - (below / sigma) ** 2  # of x0 in the mean of the posterior (equation 7)
-            nats = (log - small + (small - log).exp() + (kept * (x0 - said)).square() / log.exp() - 1) / 2
+        kept_of, small_of = (x0.new_full((1, 1, 1, 1), value) for value in (kept, small))
+        nats = bounds.nats(x0, said, log.expand_as(x0), small_of, kept_of)
         terms.append(nats.flatten(1).sum(1) / (LOG2 * dimensions))
     left = 1 / (1 + sigmas[-1] ** 2)  # alpha bar of the last timestep, which the prior takes for 0
     prior = (left * x0.square() - left - math.log1p(-left)) / 2
     bits, each = prior.flatten(1).sum(1) / (LOG2 * dimensions), torch.stack(terms, dim=1)
     return Bound(bits + each @ torch.tensor(weights).to(each), bits, each, times, weights)
-
-
-def _deviations(interpolant: Discrete, t: int) -> tuple[float, float]:
-    """`deviations` of the step down from a timestep. The smaller one of the last, 0, is that of the step before it, and
-    what stands for `large`, too (as in the code of both papers)."""
-    sigmas = interpolant.sigmas
-    if t:
-        return deviations(sigmas[t], sigmas[t - 1], interpolant)
-    small = deviations(sigmas[1], sigmas[0], interpolant)[0] * interpolant.own_scale(sigmas[0])
-    return small, deviations(sigmas[0], 0.0, interpolant)[1]
-
-
-def discretized(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """The logarithm of what a Gaussian puts on the bin of each of 256 values x in [-1, 1], of which the outermost two
-    reach to infinity (arXiv:2006.11239, equation 13). All of one shape, or such as broadcast; float64."""
-    deviation = (log_variance / 2).exp()
-    above = torch.where(x > 1 - BIN / 2, math.inf, (x + BIN / 2 - mean) / deviation)
-    under = torch.where(x < -1 + BIN / 2, -math.inf, (x - BIN / 2 - mean) / deviation)
-    flipped = under + above > 0  # by symmetry, so that both are in the lower half, where no digits are lost
-    above, under = torch.where(flipped, -under, above), torch.where(flipped, -above, under)
-    upper, lower = torch.special.log_ndtr(above), torch.special.log_ndtr(under)
-    return upper + torch.log1p(-(lower - upper).exp())
 
 
 # ------------------------------------------------------------------------------------------------- the flow

@@ -1,5 +1,5 @@
-"""The terms of DDPM's variational bound (arXiv:2006.11239, equation 5), in nats of each dimension: for what learns by it
-(arXiv:2102.09672) and for what measures it."""
+"""The terms of DDPM's variational bound (arXiv:2006.11239, equation 5), in nats of each dimension: for what learns by
+it (arXiv:2102.09672) and for what measures it."""
 
 from __future__ import annotations
 

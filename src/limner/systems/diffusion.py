@@ -233,7 +233,8 @@ class DiffusionSystem(nn.Module):
         looks: bool = False,
         learned_variance: bool = False,
     ) -> None:
-        """`learned_variance` is as `limner.catalog.DiffusionConfig` has it, `looks` is whether the network takes pictures to look at, as FLUX.1 Kontext does."""
+        """`learned_variance` is as `limner.catalog.DiffusionConfig` has it; `looks` is whether the network takes
+        pictures to look at, as FLUX.1 Kontext does."""
         super().__init__()
         self.small_noise = small_noise
         self.graphs = Graphs()
