@@ -123,6 +123,16 @@ def test_an_inverted_picture_comes_back_the_nearer_the_more_steps_there_are(inte
     assert math.log2(errors[1] / errors[2]) == pytest.approx(1, abs=0.3)
 
 
+def test_a_step_up_takes_eps_at_its_lower_end_and_from_data_at_the_higher():
+    flow, x = Flow(), torch.tensor([-1.3, 0.1, 2.2], dtype=torch.float64)
+    denoise = mixture_denoiser(flow)
+    x0 = denoise(x, 0.2)
+    up = samplers.invert(denoise, x, [0.3, 0.2], flow)
+    assert (up - (0.7 * x0 + 0.3 * (x - 0.8 * x0) / 0.2)).abs().max() < 1e-12
+    up = samplers.invert(denoise, x, [0.3, 0.0], flow)
+    assert (up - (0.7 * x + 0.3 * (0.7 * x - 0.7 * denoise(0.7 * x, 0.3)) / 0.3)).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize(("interpolant", "schedule"), [(EDM(), "karras"), (Flow(), "uniform"), (VP, "trailing")])
 def test_steps_inverted_by_iteration_are_undone_exactly(interpolant, schedule):
     """Also that from sigma = 0, and that to alpha = 0; without iteration they are not."""
