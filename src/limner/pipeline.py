@@ -830,6 +830,8 @@ def ignored(system: System, request: Request) -> list[str]:
         names = ("steps", "guidance", "sampler", "schedule", "strength")
         vain = [name for name in names if getattr(request, name) != getattr(system.defaults, name)]
         told += [f"an autoencoder only gives the picture back, whatever {' and '.join(vain)} may be"] if vain else []
+    if request.vae_tile and system.grid == 1:
+        told.append(f"{system.name} has no autoencoder to see tiles of {request.vae_tile} pixels: leave vae_tile out")
     return list(dict.fromkeys(told))
 
 

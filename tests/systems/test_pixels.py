@@ -10,7 +10,7 @@ import torch
 
 from limner import catalog, pipeline
 from limner.data.batches import DataConfig, open_images
-from limner.errors import UnknownName, UsageError
+from limner.errors import Ignored, UnknownName, UsageError
 from limner.metrics.likelihood import variational_bits
 from limner.sampling import bounds
 from limner.sampling.interpolants import VPConfig
@@ -34,6 +34,11 @@ def test_pixels_are_their_own_latents_and_previews():
     assert torch.equal(system.decode(system.encode(x)), x)
     shown = previews.show(x, previews.of(system.autoencoder))
     assert torch.equal(torch.tensor(shown[1].get_flattened_data())[5], ((x[1, :, 0, 5] + 1) * 127.5).round().long())
+
+
+def test_tiles_of_an_autoencoder_that_is_none_are_told():
+    with pytest.warns(Ignored, match="ddpm-tiny has no autoencoder to see tiles of 16 pixels"):
+        pipeline.Pipeline(built(), "ddpm-tiny").generate("red circle", steps=1, vae_tile=16)
 
 
 def test_transparent_pictures_are_learned_on_white():
