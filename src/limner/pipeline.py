@@ -596,7 +596,7 @@ def check(
             raise UsageError(
                 f"the {name} has {len(text)} characters; at most {defaults.max_prompt_chars} are read: shorten it"
             )
-    if not prompt.strip() and image is None and not ip_adapter:
+    if not prompt.strip() and image is None and not ip_adapter and defaults.prompted:
         raise UsageError("the prompt is empty: say what to draw")
     if strength is not None and image is None:
         raise UsageError("strength means how far to move from a picture, but no picture was given: add -i IMAGE")

@@ -98,6 +98,8 @@ class Defaults:
     guidance_rescale: float = 0.0
     image_guidance: float = 1.0
     max_prompt_chars: int = 2000
+    prompted: bool = True
+    """Whether it must be told what to draw, by words or a picture."""
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval

@@ -343,7 +343,7 @@ def paint(
     painted_with, adapters = remembered.pop("model_hash", None), remembered.pop("adapters", [])
     controlled = remembered.pop("control", [])
     asked = remembered | {k: v for k, v in flags.items() if v is not None}
-    if "prompt" not in asked and image is None and not ip_adapter:
+    if "prompt" not in asked and "model" not in asked and image is None and not ip_adapter:  # some models read none
         raise UsageError('no prompt: say what to paint, such as limner "a red fox"')
     asked.setdefault("prompt", "")
     for text in (prompt, negative):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from limner.errors import UnknownName
-from limner.recipes import adapters, autoencoders, distillation, icons, stable_diffusion, transformers
+from limner.recipes import adapters, autoencoders, diffusion, distillation, icons, stable_diffusion, transformers
 from limner.training.config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
@@ -21,6 +21,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "kl-f8-tiny": autoencoders.kl_f8_tiny,
     "vq-f4": autoencoders.vq_f4,
     "vq-f4-tiny": autoencoders.vq_f4_tiny,
+    "sohl-dickstein-2015": diffusion.sohl_dickstein,
+    "sohl-dickstein-2015-tiny": diffusion.sohl_dickstein_tiny,
     "sd1": stable_diffusion.sd1,
     "sd1-tiny": stable_diffusion.sd1_tiny,
     "sd2-v": stable_diffusion.sd2_v,
