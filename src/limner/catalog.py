@@ -362,7 +362,7 @@ CATALOG = {
         ),
         Entry(
             config=NonequilibriumConfig(
-                name="sohl-dickstein-2015-tiny", network=MULTISCALE_TINY, trajectory=100, mean=0.7081, std=0.5351
+                name="sohl-dickstein-2015-tiny", network=MULTISCALE_TINY, trajectory=200, mean=0.7081, std=0.5351
             ),
             task=NonequilibriumSystem.task,
             summary="the same in miniature, coloured shapes of 16 px, trained in a minute",

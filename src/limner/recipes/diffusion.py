@@ -8,7 +8,7 @@ from limner.training.config import TrainConfig
 
 
 def sohl_dickstein() -> TrainConfig:
-    """The first of them on MNIST (arXiv:1503.03585): 3.3M parameters and 1000 steps, the bound as loss. As in the
+    """The first of them on MNIST (arXiv:1503.03585): 1.7M parameters and 1000 steps, the bound as loss. As in the
     authors' code batches of 512, whose learning rate falls from 1e-3 to 1e-5, and steps that are not finite left out;
     RMSProp is Adam without momentum. They show what it draws after 825 epochs, 96,000 steps."""
     return TrainConfig(
@@ -35,10 +35,9 @@ def sohl_dickstein_tiny() -> TrainConfig:
         name="sohl-dickstein-2015-tiny",
         system=catalog.entry("sohl-dickstein-2015-tiny").config,
         data=DataConfig(source="shapes", size=16),
-        steps=1_500,
-        batch_size=64,
-        lr=2e-3,
-        betas=(0.9, 0.99),
+        steps=1_000,
+        batch_size=32,
+        lr=3e-3,
         weight_decay=0.0,
         warmup=20,
         ema_half_life=2_000,
