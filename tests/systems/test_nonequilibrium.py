@@ -376,7 +376,8 @@ def test_a_run_draws_and_edits_by_its_folder(limner, here):
         ("data.size=24", "pictures of 24 pixels are not in multiples of 16"),
         ("data.size=32", "pictures have 32 x 32 pixels, and the network sees such 16 x 16"),
         ("system.std=0", "a deviation above 0"),
-        ("system.trajectory=1", "give 2 or more steps"),
+        ("system.trajectory=1", "give 2 to 1000 steps"),
+        ("system.trajectory=1001", "give 2 to 1000 steps"),
     ],
 )
 def test_what_it_cannot_learn_from_is_one_line(change, said, limner, here):

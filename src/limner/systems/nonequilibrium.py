@@ -28,6 +28,8 @@ from limner.types import Defaults, Images, Latents, Request
 
 FLOOR, CEILING = 1e-6, 1e-5
 """No beta is nearer to 0 and to 1."""
+MOST_STEPS = 1000
+"""As many as a request may ask for."""
 Kernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(x^(t+1) (b, c, h, w), t (b,)) -> mean and deviation of x^(t)."""
 
@@ -154,10 +156,10 @@ class NonequilibriumSystem(nn.Module):
         """`mean` and `std` are those of all values of the pictures in [-1, 1]. `learned_schedule` lets beta move with
         time, too (section 2.4.1). `repeats` is how often each step back is taken over a picture with a mask."""
         super().__init__()
-        if trajectory < 2 or not 0 <= first_beta < 1 or std <= 0 or repeats < 1:
+        if not 2 <= trajectory <= MOST_STEPS or not 0 <= first_beta < 1 or std <= 0 or repeats < 1:
             raise UsageError(
-                f"trajectory={trajectory}, first_beta={first_beta:g}, std={std:g} and repeats={repeats}: give 2 or "
-                "more steps, a variance from 0 to 1, a deviation above 0 and 1 or more"
+                f"trajectory={trajectory}, first_beta={first_beta:g}, std={std:g} and repeats={repeats}: give 2 "
+                f"to {MOST_STEPS} steps, a variance from 0 to 1, a deviation above 0 and 1 or more"
             )
         config = network.config
         self.name, self.family, self.unit = name, family, config.unit
