@@ -40,6 +40,7 @@ from limner.models.dit import DIT_TINY, DIT_XL_2, DIT_XL_2_512, SIT_XL_2, DiT, D
 from limner.models.flux import FLUX_CONTROL, FLUX_DEV, FLUX_FILL, FLUX_SCHNELL, FLUX_TINY, Flux, FluxConfig
 from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, JointDiTConfig
 from limner.models.mmdit import SD3_MEDIUM, SD3_TINY, SD35_LARGE, SD35_MEDIUM, MMDiT, MMDiTConfig
+from limner.models.multiscale import MULTISCALE_MNIST, MULTISCALE_TINY, Multiscale, MultiscaleConfig
 from limner.models.pixels import Pixels, PixelsConfig
 from limner.models.unet import (
     ICONS_32,
@@ -63,6 +64,7 @@ from limner.sampling.interpolants import SMALL_NOISE, EDMConfig, FlowConfig, SDE
 from limner.systems import previews
 from limner.systems.autoencoding import AdversarialAutoencodingSystem, AdversarialConfig, AutoencodingSystem
 from limner.systems.diffusion import DiffusionSystem
+from limner.systems.nonequilibrium import NonequilibriumSystem
 from limner.text import bpe
 from limner.text.bpe import CLIPTokenizer
 from limner.text.clip import SD1_TEXT, SD2_TEXT, SDXL_REFINER_TEXT, SDXL_TEXT, CLIPTowers, CLIPTowersConfig
@@ -155,7 +157,30 @@ class DiffusionConfig:
     defaults: Defaults = _ICONS
 
 
-SystemConfig = Annotated[AutoencodingConfig | DiffusionConfig, Field(discriminator="kind")]
+_PIXELS = Defaults(
+    width=28, height=28, steps=1000, guidance=1.0, min_size=16, max_size=512, strength=1.0, prompted=False
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NonequilibriumConfig:
+    """See `limner.systems.nonequilibrium.NonequilibriumSystem`. `mean` and `std` are those of MNIST."""
+
+    kind: Literal["nonequilibrium"] = "nonequilibrium"
+    name: SystemName = "sohl-dickstein-2015"
+    family: str = "nonequilibrium diffusion"
+    network: MultiscaleConfig = MULTISCALE_MNIST
+    trajectory: int = 1000
+    first_beta: float = 1e-3
+    mean: float = -0.7387
+    std: float = 0.6162
+    learned_schedule: bool = False
+    repeats: int = 1
+    defaults: Defaults = _PIXELS
+
+
+SystemConfig = Annotated[AutoencodingConfig | DiffusionConfig | NonequilibriumConfig, Field(discriminator="kind")]
+AnySystem = AutoencodingSystem | DiffusionSystem | NonequilibriumSystem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +188,7 @@ class Entry:
     """A row of the catalogue; `file` is the bundled weight file, None where weights must be trained or given. `recipe`
     trains them, "" is the one of the row's name; where it is None, they must be given."""
 
-    config: AutoencodingConfig | DiffusionConfig
+    config: SystemConfig
     summary: str
     file: Path | None = None
     task: str = field(default="")
@@ -379,6 +404,18 @@ CATALOG = {
         _latent_diffusion("kl-f8-tiny", "the same in miniature, 32 px, trained in a minute", KL_F8_TINY, _F8_TINY),
         _latent_diffusion("vq-f4", "pictures to latents of a codebook and back: LDM-4", VQ_F4, _F4),
         _latent_diffusion("vq-f4-tiny", "the same in miniature, 32 px, trained in a minute", VQ_F4_TINY, _F4_TINY),
+        Entry(
+            config=NonequilibriumConfig(),
+            task=NonequilibriumSystem.task,
+            summary="grey digits, 28 px: diffusion as it began, 1000 steps",
+        ),
+        Entry(
+            config=NonequilibriumConfig(
+                name="sohl-dickstein-2015-tiny", network=MULTISCALE_TINY, trajectory=200, mean=0.7081, std=0.5351
+            ),
+            task=NonequilibriumSystem.task,
+            summary="the same in miniature, coloured shapes of 16 px, trained in a minute",
+        ),
         _miniature("sd1-tiny", "Stable Diffusion 1", "a U-Net that reads text", _UNET_TINY),
         _miniature(
             "sd2-v-tiny",
@@ -663,14 +700,17 @@ def check_classes(config: DiffusionConfig) -> None:
         )
 
 
-def build(
-    config: AutoencodingConfig | DiffusionConfig, tokenizers: Sequence[CLIPTokenizer | T5Tokenizer] = ()
-) -> AutoencodingSystem | DiffusionSystem:
+def build(config: SystemConfig, tokenizers: Sequence[CLIPTokenizer | T5Tokenizer] = ()) -> AnySystem:
     """The system with fresh weights; a frozen autoencoder is read from `autoencoder_from` when that is given, CLIP's
     towers from `text_encoder_from`. They take `tokenizers`, or the one that ships.
 
     Raises UsageError for what no system can be built of.
     """
+    if isinstance(config, NonequilibriumConfig):
+        return NonequilibriumSystem(
+            Multiscale(config.network), config.defaults, config.name, config.family, config.trajectory,
+            config.first_beta, config.mean, config.std, config.learned_schedule, config.repeats,
+        )  # fmt: skip
     kinds: dict[str, Any] = {"dcae": DCAE, "kl": KLAutoencoder, "vq": VQAutoencoder, "pixels": Pixels}
     autoencoder = kinds[config.autoencoder.type](config.autoencoder)
     if isinstance(config, AutoencodingConfig):
@@ -803,24 +843,27 @@ def _part_of(part: Any, name: str, path: Path, network: UNetConfig) -> dict[str,
     return {ours: t.float() for ours, t in layouts.read(layout, found, path).items()}
 
 
-def bare(config: AutoencodingConfig | DiffusionConfig) -> AutoencodingConfig | DiffusionConfig:
+def bare(config: SystemConfig) -> SystemConfig:
     """The same without files that parts of it are read from."""
     if isinstance(config, DiffusionConfig):
         return replace(config, autoencoder_from="", text_encoder_from="")
-    if isinstance(config.loss, AdversarialConfig):
+    if isinstance(config, AutoencodingConfig) and isinstance(config.loss, AdversarialConfig):
         return replace(config, loss=replace(config.loss, perceptual_from=""))
     return config
 
 
-def settled(config: AutoencodingConfig | DiffusionConfig) -> AutoencodingConfig | DiffusionConfig:
+def settled(config: SystemConfig) -> SystemConfig:
     """The same with the autoencoder that is in a file of ours that it is read from, whose kind and scale may be others.
     Raises FileProblem, CheckpointMismatch."""
-    if isinstance(config, AutoencodingConfig) or not (path := _source(config.autoencoder_from)).is_file():
+    if not isinstance(config, DiffusionConfig) or not (path := _source(config.autoencoder_from)).is_file():
         return config
     metadata = files.read(path, most=0)[1]
     if files.CONFIG_KEY not in metadata:
         return config
-    found = parse(files.config_in(metadata, path), path).autoencoder
+    held = parse(files.config_in(metadata, path), path)
+    if isinstance(held, NonequilibriumConfig):
+        raise CheckpointMismatch(f"{path} is of {held.name}, which has no autoencoder: name another file")
+    found = held.autoencoder
     scaled = not isinstance(found, DCAEConfig) or not isinstance(config.autoencoder, DCAEConfig)
     return replace(config, autoencoder=found) if scaled else config
 
@@ -835,7 +878,7 @@ def _source(name: str) -> Path:
 
 def save(
     system: nn.Module,
-    config: AutoencodingConfig | DiffusionConfig,
+    config: SystemConfig,
     path: Path,
     *,
     bits: int = 32,
@@ -868,7 +911,7 @@ def load(
     vae: str | Path | None = None,
     text_encoders: Sequence[str | Path] = (),
     offload: Literal["auto", "never", "always"] = "never",
-) -> AutoencodingSystem | DiffusionSystem:
+) -> AnySystem:
     """A system by name ("icons"), weight file of ours or of Stable Diffusion, folder of a training run or of diffusers,
     ready to draw. `prediction` is for models of other programs whose files do not say, or not truly, what they predict;
     `dtype` is what the network computes in, else for models of other programs what is fastest, half precision on a GPU
@@ -936,7 +979,7 @@ def load(
     return system
 
 
-def _stored(path: Path) -> tuple[dict[str, Tensor], AutoencodingConfig | DiffusionConfig, Entry | None]:
+def _stored(path: Path) -> tuple[dict[str, Tensor], SystemConfig, Entry | None]:
     """The tensors of a file of ours, its configuration, and its row of the catalogue if it ships."""
     tensors, stored = files.load(path)
     config = parse(stored, path)
@@ -945,7 +988,7 @@ def _stored(path: Path) -> tuple[dict[str, Tensor], AutoencodingConfig | Diffusi
     return tensors, config if row is None else replace(config, defaults=row.config.defaults), row
 
 
-def stored(path: Path) -> AutoencodingConfig | DiffusionConfig:
+def stored(path: Path) -> SystemConfig:
     """The configuration of a file of ours. Raises FileProblem, CheckpointMismatch."""
     return _stored(path)[1]
 
@@ -966,7 +1009,7 @@ def keep_small(system: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
     return kept
 
 
-def _rest(system: AutoencodingSystem | DiffusionSystem, device: torch.device) -> None:
+def _rest(system: AnySystem, device: torch.device) -> None:
     if not isinstance(system, DiffusionSystem) or device.type == "cpu":
         what = f"{system.name} has one part" if device.type != "cpu" else "the parts are at work on the CPU"
         raise UsageError(f"offload is always, but {what}: it is for GPUs that cannot hold all of a model")
@@ -979,7 +1022,7 @@ def _title(path: Path) -> str:
     return path.absolute().parent.name if dull else path.name if path.is_dir() else path.stem
 
 
-def put_autoencoder(system: AutoencodingSystem | DiffusionSystem, source: str | Path) -> None:
+def put_autoencoder(system: AnySystem, source: str | Path) -> None:
     """Give a system the autoencoder in another file: of the original code or diffusers', alone, in a whole model, or a
     folder with one. No name of a tensor tells its scale: a file is taken for one of the same family.
 
@@ -998,18 +1041,14 @@ def put_autoencoder(system: AutoencodingSystem | DiffusionSystem, source: str | 
     system.vae = {"vae": _title(path), "vae_hash": files.digest(*parts.weights(path))}
 
 
-def put_refiner(
-    system: AutoencodingSystem | DiffusionSystem, source: str | Path, device: torch.device, dtype: torch.dtype | None
-) -> None:
+def put_refiner(system: AnySystem, source: str | Path, device: torch.device, dtype: torch.dtype | None) -> None:
     """Let the model of another file do the last steps. Raises what `load` does, and CheckpointMismatch for one that
     cannot go on where this stops."""
     first, refiner = _pair(system, source, device, dtype, "a refiner could go on with", "refines")
     first.refine(refiner)
 
 
-def put_guide(
-    system: AutoencodingSystem | DiffusionSystem, source: str | Path, device: torch.device, dtype: torch.dtype | None
-) -> None:
+def put_guide(system: AnySystem, source: str | Path, device: torch.device, dtype: torch.dtype | None) -> None:
     """Let guidance lead away from what the model of another file says (autoguidance). Raises what `load` does, and
     CheckpointMismatch for one that does not draw as this does."""
     first, guide = _pair(system, source, device, dtype, "could be guided", "guides")
@@ -1017,7 +1056,7 @@ def put_guide(
 
 
 def _pair(
-    system: AutoencodingSystem | DiffusionSystem,
+    system: AnySystem,
     source: str | Path,
     device: torch.device,
     dtype: torch.dtype | None,
@@ -1082,7 +1121,7 @@ def run_of(path: Path) -> Path | None:
     return Path(os.path.relpath(folder.parent.parent))
 
 
-def fitted(found: Foreign) -> AutoencodingSystem | DiffusionSystem:
+def fitted(found: Foreign) -> AnySystem:
     """The system of a model of another program, with nothing in its weights yet, into which all of its tensors fit.
 
     Raises CheckpointMismatch.
@@ -1094,7 +1133,7 @@ def fitted(found: Foreign) -> AutoencodingSystem | DiffusionSystem:
     return system
 
 
-def skeleton(source: str | Path) -> AutoencodingSystem | DiffusionSystem:
+def skeleton(source: str | Path) -> AnySystem:
     """The system of a name, file or folder, as `load` takes them, with nothing in its weights. Raises UnknownName,
     FileProblem, CheckpointMismatch."""
     path = find(source)
@@ -1102,9 +1141,7 @@ def skeleton(source: str | Path) -> AutoencodingSystem | DiffusionSystem:
     return _bare(stored(path), path) if found is None else fitted(found)
 
 
-def _bare(
-    config: AutoencodingConfig | DiffusionConfig, path: Path, tokenizers: Sequence[CLIPTokenizer | T5Tokenizer] = ()
-) -> AutoencodingSystem | DiffusionSystem:
+def _bare(config: SystemConfig, path: Path, tokenizers: Sequence[CLIPTokenizer | T5Tokenizer] = ()) -> AnySystem:
     """The system with nothing in its weights yet."""
     try:
         with torch.device("meta"):
@@ -1144,7 +1181,7 @@ def _flux_config(found: Foreign) -> DiffusionConfig:
     return _like(CATALOG[name].config, found)
 
 
-def _like(row: AutoencodingConfig | DiffusionConfig, found: Foreign, **changes: Any) -> DiffusionConfig:
+def _like(row: SystemConfig, found: Foreign, **changes: Any) -> DiffusionConfig:
     """A row with the sizes and settings of a model, and other defaults."""
     assert isinstance(row, DiffusionConfig)
     side = found.size or row.defaults.width
@@ -1192,9 +1229,10 @@ def find(source: str | Path) -> Path:
             use = "-m RUN" if row.task != AutoencodingSystem.task else "-m RUN -i IMAGE, which gives the picture back"
             train = f"train them with `limner train {row.recipe or row.name} --out RUN` and give {use}; or "
             train = "" if row.recipe is None else train
+            ours = row.family.endswith(("transformer", "autoencoder", " diffusion"))
             raise FileProblem(
                 f"the model {row.name!r} has no weights here: {train}give the path of a .safetensors file"
-                f"{'' if row.family.endswith(('transformer', 'autoencoder')) else ' or of a diffusers folder'} with -m"
+                f"{'' if ours else ' or of a diffusers folder'} with -m"
             )
         assert row.file is not None
         return row.file
@@ -1225,7 +1263,7 @@ def find(source: str | Path) -> Path:
     raise AssertionError("entry() raises for unknown names")
 
 
-def parse(stored: dict[str, Any], source: Path | str) -> AutoencodingConfig | DiffusionConfig:
+def parse(stored: dict[str, Any], source: Path | str) -> SystemConfig:
     """A configuration read from a file, checked field by field; how its weights are stored is another matter."""
     try:
         return TypeAdapter(SystemConfig).validate_python({k: v for k, v in stored.items() if k != "quantization"})

@@ -92,7 +92,10 @@ def plan(system: System, request: Request, count: int) -> Plan:
 
     decoding = stage("the decoding", ("autoencoder",), lambda: ghost.decode(noise(size), request.vae_tile))
     if not isinstance(system, DiffusionSystem):
-        return Plan(weights_of(system, request), (decoding,))
+        found = (
+            [stage("a step", ("network",), lambda: ghost.network(noise(size)))] if hasattr(system, "network") else []
+        )
+        return Plan(weights_of(system, request), (*found, decoding))
     others = joined(system)
     ghost.__dict__ |= {name: without_data(other) for name, other in others.items()}
     controls = [f"control {k}" for k, _ in enumerate(request.control, 1)]
@@ -137,7 +140,7 @@ def joined(system: DiffusionSystem) -> dict[str, DiffusionSystem]:
 def weights_of(system: Any, request: Request) -> dict[str, int]:
     """Bytes of the weights of every part of a drawing."""
     if not isinstance(system, DiffusionSystem):
-        return {"autoencoder": bytes_of(system.autoencoder)}
+        return {part: bytes_of(getattr(system, part)) for part in PARTS if hasattr(system, part)}
     parts = {part: getattr(system, part) for part in PARTS} | joined(system)
     parts |= {f"control {k}": one.network for k, one in enumerate(request.control, 1)}
     return {name: bytes_of(part) for name, part in parts.items()}

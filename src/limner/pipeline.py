@@ -27,6 +27,7 @@ from limner.sampling import odes, samplers, schedules
 from limner.sampling.guidance import WAYS
 from limner.sampling.interpolants import EDM
 from limner.systems.diffusion import DiffusionSystem
+from limner.systems.nonequilibrium import NonequilibriumSystem
 from limner.text.prompts import AND, DIALECTS, SYNTAX, Wildcards, expand
 from limner.types import Control, Defaults, GeneratedImage, Latents, OnStep, Reference, Request, System
 
@@ -199,6 +200,8 @@ def load(
             system.offload()  # with what joined it
         if compile:
             system.compile()
+    elif compile and isinstance(system, NonequilibriumSystem):
+        system.compile()
     elif compile:
         raise UsageError(f"{system.name} has no network to compile: leave compile out")
     return Pipeline(system, str(source))  # type: ignore[arg-type]

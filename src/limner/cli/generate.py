@@ -343,8 +343,10 @@ def paint(
     painted_with, adapters = remembered.pop("model_hash", None), remembered.pop("adapters", [])
     controlled = remembered.pop("control", [])
     asked = remembered | {k: v for k, v in flags.items() if v is not None}
-    if "prompt" not in asked and "model" not in asked and image is None and not ip_adapter:  # some models read none
-        raise UsageError('no prompt: say what to paint, such as limner "a red fox"')
+    bare = "prompt" not in asked and image is None and not ip_adapter
+    unsaid = 'no prompt: say what to paint, such as limner "a red fox"'
+    if bare and "model" not in asked:  # some of which read none
+        raise UsageError(unsaid)
     asked.setdefault("prompt", "")
     for text in (prompt, negative):
         if text and not text.isascii() and text.encode("utf-8", "ignore").decode() != text:
@@ -375,6 +377,8 @@ def paint(
     prediction = prediction or _predicted(predicted, painted_with, name, vae, text_encoder)
     pipe = _load(name, device, prediction, dtype, vae, refiner, guide_model, text_encoder, offload, compile, tell)
     system: Any = pipe.system
+    if bare and system.defaults.prompted:
+        raise UsageError(unsaid)
     for part, wanted in hashes.items():
         joined = {"refiner": "refiner", "guide_model": "guide"}.get(part)
         if wanted and wanted != (getattr(system, joined).model_hash if joined else system.vae[f"{part}_hash"]):

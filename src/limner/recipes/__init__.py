@@ -21,6 +21,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "kl-f8-tiny": autoencoders.kl_f8_tiny,
     "vq-f4": autoencoders.vq_f4,
     "vq-f4-tiny": autoencoders.vq_f4_tiny,
+    "sohl-dickstein-2015": pixels.sohl_dickstein,
+    "sohl-dickstein-2015-tiny": pixels.sohl_dickstein_tiny,
     "ddpm": pixels.ddpm,
     "ddpm-tiny": lambda: pixels.tiny(pixels.ddpm()),
     "iddpm": pixels.iddpm,

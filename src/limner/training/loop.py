@@ -62,6 +62,8 @@ from limner.training.validation import parted, validate
 
 MOST_PIXELS = 4096
 """A side of a picture to learn from."""
+NOUNS = {"autoencoding": "an autoencoder", "nonequilibrium": "a model of pixels"}
+"""What learns from pictures alone, not from words or latents, by the kind of system."""
 Draw = Callable[[Any, TrainConfig], list[Image.Image]]
 """(system, config) -> one picture for each of config.sample_prompts."""
 Export = Callable[[Any, TrainConfig, Path], object]
@@ -109,7 +111,8 @@ def train(
         pipeline.check(system.defaults, system.grid, prompt="any")  # the defaults, before anything is spent
         for prompt in config.sample_prompts:
             pipeline.prepare(system, prompt=prompt)
-        check(config, system.grid, config.data.size)
+        unit = getattr(system, "unit", system.grid)
+        check(config, unit, config.data.size)
         check_samples(config, system)
         model: Any = system.base if isinstance(system, adapting.Beside) else system
         model.stays = True  # a drawing that has no room may not move what learns
@@ -123,7 +126,7 @@ def train(
         side, read = images.side, [images]
         data = {"data": images.account()} if processes.first else {}
         if not config.data.latent_views:  # classic sets have a size of their own
-            check(config, system.grid, side)
+            check(config, unit, side)
         unlearned: Batches | None = None
         if config.validation:
             images, out = parted(images, config.validation)
@@ -145,7 +148,7 @@ def train(
         if config.compile:
             system.compile(dynamic=False)
         notes = [*vain(config, side), *getattr(images, "notes", ()), *getattr(system, "notes", ()), *told]
-        wordless = config.word is not None or (config.system is not None and config.system.kind == "autoencoding")
+        wordless = config.word is not None or of_pixels(config)
         if isinstance(images, Stream) and not wordless and images.bare:
             notes.append(
                 f"none of {len(images)} pictures has a caption: put NAME.txt beside NAME, or say what all show, "
@@ -153,7 +156,7 @@ def train(
             )
         if isinstance(batches, prior.WithPrior):
             notes.append(f"beside {len(batches.stream)} pictures of the class, in {batches.stream.samples.name}")
-        if getattr(images, "masked", False) and config.system is not None and config.system.kind == "autoencoding":
+        if getattr(images, "masked", False) and of_pixels(config):
             notes.append(f"masks have no effect on {config.name}: data.masks=none does not look for them")
         if config.system != given.system:
             notes.append("system.autoencoder is that of the file which system.autoencoder_from names")
@@ -197,6 +200,11 @@ def loaded(config: TrainConfig, device: torch.device) -> Any:
     return adapting.Adapting(base, config.adapter, config.seed)
 
 
+def of_pixels(config: TrainConfig) -> bool:
+    """Whether a system is trained that learns from pictures alone."""
+    return config.system is not None and config.system.kind in NOUNS
+
+
 def check_pretrained(config: TrainConfig) -> None:
     """Raises UsageError if nobody says what trained a network that stays as it is."""
     system = config.system
@@ -226,10 +234,12 @@ def check(config: TrainConfig, grid: int, size: int) -> None:
         raise UsageError("data.other_sizes are sizes of kept latents: give data.latent_views=1 or more")
     if config.system is not None and config.system.kind == "autoencoding":
         grid *= 2 if config.system.loss.type == "pixels" else 1  # it learns from latents of half the size too
+    if config.system is not None and of_pixels(config):
+        what = NOUNS[config.system.kind]
         if config.loss != Objective():
-            raise UsageError("loss.… is of diffusion and flows, an autoencoder learns by its own: leave it out")
+            raise UsageError(f"loss.… is of diffusion and flows, {what} learns by its own: leave it out")
         if data.latent_views:
-            raise UsageError("data.latent_views are latents, an autoencoder learns from pictures: give 0")
+            raise UsageError(f"data.latent_views are latents, {what} learns from pictures: give 0")
     if data.augment != "none" and data.latent_views:
         raise UsageError(
             f"data.augment={data.augment} changes pictures as they are drawn, data.latent_views have changes of their "
@@ -248,9 +258,10 @@ def check_samples(config: TrainConfig, system: Any) -> None:
     """Raises UsageError where the system cannot learn from samples in this form."""
     data, unit = config.data, getattr(system, "unit", system.grid)
     autoencoding = config.system is not None and config.system.kind == "autoencoding"
-    if data.source in SAMPLED and data.cache and autoencoding:
-        raise UsageError(f"data.cache={data.cache} keeps latents, an autoencoder learns from pictures: leave it out")
-    if data.masks == "alpha" and autoencoding:
+    if data.source in SAMPLED and data.cache and config.system is not None and of_pixels(config):
+        what = NOUNS[config.system.kind]
+        raise UsageError(f"data.cache={data.cache} keeps latents, {what} learns from pictures: leave it out")
+    if data.masks == "alpha" and of_pixels(config):
         raise UsageError(f"data.masks=alpha has no effect on {config.name}: leave it out")
     unit *= 2 if autoencoding else 1
     if data.buckets and data.bucket_step % unit:
