@@ -153,6 +153,8 @@ class DiffusionConfig:
     prediction: Literal["velocity", "x0", "eps", "v", "edm"] = "velocity"
     learned_variance: bool = False
     """Whether the second half of what the network says is of the variance, which the sampler ddpm then draws with."""
+    clip: bool = False
+    """Whether what is foreseen at every step of a drawing is kept in [-1, 1], as DDPM's pictures are."""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     defaults: Defaults = _ICONS
 
@@ -164,18 +166,26 @@ _PIXELS = Defaults(
 
 @dataclass(frozen=True, kw_only=True)
 class NonequilibriumConfig:
-    """See `limner.systems.nonequilibrium.NonequilibriumSystem`. `mean` and `std` are those of MNIST."""
+    """See `limner.systems.nonequilibrium.NonequilibriumSystem`."""
 
     kind: Literal["nonequilibrium"] = "nonequilibrium"
     name: SystemName = "sohl-dickstein-2015"
+    """What pictures remember it by."""
     family: str = "nonequilibrium diffusion"
+    """What kind of system it is, in words."""
     network: MultiscaleConfig = MULTISCALE_MNIST
     trajectory: int = 1000
+    """Steps from data to noise."""
     first_beta: float = 1e-3
+    """The variance of the first of them."""
     mean: float = -0.7387
+    """Of the pixels, as they are taken away before the first step; here of MNIST."""
     std: float = 0.6162
+    """Their standard deviation, by which they are divided."""
     learned_schedule: bool = False
+    """Whether the variances of the steps are learned too, beginning with the constant fraction."""
     repeats: int = 1
+    """How often each step back is taken where a picture is painted over; 1 is as published."""
     defaults: Defaults = _PIXELS
 
 
@@ -294,8 +304,8 @@ def _pixels(name: str, family: str, what: str, **changes: Any) -> tuple[Entry, E
     """Rows of a system that draws icons in 32 pixels, told a style, and of the same in miniature, told a shape: what
     differs from DDPM. Changes of `network` and `defaults` are of their fields, those of `tiny` of its network."""
     network, defaults, less = (changes.pop(name, {}) for name in ("network", "defaults", "tiny"))
-    usual: dict[str, Any] = {"interpolant": DDPM_NOISE, "prediction": "eps"}
-    drawn: dict[str, Any] = {"steps": 50, "sampler": "ddim", "schedule": "auto", "guidance": 1.0}
+    usual: dict[str, Any] = {"interpolant": DDPM_NOISE, "prediction": "eps", "clip": True}
+    drawn: dict[str, Any] = {"steps": 250, "sampler": "ddpm", "schedule": "trailing", "guidance": 1.0}
     row = DiffusionConfig(
         name=name, family=family, network=replace(ICONS_32, **network), autoencoder=PixelsConfig(), text_encoder=STYLES,
         **usual | changes,
@@ -480,6 +490,7 @@ CATALOG = {
             "a preconditioned network, Heun's method",
             interpolant=EDMConfig(),
             prediction="edm",
+            clip=False,
             defaults={"steps": 18, "sampler": "heun", "schedule": "karras"},
         ),
         *_pixels(
@@ -489,6 +500,7 @@ CATALOG = {
             network={"time_scale": 1000.0},
             interpolant="flow",
             prediction="velocity",
+            clip=False,
             defaults={"steps": 25, "sampler": "heun", "schedule": "uniform"},
         ),
         replace(_stable_diffusion("sd1", "512 px, any file of Stable Diffusion 1"), recipe=""),
@@ -746,6 +758,7 @@ def build(config: SystemConfig, tokenizers: Sequence[CLIPTokenizer | T5Tokenizer
         small_noise=None if config.small_noise is None else discrete(config.small_noise),
         looks=config.looks,
         learned_variance=config.learned_variance,
+        clip=config.clip,
     )
 
 

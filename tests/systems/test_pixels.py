@@ -192,3 +192,16 @@ def test_a_variance_that_was_learned_is_drawn_with():
         smallest.tobytes()
         == pipeline.generate(system, "red circle", steps=4, seed=1, sampler="ddpm")[0].image.tobytes()
     )
+
+
+def test_what_is_foreseen_is_kept_to_what_pixels_can_be():
+    system = noisy("ddpm-tiny").eval()
+    system.network.conv_out.weight.data *= 20
+    request = pipeline.prepare(system, prompt="red circle", steps=4, seed=1, sampler="ddim")
+    found = {}
+    for system.clip in (True, False):
+        with torch.inference_mode():
+            cond = system.condition([request.prompt], request)
+            found[system.clip] = system.sample(cond, request, pipeline.noise_source([1], "cpu")).abs().max()
+    assert found[True] <= 1
+    assert found[False] > 2

@@ -25,26 +25,35 @@ from limner.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class MultiscaleConfig:
-    """Pictures have `channels`, and where there are dense layers `size` x `size` pixels; `dense_width` 0 leaves these
-    out, and then any size will do whose sides are multiples of `unit`."""
+    """`conv_width`, `dense_width` and `pixel_width` are of the hidden layers of each kind, the depths how many there
+    are. Without dense layers any size will do whose sides are multiples of `unit`."""
 
     type: Literal["multiscale"] = "multiscale"
     channels: int
+    """Of the pictures: 1, or 3."""
     size: int
+    """The side of the pictures in pixels, where there are dense layers."""
     conv_width: int = 20
     conv_depth: int = 4
+    """Convolutions one after another, at every scale."""
     num_scales: int = 1
     """Each twice as coarse as the one before."""
     dense_width: int = 500
+    """0 leaves the dense layers out."""
     dense_depth: int = 4
+    """Dense layers one after another."""
     dense_channels: int = 2
     """What the dense layers say of a pixel."""
     pixel_width: int = 20
+    """Of the layers that see each pixel alone."""
     pixel_depth: int = 2
+    """How many of these there are."""
     num_coeffs: int = 10
     """Functions of time."""
     conv_activation: Literal["leaky_relu", "softplus"] = "leaky_relu"
+    """The authors' code has the first, the paper the second."""
     dense_activation: Literal["leaky_relu", "tanh"] = "leaky_relu"
+    """Likewise."""
 
     @property
     def unit(self) -> int:

@@ -232,9 +232,10 @@ class DiffusionSystem(nn.Module):
         small_noise: Discrete | None = None,
         looks: bool = False,
         learned_variance: bool = False,
+        clip: bool = False,
     ) -> None:
-        """`learned_variance` is as `limner.catalog.DiffusionConfig` has it; `looks` is whether the network takes
-        pictures to look at, as FLUX.1 Kontext does."""
+        """`learned_variance` and `clip` are as `limner.catalog.DiffusionConfig` has them; `looks` is whether the
+        network takes pictures to look at, as FLUX.1 Kontext does."""
         super().__init__()
         self.small_noise = small_noise
         self.graphs = Graphs()
@@ -246,7 +247,7 @@ class DiffusionSystem(nn.Module):
         self.grid = self.autoencoder.factor
         self.unit: int = self.grid * getattr(network.config, "patch", 1)
         """What widths and heights are multiples of, in pixels."""
-        self.learned_variance = learned_variance
+        self.learned_variance, self.clip = learned_variance, clip
         self.looks = looks
         """As for `limner.catalog.DiffusionConfig`."""
         config: Any = network.config
@@ -854,6 +855,7 @@ class DiffusionSystem(nn.Module):
             nonlocal newest
             turn = next(k for k, (until, *_) in enumerate(cond) if steps < until)
             x0 = tiling.blended(lambda tile, part: denoiser(turn, tile)(part, sigma), x, side, overlap)
+            x0 = x0.clamp(-1, 1) if self.clip else x0
             newest = x0 if paint is None else torch.lerp(start, x0, paint)  # type: ignore[arg-type]
             return newest
 
