@@ -35,12 +35,12 @@ from limner.checkpoints import (
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.quantization import gathered
 from limner.errors import CheckpointMismatch, FileProblem, UnknownName, UsageError
-from limner.models.dit import DiTConfig
 from limner.models.flux import Flux, FluxConfig
 from limner.models.mmdit import MMDiT
 from limner.models.unet import UNetConfig
 from limner.nn.quantized import Quantized
 from limner.sampling.interpolants import EDMConfig, FlowConfig, VPConfig
+from limner.text.labels import LabelsConfig
 
 PARTS = ("network", "autoencoder", "text_encoder")
 SEES = {
@@ -118,7 +118,7 @@ def convert(source: str | Path, target: str | Path) -> tuple[Path, Mapping[str, 
         raise FileProblem(f"{target} is there already: give another name")
     if any(isinstance(tensor, Quantized) for tensor in found.tensors.values()):
         raise UsageError(f"{path} is quantised ({_precision(found.tensors)}): give the file that it was made from")
-    if not isinstance(found.network, UNetConfig):
+    if not isinstance(found.network, UNetConfig) or isinstance(found.text, LabelsConfig):
         raise UsageError(CONVERTED.format(path, catalog.config_of(found).family))
     catalog.fitted(found)
     if target.suffix == ".safetensors":
@@ -216,8 +216,8 @@ def _drawn(found: Foreign) -> dict[str, Any]:
 
 
 def _sees(found: Foreign) -> dict[str, Any]:
-    if isinstance(found.network, DiTConfig):
-        return {"classes": found.network.num_classes}
+    if isinstance(found.text, LabelsConfig):
+        return {"classes": found.text.num_classes}
     if not hasattr(found.network, "sees"):
         return {}
     sees = "reference" if found.looks else found.network.sees(found.autoencoder.latent_channels)
