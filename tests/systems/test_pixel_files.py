@@ -99,10 +99,10 @@ def test_a_file_computes_what_its_authors_program_computes(config, layout, label
 def test_a_file_of_ddpm_is_the_network_that_diffusers_has(here):
     theirs: Any = noised(diffusers.UNet2DModel(**SMALL), seed=1)
     save_file(write(ddpm_layout(DDPM), theirs.state_dict()), "model.safetensors")
-    x, t = torch.randn(2, 3, 8, 8), torch.tensor([999, 3])
+    x, t = formula("x", (2, 3, 8, 8)).double(), torch.tensor([999, 3])
     with pytest.warns(Assumed):
         system: Any = catalog.load("model.safetensors")
-    assert difference(system.network(x, t, Conditioning()), theirs(x, t).sample) <= 1e-5
+    assert difference(system.network.double()(x, t, Conditioning()), theirs.double()(x, t).sample) <= 1e-10
 
 
 @pytest.mark.parametrize(
@@ -221,6 +221,9 @@ def test_a_folder_draws_what_diffusers_draws(kind, sampler, root, tmp_path, monk
     with warnings.catch_warnings():
         warnings.simplefilter("error" if kind == "DDIM" else "ignore", Assumed)  # all of it is told
         system = catalog.load(folder)
+    part = folder / ("diffusion_pytorch_model.bin" if root else "unet/diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointMismatch, match="is of a folder of diffusers, which says how to draw with it"):
+        catalog.load(part)
     ours = drawn(system, monkeypatch, steps=10, sampler=sampler)
     assert difference(ours, walked(pipe, 10)) <= 1e-5
     assert ours.std() > 0.1

@@ -31,6 +31,7 @@ COSINE = VPConfig(betas="cosine", offset=0, to_zero=True)
 PREFIXES = ("", "module.")
 DDPM_MARKS = ("temb.dense.0.weight", "down.0.block.0.norm1.weight")
 OPENAI_MARKS = ("input_blocks.0.0.weight", "time_embed.0.weight", "out.2.weight")
+DIFFUSERS_MARKS = {"conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", "up_blocks.0.resnets.0.conv1.weight"}
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 NETWORK = "UNet2DModel"
 STEPS = 50
@@ -70,6 +71,8 @@ def recognise(
 ) -> Foreign | None:
     """What a file with these tensors is, None for another kind. Raises CheckpointMismatch."""
     if (found := prefix_of(tensors)) is None:
+        if tensors.keys() >= DIFFUSERS_MARKS and not any(".transformer_blocks." in name for name in tensors):
+            raise CheckpointMismatch(f"{path} is of a folder of diffusers, which says how to draw with it: give that")
         return None
     prefix, openai = found
     held = parts.under(tensors, prefix)
