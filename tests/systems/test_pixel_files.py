@@ -248,6 +248,10 @@ def test_what_a_folder_asks_for_and_does_not_get_is_said(tmp_path):
         "ddpm", "DDPM", "eps", 8, 50, 1.0, "ddim",
     ]  # fmt: skip
     assert told["assumed"] == [pixels.ANCESTRAL, pixels.CLIPPED]
+    assert (
+        pixels.VARIANCE.format("fixed_large")
+        in exchange.inspect(folder_of(tmp_path / "large", "DDPM", variance_type="fixed_large"))["assumed"]
+    )
     assert catalog.recognise(folder).noise.betas == "cosine"  # type: ignore[union-attr]
 
 
@@ -287,7 +291,7 @@ def test_a_folder_with_what_is_not_known_is_refused_in_a_line(file, changes, say
 # -------------------------------------------------------------------- on the command line
 
 
-def test_a_file_is_inspected_drawn_with_and_not_converted(here, limner):
+def test_a_file_is_inspected_and_drawn_with(here, limner):
     save_file(contents(CLASSES, ldm_layout), "adm.safetensors")
     told = exchange.inspect("adm.safetensors")
     assert [told[name] for name in ("kind", "model", "family", "classes", "size", "sampler", "steps", "guidance")] == [
@@ -303,9 +307,33 @@ def test_a_file_is_inspected_drawn_with_and_not_converted(here, limner):
     assert again.code == 0, again.err
     assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
     with pytest.raises(UsageError, match="is of ADM: only files of Stable Diffusion"):
-        exchange.convert("adm.safetensors", "out")
+        exchange.convert("adm.safetensors", "out.safetensors")
     refused = limner("7", "-m", "adm.safetensors", "--vae", "adm.safetensors")
     assert (refused.code, "draws pixels and reads no words: leave --vae" in refused.err) == (2, True)
+
+
+@pytest.mark.parametrize(("config", "layout"), [(DDPM, ddpm_layout), (ADM, ldm_layout), (CLASSES, ldm_layout)])
+@pytest.mark.filterwarnings("ignore::limner.errors.Assumed")
+@torch.no_grad()
+def test_a_file_is_made_into_a_folder_that_diffusers_and_we_read(config, layout, here):
+    save_file(contents(config, layout), "model.safetensors")
+    exchange.convert("model.safetensors", "folder")
+    before: Any = catalog.load("model.safetensors")
+    after: Any = catalog.load("folder")
+    assert after.network.config == config
+    assert (after.defaults, after.interpolant, after.family) == (before.defaults, before.interpolant, before.family)
+    assert all(torch.equal(t, after.network.state_dict()[name]) for name, t in before.network.state_dict().items())
+    pipe = (diffusers.DDIMPipeline if config is DDPM else diffusers.DDPMPipeline).from_pretrained("folder")
+    x, t, labels = formula("x", (2, 3, 8, 8)).double(), torch.tensor([999, 3]), torch.tensor([7, 2])
+    cond, told = (Conditioning(labels=labels), {"class_labels": labels}) if config.num_classes else (Conditioning(), {})
+    assert difference(before.network.double()(x, t, cond), pipe.unet.double()(x, t, **told).sample) <= 1e-10
+
+
+def test_what_diffusers_has_no_word_for_is_not_made_into_a_folder(here):
+    save_file(contents(IMPROVED, ldm_layout), "model.safetensors")
+    with pytest.raises(UsageError, match="has its time scaled, for which diffusers has no word"):
+        exchange.convert("model.safetensors", "folder")
+    assert not Path("folder").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from limner.checkpoints import files, folders, parts, unet
+from limner.checkpoints import files, folders, layouts, parts, unet
 from limner.checkpoints.dit import NOISE, names_in
 from limner.checkpoints.folders import INDEX, Settings
 from limner.checkpoints.foreign import Foreign
@@ -42,6 +42,7 @@ ASSUMED_OPENAI = (
 )
 THREE = "names do not tell it from a consistency model, which would draw nothing like a picture"
 CLIPPED = "its scheduler keeps what is foreseen within [-1, 1] at every step (clip_sample), which is not done"
+VARIANCE = "its scheduler has the variance {}, the sampler ddpm the smaller one (fixed_small)"
 ANCESTRAL = "its scheduler is DDPM's, which walks all timesteps: ddim is taken unless another is named"
 
 
@@ -223,6 +224,8 @@ def of_folder(folder: Path) -> Foreign:
     assumed = [] if sampler else [f"the folder's sampler is not one of ours: {folders.UNKNOWN_SAMPLER}"]
     assumed += [ANCESTRAL] if sampler == "ddpm" else []
     assumed += [CLIPPED] if settings.take("clip_sample", sampler in ("ddpm", "ddim")) else []
+    if sampler == "ddpm" and (kind := settings.take("variance_type", "fixed_small")) != "fixed_small":
+        assumed += [VARIANCE.format(kind)]
     if settings.take("thresholding", False):
         raise settings.wrong("thresholding", True)
     paths = folders.weights(at["unet"])
@@ -307,3 +310,53 @@ def _levels(settings: Settings, count: int) -> tuple[list[bool], Literal["conv",
     if found[0] != found[1][::-1] or len(ways) > 1 or not ways <= {"conv", "block"}:
         raise CheckpointMismatch(f"{settings.path}: its levels, down and up, differ in what Limner has alike")
     return found[0], "block" if ways == {"block"} else "conv"
+
+
+# -------------------------------------------------------------------- writing
+
+
+def export(found: Foreign) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """What a folder of diffusers of this model holds: the contents of its JSON files by name, and the tensors of its
+    one part. Raises UsageError for a network that diffusers has no words for."""
+    network, block = found.network, found.network.resample == "block"
+    at = {width for width, depth in zip(network.widths, network.depths, strict=True) if depth} | {network.widths[-1]}
+    heads = {width // network.heads(width) for width in at}
+    if network.time_scale != 1 or (network.num_heads != 1 and len(heads) > 1):
+        why = "heads of several widths" if network.time_scale == 1 else "its time scaled"
+        raise UsageError(f"{found.source} has {why}, for which diffusers has no word: it is not made into a folder")
+    learned = network.out_channels > network.in_channels
+    settings = folders.noise_settings(replace(found, sampler="ddpm" if learned else found.sampler))
+    kinds = [f"Resnet{way}sampleBlock2D" if block else f"{way}Block2D" for way in ("Down", "Up")]
+    contents = {
+        INDEX: {
+            "_class_name": "DDPMPipeline" if learned else "DDIMPipeline",
+            "unet": ["diffusers", NETWORK],
+            "scheduler": ["diffusers", settings["_class_name"]],
+        },
+        "unet/config.json": {
+            "_class_name": NETWORK,
+            "sample_size": found.size,
+            "in_channels": network.in_channels,
+            "out_channels": network.out_channels,
+            "block_out_channels": network.widths,
+            "down_block_types": ["AttnDownBlock2D" if depth else kinds[0] for depth in network.depths],
+            "up_block_types": ["AttnUpBlock2D" if depth else kinds[1] for depth in reversed(network.depths)],
+            "downsample_type": "resnet" if block else "conv",
+            "upsample_type": "resnet" if block else "conv",
+            "downsample_padding": 1 if network.pad == "around" else 0,
+            "layers_per_block": network.num_blocks,
+            "attention_head_dim": None if network.num_heads == 1 else heads.pop(),
+            "add_attention": network.mid_depth > 0,
+            "norm_num_groups": network.groups,
+            "attn_norm_num_groups": network.groups,
+            "norm_eps": network.eps,
+            "resnet_time_scale_shift": "scale_shift" if network.scale_shift else "default",
+            "flip_sin_to_cos": not network.sines_first,
+            "freq_shift": network.freq_shift,
+            "num_class_embeds": network.num_classes or None,
+        },
+        "scheduler/scheduler_config.json": settings | ({"variance_type": "learned_range"} if learned else {}),
+    }
+    ours = layouts.read(found.layout, found.tensors, found.source)
+    part = {name.removeprefix("network."): tensor for name, tensor in ours.items()}
+    return contents, {"unet/diffusion_pytorch_model": part}
