@@ -53,7 +53,7 @@ SEES = {
     "mask": "a mask and what is around it (--mask)",
     "else": "a small picture to enlarge (-i)",
 }
-CONVERTED = "{} is of {}: only files of Stable Diffusion 1, 2 and XL are made into one another, and DDPM's and ADM's into folders"
+CONVERTED = "{} is of {}: only files of Stable Diffusion 1, 2 and XL are converted, and of DDPM and ADM into folders"
 
 
 def inspect(source: str | Path) -> dict[str, Any]:
