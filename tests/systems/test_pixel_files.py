@@ -160,6 +160,11 @@ def test_what_a_training_saved_is_read_and_its_average_taken(here):
         catalog.load("sparse.ckpt")
 
 
+def test_an_adm_without_a_variance_may_be_a_consistency_model_which_is_said():
+    found = [pixels.recognise(Path("m.pt"), contents(replace(ADM, out_channels=n), ldm_layout)) for n in (3, 6)]
+    assert [pixels.THREE in one.assumed for one in found if one is not None] == [True, False]
+
+
 # -------------------------------------------------------------------- folders of diffusers
 
 
@@ -229,8 +234,9 @@ def test_a_folder_draws_what_diffusers_draws(kind, sampler, root, tmp_path, monk
     assert ours.std() > 0.1
 
 
-def test_classes_of_a_folder_are_given_by_number(tmp_path, monkeypatch):
+def test_classes_of_a_folder_are_given_by_number_or_its_names(tmp_path, monkeypatch):
     folder = folder_of(tmp_path / "model", classes=5)
+    index = json.loads((folder / "model_index.json").read_text())
     pipe = diffusers.DDIMPipeline.from_pretrained(folder)
     system = catalog.load(folder)
     assert difference(drawn(system, monkeypatch, "4", steps=5), walked(pipe, 5, class_labels=torch.tensor([4]))) <= 1e-5
@@ -239,6 +245,8 @@ def test_classes_of_a_folder_are_given_by_number(tmp_path, monkeypatch):
             pipeline.prepare(system, prompt=asked[0])
     with pytest.raises(UsageError, match="no class for none"):
         pipeline.generate(system, "4", steps=2, guidance=2.0)
+    (folder / "model_index.json").write_text(json.dumps(index | {"id2label": {"4": "otter"}}))
+    assert catalog.load(folder).text_encoder.classes(["otter"]) == [4]  # type: ignore[union-attr]
 
 
 def test_what_a_folder_asks_for_and_does_not_get_is_said(tmp_path):
@@ -344,7 +352,7 @@ def test_what_diffusers_has_no_word_for_is_not_made_into_a_folder(here):
         (DDPM, ddpm_layout, {"extra": (3,)}, "1 unknown (first: extra)"),
         (DDPM, ddpm_layout, {"mid.attn_1.q.weight": (64, 32, 1, 1)}, "mid.attn_1.q.weight is (64, 32, 1, 1)"),
         (DDPM, ddpm_layout, {"conv_in.weight": (32, 1, 3, 3)}, "1 channels in and 3 out"),
-        (DDPM, ddpm_layout, {"down.1.attn.0.q.weight": None}, "no level has attention"),
+        (DDPM, ddpm_layout, {"down.1.attn.0.q.weight": None}, "no level of the first seven has attention"),
         (ADM, ldm_layout, {"time_embed.0.weight": (256, 128)}, "its time is told in 128 numbers"),
         (ADM, ldm_layout, {"input_blocks.0.0.weight": (64, 6, 3, 3)}, "such as one to enlarge"),
         (ADM, ldm_layout, {"out.2.weight": (7, 64, 3, 3)}, "7 out: known are 3, and 3 or 6"),

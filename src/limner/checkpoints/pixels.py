@@ -111,8 +111,8 @@ def size_of(network: UNetConfig) -> int:
     """Pixels a side of what the published networks with attention at these levels draw: it ends at 16, and ADM's, at
     three levels, at 32."""
     attended = [i for i, depth in enumerate(network.depths) if depth]
-    if not attended:
-        raise UsageError("no level has attention, which would tell the size of its pictures")
+    if not attended or attended[0] > 6:
+        raise UsageError("no level of the first seven has attention, which would tell the size of its pictures")
     return (32 if len(attended) > 2 else 16) << attended[0]
 
 
