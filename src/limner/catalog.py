@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from limner.checkpoints import dit, files, flows, folders, hub, layouts, parts, single_files
+from limner.checkpoints import dit, files, flows, folders, hub, layouts, parts, pixels, single_files
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.quantization import gathered, quantize
 from limner.devices import bytes_of, free_of
@@ -1097,7 +1097,7 @@ def recognise(
     if path.is_dir():
         if text_encoders:
             raise UsageError(f"{path} is a folder, which has its text encoders: put others into a single file's model")
-        kinds = (module for module in (dit, flows) if module.is_folder(path))
+        kinds = (module for module in (dit, flows, pixels) if module.is_folder(path))
         found = next((module.of_folder(path) for module in kinds), None) or folders.recognise(path)
         if prediction and found.prediction == "velocity":
             return _said(found)
@@ -1110,6 +1110,10 @@ def recognise(
                 f"finish the run and give -m {run}"
             )
         tensors = gathered(tensors, metadata, path)
+        if (drawn := pixels.recognise(path, tensors, prediction)) is not None:
+            if vae or text_encoders:
+                raise UsageError(f"{path} draws pixels and reads no words: leave --vae and --text-encoder out")
+            return drawn
         bare = not any(name.startswith(parts.CODEC) for name in tensors)
         alone = not any(name.startswith(parts.CODECS[:-1]) for name in tensors)
         if (flow := flows.recognise(path, tensors, vae if alone else None, text_encoders)) is not None:
@@ -1174,6 +1178,8 @@ def config_of(found: Foreign) -> DiffusionConfig:
         return _like(CATALOG[name].config, found)
     if isinstance(network, FluxConfig):
         return _flux_config(found)
+    if isinstance(found.autoencoder, PixelsConfig):
+        return _pixels_config(found)
     assert isinstance(text, CLIPTowersConfig)
     if network.vector_width:
         name = "sdxl" if network.vector_width == text.pooled_width + 6 * 256 else "sdxl-refiner"
@@ -1183,6 +1189,14 @@ def config_of(found: Foreign) -> DiffusionConfig:
         name = "sd1" if not network.linear_projection else "sd2-v" if found.prediction == "v" else "sd2"
     sees = network.sees(found.autoencoder.latent_channels)
     return _like(CATALOG[_SEEING.get((name, sees), name)].config, found, **BESIDE.get(sees, {}))
+
+
+def _pixels_config(found: Foreign) -> DiffusionConfig:
+    """Classes have none that stands for no class."""
+    row = CATALOG["ddpm"].config
+    most = max(4 * found.size, row.defaults.max_size)
+    config = _like(row, found, max_size=most, prompted=found.text.num_classes > 0)
+    return replace(config, family=pixels.family(found.network), caption_dropout=0.0)
 
 
 def _flux_config(found: Foreign) -> DiffusionConfig:

@@ -30,17 +30,19 @@ from limner.checkpoints import (
     folders,
     joint_dit_controlnet,
     layouts,
+    pixels,
     single_files,
 )
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.quantization import gathered
 from limner.errors import CheckpointMismatch, FileProblem, UnknownName, UsageError
-from limner.models.dit import DiTConfig
 from limner.models.flux import Flux, FluxConfig
 from limner.models.mmdit import MMDiT
+from limner.models.pixels import PixelsConfig
 from limner.models.unet import UNetConfig
 from limner.nn.quantized import Quantized
 from limner.sampling.interpolants import EDMConfig, FlowConfig, VPConfig
+from limner.text.labels import LabelsConfig
 
 PARTS = ("network", "autoencoder", "text_encoder")
 SEES = {
@@ -51,7 +53,7 @@ SEES = {
     "mask": "a mask and what is around it (--mask)",
     "else": "a small picture to enlarge (-i)",
 }
-CONVERTED = "{} is of {}: only files of Stable Diffusion 1, 2 and XL are made into one another"
+CONVERTED = "{} is of {}: only files of Stable Diffusion 1, 2 and XL are converted, and of DDPM and ADM into folders"
 
 
 def inspect(source: str | Path) -> dict[str, Any]:
@@ -98,8 +100,9 @@ def inspect(source: str | Path) -> dict[str, Any]:
 
 
 def convert(source: str | Path, target: str | Path) -> tuple[Path, Mapping[str, int]]:
-    """Make a single file (`target` ends in .safetensors) or a folder of diffusers of a Stable Diffusion, whole or not
-    at all. Returns its path, and how many tensors of each kind were left out because no program needs them.
+    """Make a single file (`target` ends in .safetensors) or a folder of diffusers of a Stable Diffusion, or a folder of
+    a DDPM, Improved DDPM or ADM, whole or not at all. Returns its path, and how many tensors of each kind were left out
+    because no program needs them.
 
     Raises UsageError, FileProblem.
     """
@@ -118,7 +121,8 @@ def convert(source: str | Path, target: str | Path) -> tuple[Path, Mapping[str, 
         raise FileProblem(f"{target} is there already: give another name")
     if any(isinstance(tensor, Quantized) for tensor in found.tensors.values()):
         raise UsageError(f"{path} is quantised ({_precision(found.tensors)}): give the file that it was made from")
-    if not isinstance(found.network, UNetConfig):
+    draws_pixels = isinstance(found.autoencoder, PixelsConfig)
+    if not isinstance(found.network, UNetConfig) or (draws_pixels and target.suffix):
         raise UsageError(CONVERTED.format(path, catalog.config_of(found).family))
     catalog.fitted(found)
     if target.suffix == ".safetensors":
@@ -216,8 +220,8 @@ def _drawn(found: Foreign) -> dict[str, Any]:
 
 
 def _sees(found: Foreign) -> dict[str, Any]:
-    if isinstance(found.network, DiTConfig):
-        return {"classes": found.network.num_classes}
+    if isinstance(found.text, LabelsConfig):
+        return {"classes": found.text.num_classes}
     if not hasattr(found.network, "sees"):
         return {}
     sees = "reference" if found.looks else found.network.sees(found.autoencoder.latent_channels)
@@ -308,7 +312,8 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
 
 
 def _save_folder(found: Foreign, folder: Path) -> None:
-    contents, parts = folders.export(found)
+    export = pixels.export if isinstance(found.autoencoder, PixelsConfig) else folders.export
+    contents, parts = export(found)
     for name, content in contents.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

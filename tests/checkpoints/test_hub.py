@@ -162,6 +162,9 @@ def test_each_part_is_chosen_once_in_half_precision_where_it_is_there():
         "vae/diffusion_pytorch_model.bin", "text_encoder/config.json", "text_encoder/model-00001-of-00002.safetensors",
         "text_encoder/model-00002-of-00002.safetensors", "text_encoder/model.safetensors.index.json",
     ])  # fmt: skip
+    early = ["model_index.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"]
+    beside = ["README.md", "diffusion_pytorch_model.bin", "images/one.png"]
+    assert hub.choose([*beside, *early], "hf:google/ddpm-cifar10-32") == early
     assert hub.choose(["a.safetensors", "README.md", "vae/x.safetensors"], "hf:a/b") == ["a.safetensors"]
     with pytest.raises(FileProblem, match=r"2 files, such as a.safetensors: name one, hf:a/b/a.safetensors"):
         hub.choose(["a.safetensors", "b.safetensors"], "hf:a/b")

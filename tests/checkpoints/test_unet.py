@@ -45,6 +45,8 @@ def test_every_tensor_has_one_place(name):
         (ldm_layout, "SD1", 686, "3422671e7bd3eb47ccfdac42b0130db78b6aa6059e027e48f1619b3ae787c968"),
         (ldm_layout, "SD2", 686, "3422671e7bd3eb47ccfdac42b0130db78b6aa6059e027e48f1619b3ae787c968"),
         (ldm_layout, "SDXL", 1680, "fa772cb99a827a1512d5ec6638e805767ccc001946e4ee5649a12d7ffe3a0191"),
+        (ldm_layout, "IDDPM_CIFAR", 446, "76a9e2cfd3634d68aeb8845506d25c7b2c5b924af65aabcd5f2aa817dd444287"),
+        (ldm_layout, "IDDPM_64", 450, "13ffbe9d45c5be2e18f9b8e6801e264aba5ba3bc5748b75d767f8f8f7735af17"),
         (ldm_layout, "ADM_64", 541, "a761555b497d81ab19c76d4aaa6bc0e3b0c9efcadf16afab0336da15f7f2a36e"),
         (ldm_layout, "ADM_128", 493, "a7de044d796b4e433780f70130604eb7addac577b83e74c63ac6ec08db95371b"),
         (ldm_layout, "ADM_256", 567, "0daba198b08e3157c081f2f4c793bad50af0c6a49d5d761324538692423ddb83"),

@@ -134,14 +134,16 @@ def _dense(stored: Any, path: Path, name: Any = "", depth: int = 4) -> None:
     """Raises FileProblem for a tensor that is sparse or holds no values, in tables up to so deep."""
     if isinstance(stored, Tensor) and (stored.layout != torch.strided or stored.device.type == "meta"):
         raise FileProblem(f"{path}: {shown(str(name))} is sparse, or has no values: only whole tensors are read")
-    if isinstance(stored, dict) and depth:
-        for key, value in stored.items():
+    if isinstance(stored, dict | list) and depth:
+        for key, value in stored.items() if isinstance(stored, dict) else enumerate(stored):
             _dense(value, path, key, depth - 1)
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     """The tensors of a file of `torch.save`."""
     stored = unpickled(path)
+    if isinstance(stored, list) and len(stored) in (4, 5) and isinstance(stored[0], dict):
+        stored = stored[4 * (len(stored) > 4)]  # of a training of DDIM's program: its average, or else its weights
     stored = stored.get("state_dict", stored) if isinstance(stored, dict) else stored
     if isinstance(stored, dict) and isinstance(stored.get("ema"), dict) and "model" in stored:
         stored = stored["ema"]  # of a training, as DiT's and SiT's programs save it

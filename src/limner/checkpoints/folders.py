@@ -409,10 +409,10 @@ def export(found: Foreign) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]
         INDEX: _index(found, names_of, xl),
         "unet/config.json": _network_settings(network, found.size // codec.factor),
         "vae/config.json": _autoencoder_settings(codec),
-        "scheduler/scheduler_config.json": _noise_settings(found),
+        "scheduler/scheduler_config.json": noise_settings(found),
     }
     if found.small_noise is not None:
-        small = _noise_settings(replace(found, noise=found.small_noise, prediction="eps", sampler="ddpm", schedule=""))
+        small = noise_settings(replace(found, noise=found.small_noise, prediction="eps", sampler="ddpm", schedule=""))
         contents[f"{SMALL}/scheduler_config.json"] = small
     ours = layouts.read(found.layout, found.tensors, found.source)
     parts = {
@@ -437,7 +437,7 @@ def _index(found: Foreign, towers: list[str], xl: bool) -> dict[str, Any]:
         "_class_name": "StableDiffusionXLImg2ImgPipeline" if refiner else kind,
         "unet": ["diffusers", KNOWN_PARTS["unet"]],
         "vae": ["diffusers", KNOWN_PARTS["vae"]],
-        "scheduler": ["diffusers", _noise_settings(found)["_class_name"]],
+        "scheduler": ["diffusers", noise_settings(found)["_class_name"]],
     }
     for name in ("text_encoder", "text_encoder_2") if xl else towers:
         there = name in towers
@@ -506,7 +506,8 @@ def _autoencoder_settings(config: KLConfig) -> dict[str, Any]:
     }
 
 
-def _noise_settings(found: Foreign) -> dict[str, Any]:
+def noise_settings(found: Foreign) -> dict[str, Any]:
+    """What a folder says of noise and sampler, the inverse of `noise_config`."""
     noise, names_of = found.noise, names.SAMPLERS[found.sampler or "euler"]
     if isinstance(noise, EDMConfig):
         return {

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from limner.checkpoints.layouts import Layout
-from limner.models.autoencoder import KLConfig
 from limner.sampling.interpolants import VPConfig
 from limner.text.bpe import CLIPTokenizer
 from limner.text.unigram import T5Tokenizer
@@ -27,7 +26,7 @@ class Foreign:
 
     source: Path
     network: Any  # UNetConfig, DiTConfig, MMDiTConfig or FluxConfig
-    autoencoder: KLConfig
+    autoencoder: Any  # KLConfig or PixelsConfig
     text: Any  # CLIPTowersConfig, LabelsConfig, SD3TextConfig or FluxTextConfig
     tokenizers: tuple[CLIPTokenizer | T5Tokenizer, ...]
     noise: Any  # VPConfig, EDMConfig, FlowConfig or "flow"

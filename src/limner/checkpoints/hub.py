@@ -79,6 +79,9 @@ def choose(names: Collection[str], source: str, beside: Sequence[str] = ()) -> l
             inside = [PurePosixPath(name) for name in names if name.startswith(f"{part}/") and name.count("/") == 1]
             weights = _weights([path.name for path in inside])
             wanted += [str(path) for path in inside if path.name in weights or _beside(path.name)]
+        if len(wanted) == 1:  # the first folders of diffusers have one part, and that at the root
+            weights = _weights([name for name in names if name.startswith("diffusion_pytorch_model.")])
+            wanted += [name for name in ("config.json", "scheduler_config.json", *sorted(weights)) if name in names]
         return wanted
     single = sorted(n for n in names if "/" not in n and n.endswith(".safetensors"))
     single = single or sorted(n for n in names if "/" not in n and n.endswith(".ckpt"))

@@ -16,7 +16,8 @@ def convert_command(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A Stable Diffusion 1, 2 or XL, a single file or a folder, or an adapter.", show_default=False
+            help="A Stable Diffusion 1, 2 or XL, a single file or a folder, a file of DDPM or ADM, or an adapter.",
+            show_default=False,
         ),
     ],
     target: Annotated[Path, typer.Argument(help="NAME.safetensors, or the name of a new folder.", show_default=False)],
