@@ -1196,7 +1196,10 @@ def _pixels_config(found: Foreign) -> DiffusionConfig:
     row = CATALOG["ddpm"].config
     most = max(4 * found.size, row.defaults.max_size)
     config = _like(row, found, max_size=most, prompted=found.text.num_classes > 0)
-    return replace(config, family=pixels.family(found.network), caption_dropout=0.0)
+    learned = found.network.out_channels == 2 * found.autoencoder.latent_channels
+    return replace(
+        config, family=pixels.family(found.network), caption_dropout=0.0, clip=found.clip, learned_variance=learned
+    )
 
 
 def _flux_config(found: Foreign) -> DiffusionConfig:

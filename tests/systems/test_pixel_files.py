@@ -219,7 +219,7 @@ def walked(pipe: Any, steps: int, **told: Any) -> Tensor:
 @pytest.mark.parametrize("root", [False, True])
 @pytest.mark.parametrize(("kind", "sampler"), [("DDIM", "ddim"), ("DDPM", "ddpm")])
 def test_a_folder_draws_what_diffusers_draws(kind, sampler, root, tmp_path, monkeypatch):
-    folder = folder_of(tmp_path / "model", kind)
+    folder = folder_of(tmp_path / "model", kind, clip_sample=kind == "DDPM")
     pipe = getattr(diffusers, f"{kind}Pipeline").from_pretrained(folder)
     pipe.scheduler = getattr(diffusers, f"{kind}Scheduler").from_pretrained(folder, subfolder="scheduler")
     folder = at_the_root(folder) if root else folder
@@ -230,7 +230,7 @@ def test_a_folder_draws_what_diffusers_draws(kind, sampler, root, tmp_path, monk
     with pytest.raises(CheckpointMismatch, match="is of a folder of diffusers, which says how to draw with it"):
         catalog.load(part)
     ours = drawn(system, monkeypatch, steps=10, sampler=sampler)
-    assert difference(ours, walked(pipe, 10)) <= 1e-5
+    assert difference(ours, walked(pipe, 10)) <= (1e-5 if kind == "DDIM" else 3e-5)  # more where it is clipped
     assert ours.std() > 0.1
 
 
@@ -255,7 +255,8 @@ def test_what_a_folder_asks_for_and_does_not_get_is_said(tmp_path):
     assert [told[name] for name in ("model", "family", "predicts", "size", "steps", "guidance", "sampler")] == [
         "ddpm", "DDPM", "eps", 8, 50, 1.0, "ddim",
     ]  # fmt: skip
-    assert told["assumed"] == [pixels.ANCESTRAL, pixels.CLIPPED]
+    assert told["assumed"] == [pixels.ANCESTRAL]
+    assert exchange.inspect(folder_of(tmp_path / "ddim", clip_sample=True))["assumed"] == [pixels.CLIPPED]
     assert (
         pixels.VARIANCE.format("fixed_large")
         in exchange.inspect(folder_of(tmp_path / "large", "DDPM", variance_type="fixed_large"))["assumed"]

@@ -44,3 +44,5 @@ class Foreign:
     small_noise: VPConfig | None = None
     unsaid: bool = False
     looks: bool = False
+    clip: bool = False
+    """Whether what is foreseen at every step is kept in [-1, 1]."""

@@ -41,7 +41,7 @@ ASSUMED_OPENAI = (
     "{steps} timesteps, {heads}{order} and {size} px"
 )
 THREE = "names do not tell it from a consistency model, which would draw nothing like a picture"
-CLIPPED = "its scheduler keeps what is foreseen within [-1, 1] at every step (clip_sample), which is not done"
+CLIPPED = "diffusers' DDIM would go on with the noise of what it foresaw, ours does with that of what was kept of it"
 VARIANCE = "its scheduler has the variance {}, the sampler ddpm the smaller one (fixed_small)"
 ANCESTRAL = "its scheduler is DDPM's, which walks all timesteps: ddim is taken unless another is named"
 
@@ -92,7 +92,7 @@ def recognise(
     return Foreign(
         source=path, network=network, autoencoder=PixelsConfig(), text=LabelsConfig(num_classes=network.num_classes),
         tokenizers=(), noise=noise, prediction=prediction or "eps", sampler="ddim", steps=STEPS, guidance=1.0,
-        layout=prefixed(layout, "network.", prefix), tensors=mine, files=(path,), size=size,
+        layout=prefixed(layout, "network.", prefix), tensors=mine, files=(path,), size=size, clip=True,
         beside=Counter(name.split(".")[0] for name in tensors if name not in mine), assumed=assumed,
     )  # fmt: skip
 
@@ -223,7 +223,10 @@ def of_folder(folder: Path) -> Foreign:
         raise settings.wrong("the scheduler", "EDM's")
     assumed = [] if sampler else [f"the folder's sampler is not one of ours: {folders.UNKNOWN_SAMPLER}"]
     assumed += [ANCESTRAL] if sampler == "ddpm" else []
-    assumed += [CLIPPED] if settings.take("clip_sample", sampler in ("ddpm", "ddim")) else []
+    clip = settings.take("clip_sample", sampler in ("ddpm", "ddim"))
+    if clip and (most := settings.take("clip_sample_range", 1.0)) != 1:
+        raise settings.wrong("clip_sample_range", most)
+    assumed += [CLIPPED] if clip and sampler == "ddim" else []
     if sampler == "ddpm" and (kind := settings.take("variance_type", "fixed_small")) != "fixed_small":
         assumed += [VARIANCE.format(kind)]
     if settings.take("thresholding", False):
@@ -235,7 +238,7 @@ def of_folder(folder: Path) -> Foreign:
     return Foreign(
         source=folder, network=network, autoencoder=PixelsConfig(), text=words, tokenizers=(), noise=noise,
         prediction=prediction, sampler="ddim" if sampler == "ddpm" else sampler or "euler", schedule=schedule,
-        steps=STEPS, guidance=1.0, size=size,
+        steps=STEPS, guidance=1.0, size=size, clip=clip,
         layout=prefixed(
             unet.old_diffusers_layout(network) if early else {name: Place(name) for name in names}, "network.", ""
         ),
@@ -355,7 +358,9 @@ def export(found: Foreign) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]
             "freq_shift": network.freq_shift,
             "num_class_embeds": network.num_classes or None,
         },
-        "scheduler/scheduler_config.json": settings | ({"variance_type": "learned_range"} if learned else {}),
+        "scheduler/scheduler_config.json": settings
+        | {"clip_sample": found.clip}
+        | ({"variance_type": "learned_range"} if learned else {}),
     }
     ours = layouts.read(found.layout, found.tensors, found.source)
     part = {name.removeprefix("network."): tensor for name, tensor in ours.items()}
