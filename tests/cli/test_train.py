@@ -177,6 +177,8 @@ def test_a_run_that_another_process_trains_is_refused(limner, here):
         (2, "name=..: ", [*TINY, "name=.."]),
         (2, "system.caption_dropout=2: ", [*TINY, "system.caption_dropout=2"]),
         (2, "the prompt is empty", [*TINY, 'sample_prompts=["a fox", ""]']),
+        (2, "iddpm-tiny learns a variance by the bound alone", ["iddpm-tiny", "loss.variance_weight=0", *RUN]),
+        (2, "loss.variance_weight=0.001, but ddpm-tiny says", ["ddpm-tiny", "loss.variance_weight=0.001", *RUN]),
         (2, "data.source=folder needs data.folder=PATH", [*TINY, "data.source=folder"]),
         (2, "pictures of 33 pixels are not in multiples of 4", [*TINY, "data.size=33"]),
         (2, "pictures of 2 pixels are not in multiples of 4", [*TINY, "data.size=2"]),

@@ -257,6 +257,11 @@ def check(config: TrainConfig, grid: int, size: int) -> None:
 def check_samples(config: TrainConfig, system: Any) -> None:
     """Raises UsageError where the system cannot learn from samples in this form."""
     data, unit = config.data, getattr(system, "unit", system.grid)
+    learned, weight = getattr(system, "learned_variance", False), config.loss.variance_weight
+    if weight and not learned:
+        raise UsageError(f"loss.variance_weight={weight:g}, but {config.name} says no variance: leave it out")
+    if learned and not weight and config.system is not None:
+        raise UsageError(f"{config.name} learns a variance by the bound alone: give loss.variance_weight=0.001")
     autoencoding = config.system is not None and config.system.kind == "autoencoding"
     if data.source in SAMPLED and data.cache and config.system is not None and of_pixels(config):
         what = NOUNS[config.system.kind]
