@@ -488,7 +488,7 @@ CATALOG = {
             "edm",
             "EDM",
             "a preconditioned network, Heun's method",
-            interpolant=EDMConfig(),
+            interpolant=EDMConfig(data=0.84),  # of the icons on white
             prediction="edm",
             clip=False,
             defaults={"steps": 18, "sampler": "heun", "schedule": "karras"},
@@ -750,7 +750,7 @@ def build(config: SystemConfig, tokenizers: Sequence[CLIPTokenizer | T5Tokenizer
         autoencoder=autoencoder.eval(),
         text_encoder=words.eval(),
         interpolant=interpolants.get(config.interpolant),
-        prediction=predictions.get(config.prediction),
+        prediction=predictions.get(config.prediction, getattr(config.interpolant, "data", predictions.DATA)),
         defaults=config.defaults,
         name=config.name,
         family=config.family,

@@ -205,3 +205,16 @@ def test_what_is_foreseen_is_kept_to_what_pixels_can_be():
             found[system.clip] = system.sample(cond, request, pipeline.noise_source([1], "cpu")).abs().max()
     assert found[True] <= 1
     assert found[False] > 2
+
+
+def test_edm_is_preconditioned_for_the_data_that_it_is_told_of():
+    """Inputs and targets of unit variance (arXiv:2206.00364, appendix B.6), and c_skip and c_out of table 1."""
+    system: Any = catalog.build(catalog.entry("edm-tiny").config)
+    data, generator = system.interpolant.data, torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(100_000, generator=generator, dtype=torch.float64) for _ in range(2))
+    for sigma in (0.01, 0.84, 50.0):
+        x = data * x0 + sigma * eps
+        assert float((system.interpolant.input_scale(sigma) * x).std()) == pytest.approx(1, abs=0.01)
+        assert float(system.prediction.target(data * x0, eps, 1.0, sigma).std()) == pytest.approx(1, abs=0.01)
+    skip, out = data**2 / (sigma**2 + data**2), sigma * data / (sigma**2 + data**2) ** 0.5
+    assert torch.allclose(system.prediction.to_x0(eps, x, 1.0, sigma), skip * x + out * eps)

@@ -2,8 +2,8 @@
 
 All at x = alpha * x0 + sigma * eps. `v` is that of progressive distillation (arXiv:2202.00512, appendix D), defined on
 the unit-variance state x / sqrt(alpha^2 + sigma^2); `velocity` is dx/dsigma of the flow interpolant, eps - x0;
-`edm` is the network inside EDM's preconditioning (arXiv:2206.00364, equation 7) of data with a standard deviation of
-`DATA`, which with 1 would be -v.
+`edm` is the network inside EDM's preconditioning (arXiv:2206.00364, equation 7) of data that are so far from 0, `DATA`
+unless it is told otherwise, in root mean square; with 1 it would be -v.
 """
 
 from __future__ import annotations
@@ -33,9 +33,16 @@ class Prediction:
 DATA = 0.5
 
 
-def _edm(x0: Tensor, x: Tensor, a: Scalar, s: Scalar) -> Tensor:
-    norm = _norm(a * DATA, s)
-    return (x0 - a * DATA**2 / norm**2 * x) * norm / (s * DATA)
+def edm(data: float) -> Prediction:
+    def from_x0(x0: Tensor, x: Tensor, a: Scalar, s: Scalar) -> Tensor:
+        norm = _norm(a * data, s)
+        return (x0 - a * data**2 / norm**2 * x) * norm / (s * data)
+
+    def to_x0(out: Tensor, x: Tensor, a: Scalar, s: Scalar) -> Tensor:
+        norm = _norm(a * data, s)
+        return a * data**2 / norm**2 * x + s * data / norm * out
+
+    return Prediction("edm", lambda x0, eps, a, s: from_x0(x0, a * x0 + s * eps, a, s), to_x0, from_x0)
 
 
 def _norm(alpha: Scalar, sigma: Scalar) -> Scalar:
@@ -59,12 +66,7 @@ PREDICTIONS = {
             lambda out, x, a, s: (a * x - s * _norm(a, s) * out) / (a * a + s * s),
             lambda x0, x, a, s: (a * x - (a * a + s * s) * x0) / (s * _norm(a, s)),
         ),
-        Prediction(
-            "edm",
-            lambda x0, eps, a, s: _edm(x0, a * x0 + s * eps, a, s),
-            lambda out, x, a, s: a * DATA**2 / _norm(a * DATA, s) ** 2 * x + s * DATA / _norm(a * DATA, s) * out,
-            _edm,
-        ),
+        edm(DATA),
         Prediction(
             "velocity",
             lambda x0, eps, a, s: eps - x0,
@@ -75,7 +77,10 @@ PREDICTIONS = {
 }
 
 
-def get(name: str) -> Prediction:
+def get(name: str, data: float = DATA) -> Prediction:
+    """By its name; `data` is for `edm`. Raises UnknownName."""
+    if name == "edm":
+        return edm(data)
     if name not in PREDICTIONS:
         raise UnknownName("prediction", name, PREDICTIONS)
     return PREDICTIONS[name]
