@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from limner import catalog
 from limner.errors import UsageError
 from limner.sampling import interpolants, predictions
 from limner.sampling.interpolants import EDMConfig, Times, VPConfig
-from limner.systems.objectives import Objective, min_snr
+from limner.systems.objectives import Objective, coupled, min_snr
 
 COUNT = 20_000
 CPU = torch.device("cpu")
@@ -137,3 +138,22 @@ def test_the_times_of_numbered_timesteps():
 def test_times_of_what_has_none_to_choose_are_refused():
     with pytest.raises(UsageError, match="leave times out"):
         interpolants.get(EDMConfig()).draw(2, seeded(), CPU, Times(kind="uniform"))
+
+
+def test_optimal_transport_pairs_what_is_near_within_a_caption():
+    pytest.importorskip("scipy")
+    line = torch.randn(40, 1, 1, 1, generator=seeded())
+    paired = Objective(coupling="optimal").noise(line, torch.Generator().manual_seed(1))
+    assert torch.equal(paired.flatten().argsort(), line.flatten().argsort())  # on a line it is monotone
+    x0, captions = torch.randn(12, 3, 2, 2, generator=seeded()), ["a"] * 7 + ["b"] * 4 + ["c"]
+    eps = Objective().noise(x0, torch.Generator().manual_seed(1))
+    order = coupled(x0, eps, captions)
+    assert sorted(order[:7].tolist()) == list(range(7))
+    assert sorted(order[7:11].tolist()) == list(range(7, 11))
+    assert int(order[11]) == 11
+
+    def cost(pairs):
+        return float((x0[7:11] - eps[7:][list(pairs)]).square().sum())
+
+    least = min(itertools.permutations(range(4)), key=cost)
+    assert tuple((order[7:11] - 7).tolist()) == least

@@ -301,7 +301,7 @@ class DiffusionSystem(nn.Module):
         coin = random.Random(generator.initial_seed())  # on the host: asking the device would wait for it
         captions = ["" if coin.random() < self.caption_dropout else caption for caption in batch["captions"]]
         t, sigma = self.interpolant.draw(n, generator, device, self.objective.times)
-        eps = self.objective.noise(x0, generator)
+        eps = self.objective.noise(x0, generator, captions)
 
         level = sigma[:, None, None, None]
         alpha = self.interpolant.alpha(level)  # type: ignore[arg-type]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from limner.errors import MissingExtra
 from limner.sampling.interpolants import Times
 from limner.sampling.predictions import Prediction, Scalar
 
@@ -30,12 +33,17 @@ class Objective:
     """How much the variational bound, in bits a dimension, counts beside the error, by which a variance is learned
     (lambda of L_hybrid, arXiv:2102.09672, equation 16; 0.001 there); 0 learns none."""
 
-    def noise(self, x0: Tensor, generator: torch.Generator) -> Tensor:
-        """eps for latents `x0` (b, c, h, w)."""
+    coupling: Literal["independent", "optimal"] = "independent"
+    """Which noise belongs to which picture: any, or, of those of a batch with one caption, that which has the least
+    way to go in all (minibatch optimal transport, arXiv:2302.00482, algorithm 3; among all captions it would tell a
+    class by its noise, which no drawing knows)."""
+
+    def noise(self, x0: Tensor, generator: torch.Generator, captions: Sequence[str] = ()) -> Tensor:
+        """eps for latents `x0` (b, c, h, w) of `captions`, () where they are all one. Raises MissingExtra."""
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         if self.offset_noise:
             eps = eps + self.offset_noise * torch.randn(*x0.shape[:2], 1, 1, generator=generator, device=x0.device)
-        return eps
+        return eps[coupled(x0, eps, captions or [""] * len(x0))] if self.coupling == "optimal" else eps
 
     def error(
         self,
@@ -55,6 +63,21 @@ class Objective:
         if self.min_snr_gamma:
             error = error * min_snr(prediction, alpha, sigma, self.min_snr_gamma)
         return counted(error, mask, weight).mean()
+
+
+def coupled(x0: Tensor, eps: Tensor, captions: Sequence[str]) -> Tensor:
+    """For each row of x0 that of eps (b,), a permutation within every caption, for which the sum of the squared
+    distances is least. Raises MissingExtra."""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise MissingExtra(str(error.name), "train", "loss.coupling=optimal") from error
+    gain = (x0.flatten(1).float() @ eps.flatten(1).float().T).cpu().numpy()  # all else is the same for any pairs
+    order = np.arange(len(x0))
+    for caption in dict.fromkeys(captions):
+        rows = np.array([k for k, other in enumerate(captions) if other == caption])
+        order[rows] = rows[linear_sum_assignment(gain[np.ix_(rows, rows)], maximize=True)[1]]
+    return torch.from_numpy(order).to(x0.device)
 
 
 def counted(error: Tensor, mask: Tensor | None, weight: Tensor | None) -> Tensor:
