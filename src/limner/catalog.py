@@ -36,7 +36,7 @@ from limner.models.autoencoder import (
     VQConfig,
 )
 from limner.models.dcae import DCAE, DCAE_ICONS, DCAE_TINY, DCAEConfig
-from limner.models.dit import DIT_TINY, DIT_XL_2, DIT_XL_2_512, SIT_XL_2, DiT, DiTConfig
+from limner.models.dit import DIT_32, DIT_TINY, DIT_XL_2, DIT_XL_2_512, SIT_XL_2, DiT, DiTConfig
 from limner.models.flux import FLUX_CONTROL, FLUX_DEV, FLUX_FILL, FLUX_SCHNELL, FLUX_TINY, Flux, FluxConfig
 from limner.models.joint_dit import JOINT_DIT_ICONS, JOINT_DIT_TINY, JointDiT, JointDiTConfig
 from limner.models.mmdit import SD3_MEDIUM, SD3_TINY, SD35_LARGE, SD35_MEDIUM, MMDiT, MMDiTConfig
@@ -300,20 +300,27 @@ DDPM_NOISE = VPConfig(betas="linear", first=1e-4, last=0.02, offset=0, to_zero=T
 IDDPM_NOISE = VPConfig(betas="cosine", offset=0, to_zero=True)
 
 
+_PATCHES = (
+    DIT_32,
+    replace(DIT_32, width=128, depth=3, num_heads=4, num_classes=_SHAPES.num_classes, size=16),
+)
+
+
 def _pixels(name: str, family: str, what: str, **changes: Any) -> tuple[Entry, Entry]:
     """Rows of a system that draws icons in 32 pixels, told a style, and of the same in miniature, told a shape: what
-    differs from DDPM. Changes of `network` and `defaults` are of their fields, those of `tiny` of its network."""
+    differs from DDPM. Changes of `network` and `defaults` are of their fields, those of `tiny` of its network; `of` are
+    both networks before them."""
     network, defaults, less = (changes.pop(name, {}) for name in ("network", "defaults", "tiny"))
+    large, small = changes.pop("of", (ICONS_32, replace(UNET_TINY_PIXELS, widths=(24, 48), num_classes=41)))
     usual: dict[str, Any] = {"interpolant": DDPM_NOISE, "prediction": "eps", "clip": True}
     drawn: dict[str, Any] = {"steps": 250, "sampler": "ddpm", "schedule": "trailing", "guidance": 1.0}
     row = DiffusionConfig(
-        name=name, family=family, network=replace(ICONS_32, **network), autoencoder=PixelsConfig(), text_encoder=STYLES,
+        name=name, family=family, network=replace(large, **network), autoencoder=PixelsConfig(), text_encoder=STYLES,
         **usual | changes,
         defaults=replace(_TINY, **drawn | defaults),
     )  # fmt: skip
-    few = {"widths": (24, 48), "num_classes": 41} | network | less
     tiny = replace(
-        row, name=f"{name}-tiny", network=replace(UNET_TINY_PIXELS, **few), text_encoder=_SHAPES,
+        row, name=f"{name}-tiny", network=replace(small, **network | less), text_encoder=_SHAPES,
         defaults=replace(row.defaults, width=16, height=16),
     )  # fmt: skip
     return (
@@ -498,6 +505,18 @@ CATALOG = {
             "flow matching",
             "the velocity of a straight path",
             network={"time_scale": 1000.0},
+            interpolant="flow",
+            prediction="velocity",
+            clip=False,
+            defaults={"steps": 25, "sampler": "heun", "schedule": "uniform"},
+        ),
+        *_pixels("dit-32", "DiT", "a transformer of patches, eps", of=_PATCHES),
+        *_pixels(
+            "sit-32",
+            "SiT",
+            "a transformer of patches, the velocity of a straight path",
+            of=_PATCHES,
+            network={"to_data": True},
             interpolant="flow",
             prediction="velocity",
             clip=False,

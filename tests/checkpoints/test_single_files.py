@@ -20,7 +20,8 @@ ROWS = [
     for entry in catalog.entries()
     if not entry.name.endswith("-tiny")
     and entry.name != "sd1"
-    and isinstance(getattr(entry.config, "network", None), UNetConfig)
+    and isinstance(network := getattr(entry.config, "network", None), UNetConfig)
+    and network.text_width  # those of pixels are in files of other programs
 ]
 
 

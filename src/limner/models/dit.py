@@ -71,6 +71,7 @@ DIT_XL_4 = replace(DIT_XL_2, patch=4)  # 675.0M
 DIT_XL_8 = replace(DIT_XL_2, patch=8)  # 675.7M
 DIT_XL_2_512 = replace(DIT_XL_2, size=64)  # 674.8M, 512 px
 SIT_XL_2 = replace(DIT_XL_2, to_data=True)  # 674.8M, 256 px; it has a variance beside its velocity, and no use for it
+DIT_32 = replace(DIT_S_2, channels=3, out_channels=3, num_classes=23)  # 32.5M: pixels of icons, told a style or none
 DIT_TINY = DiTConfig(width=64, depth=2, num_heads=2, size=8)
 
 

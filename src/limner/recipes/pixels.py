@@ -79,6 +79,16 @@ def flow_matching() -> TrainConfig:
     return replace(ddpm(), name="flow-matching", system=config, loss=Objective(times=Times(kind="uniform")))
 
 
+def dit() -> TrainConfig:
+    """DiT-S/2 on the pixels themselves (arXiv:2212.09748), for the noise and the training of DDPM."""
+    return replace(ddpm(), name="dit-32", system=catalog.entry("dit-32").config)
+
+
+def sit() -> TrainConfig:
+    """The same for the velocity of a straight path (arXiv:2401.08740), as `flow_matching`."""
+    return replace(flow_matching(), name="sit-32", system=catalog.entry("sit-32").config)
+
+
 def tiny(full: TrainConfig) -> TrainConfig:
     """In miniature, on coloured shapes."""
     name = f"{full.name}-tiny"
