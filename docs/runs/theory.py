@@ -5,7 +5,7 @@
                                                          a JSON line to OUT for the model as it draws by default, or
                                                          for each further argument, such as "steps=10 sampler=ddim"
     python theory.py sheet MODEL OUT.png [FIELD=VALUE ...]
-    python theory.py table FOLDER                        FOLDER/*/measured.jsonl -> FOLDER/theory.md and theory.png
+    python theory.py table FOLDER                        FOLDER/*/measured.jsonl -> FOLDER/theory.md
 
 COUNT (5,000) pictures of styles as frequent as in the data. FD is the Frechet distance of EffLite0's features to those
 of all training pictures: its floor is that of COUNT training pictures to the others, its ceilings those of the same
