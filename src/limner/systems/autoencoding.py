@@ -18,11 +18,11 @@ from limner.models import tiling
 from limner.models.autoencoder import VQAutoencoder
 from limner.models.discriminator import Layers, PatchGAN, adaptive_weight, hinge_loss, vanilla_loss
 from limner.nn.convolution import ChannelToSpace, ResidualBlock, SpaceToChannel
-from limner.text.prompts import Dialect
+from limner.systems.wordless import Wordless
 from limner.types import Defaults, Images, Latents, Request
 
 
-class AutoencodingSystem(nn.Module):
+class AutoencodingSystem(Wordless, nn.Module):
     """A KL autoencoder of premultiplied RGBA (arXiv:2112.10752), without adversary or pretrained perceptual network.
 
     The loss is L1 + gradients at three scales + a light KL, and the same L1 for a half-size picture decoded from
@@ -40,8 +40,6 @@ class AutoencodingSystem(nn.Module):
     stays = True
     """It has one part, which is always at work."""
     task = "autoencoding"
-    dialects: tuple[Dialect, ...] = ("plain",)
-    clip_skip = None
     phases: tuple[str, ...] = ("main",)
     compiled: tuple[type[nn.Module], ...] = (ResidualBlock, SpaceToChannel, ChannelToSpace)
 
@@ -109,17 +107,6 @@ class AutoencodingSystem(nn.Module):
                 f"{self.name} is an autoencoder: it reads no words, it gives a picture back: -i IMAGE without a prompt"
             )
 
-    def condition(self, prompts: list[str], request: Request, negatives: list[str] | None = None) -> None:
-        return None
-
-    def words_cut(self, text: str) -> str:
-        return ""
-
-    words_unknown = words_cut  # it reads none
-
-    def words_unreached(self, text: str, request: Request) -> list[str]:
-        return []
-
     def sample(
         self,
         cond: None,
@@ -130,9 +117,6 @@ class AutoencodingSystem(nn.Module):
         """The latents of the picture given, or standard normal ones: the prior of a variational autoencoder."""
         shape = (self.autoencoder.channels, request.height // self.grid, request.width // self.grid)
         return noise(shape) if start is None else start
-
-    def widen(self) -> bool:
-        return False
 
     def given(self, request: Request, count: int) -> dict[str, Tensor]:
         """What `sample` is given of the picture of a request, for `count` pictures."""

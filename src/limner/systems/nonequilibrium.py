@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from limner import pictures
 from limner.errors import UsageError
 from limner.models.multiscale import Multiscale
-from limner.text.prompts import Dialect
+from limner.systems.wordless import Wordless
 from limner.types import Defaults, Images, Latents, Request
 
 FLOOR, CEILING = 1e-6, 1e-5
@@ -126,7 +126,7 @@ class Standardized(nn.Module):
         return images.expand(-1, 3, -1, -1) if self.channels == 1 else images
 
 
-class NonequilibriumSystem(nn.Module):
+class NonequilibriumSystem(Wordless, nn.Module):
     """Trained with the variational bound, drawn by walking all of the trajectory back; it reads no words."""
 
     vae: dict[str, str] = {}  # noqa: RUF012 (put anew, never changed)
@@ -135,8 +135,6 @@ class NonequilibriumSystem(nn.Module):
     works_on = None
     stays = True
     task = "unconditional"
-    dialects: tuple[Dialect, ...] = ("plain",)
-    clip_skip = None
     phases = ("main",)
     grid = 1
 
@@ -247,20 +245,6 @@ class NonequilibriumSystem(nn.Module):
                 f"{self.name} walks all of its {self.steps} steps back, and nothing leads it: leave "
                 f"{' and '.join(vain)} out"
             )
-
-    def condition(self, prompts: list[str], request: Request, negatives: list[str] | None = None) -> None:
-        return None
-
-    def words_cut(self, text: str) -> str:
-        return ""
-
-    words_unknown = words_cut  # it reads none
-
-    def words_unreached(self, text: str, request: Request) -> list[str]:
-        return []
-
-    def widen(self) -> bool:
-        return False
 
     def given(self, request: Request, count: int) -> dict[str, Tensor]:
         """What `sample` is given of the picture and the mask of a request, for `count` pictures."""
