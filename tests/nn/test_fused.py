@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from limner.models import flux
@@ -67,6 +70,34 @@ def test_heads_are_normalised_and_turned(heads, axes, dtype):
         exact.append(flux.rotate(whole, table.double()) if i < 2 else whole)
     for ours, theirs in zip(found, exact, strict=True):
         near(ours, theirs, dtype)
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((3, 64, 7, 5), 32), ((2, 960, 8, 8), 32), ((1, 30, 65, 64), 5), ((40, 128, 32, 32), 32)]
+)
+@pytest.mark.parametrize(("told", "silu"), [(True, True), (False, True), (False, False)])
+def test_groups_are_normalised_and_so_are_their_gradients(shape, groups, told, silu, dtype):
+    b, c = shape[:2]
+    x = 1 + 2 * draw(*shape, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+    dy = draw(*shape[::-1], device="cuda", dtype=dtype).permute(3, 2, 1, 0)
+    norm = nn.GroupNorm(groups, c, eps=1e-3, device="cuda")
+    with torch.no_grad():
+        norm.weight.copy_(draw(c)), norm.bias.copy_(draw(2, c)[1])
+    more = [draw(2, b, c, device="cuda")[k] for k in range(2)] if told else []
+    assert fused._takes(x)
+    found, exact = [], []
+    for results, kind in ((found, dtype), (exact, torch.float64)):
+        network = norm if kind == dtype else copy.deepcopy(norm).double()
+        leaves = [one.detach().to(kind if k == 0 or kind == torch.float64 else one.dtype).requires_grad_()
+                  for k, one in enumerate([x, *more])]  # fmt: skip
+        y = fused.normalized(leaves[0], network, *leaves[1:], silu=silu)
+        results += [y, *torch.autograd.grad(y, [*leaves, network.weight, network.bias], dy.to(kind))]
+    near(found[0], exact[0], dtype)
+    near(found[1], exact[1], dtype)
+    for ours, theirs in zip(found[2:], exact[2:], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
 
 
 @GPU

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limner.errors import UsageError
+from limner.nn import fused
 from limner.nn.attention import SpatialAttention
 from limner.nn.convolution import Downsample, Upsample
 from limner.types import Images, Latents
@@ -244,7 +245,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(fused.normalized(self.mid_block(x), self.conv_norm_out))
 
 
 class Decoder(nn.Module):
@@ -271,7 +272,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(fused.normalized(x, self.conv_norm_out))
 
 
 class Level(nn.Module):
@@ -331,8 +332,8 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(fused.normalized(x, self.norm1))
+        h = self.conv2(fused.normalized(h, self.norm2))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limner.errors import UsageError
+from limner.nn import fused
 from limner.nn.attention import Attention, SpatialAttention
 from limner.nn.convolution import Downsample, Upsample
 from limner.nn.embeddings import sinusoid
@@ -341,7 +342,7 @@ class UNet(DownPath):
             size = skips[-1].shape[-2:] if skips else None
             x = level(x, joined, told, cond, size)
 
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(fused.normalized(x, self.conv_norm_out))
 
 
 def resblocks_of(network: nn.Module) -> list[ResBlock]:
@@ -457,19 +458,18 @@ class ResBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_width, width, 1) if in_width != width else nn.Identity()
 
     def forward(self, x: Tensor, told: Told, size: torch.Size | None = None) -> Tensor:
-        h = F.silu(self.norm1(x))
+        h = fused.normalized(x, self.norm1)
         if self.halve:
             x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
         elif size is not None:
             x, h = F.interpolate(x, size, mode="nearest"), F.interpolate(h, size, mode="nearest")
         h = self.conv1(h)
-        time = told[self][:, :, None, None]
         if self.scale_shift:
-            scale, shift = time.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+            scale, shift = told[self].chunk(2, dim=1)
+            h = fused.normalized(h, self.norm2, scale, shift)
         else:
-            h = self.norm2(h.add_(time))
-        return self.conv2(self.dropout(F.silu(h))).add_(self.conv_shortcut(x))
+            h = fused.normalized(h.add_(told[self][:, :, None, None]), self.norm2)
+        return self.conv2(self.dropout(h)).add_(self.conv_shortcut(x))
 
 
 # ------------------------------------------------------------------- attention
@@ -498,7 +498,8 @@ class SpatialTransformer(nn.Module):
         self.proj_out = project(width, width)
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
-        pixels = self.norm(x) if self.linear else self.proj_in(self.norm(x))
+        pixels = fused.normalized(x, self.norm, silu=False)
+        pixels = pixels if self.linear else self.proj_in(pixels)
         pixels = rearrange(pixels, "b c h w -> b (h w) c")
         pixels = self.proj_in(pixels) if self.linear else pixels
         for block in self.transformer_blocks:

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from limner.nn import fused
 from limner.nn.linear import Linear
 from limner.types import Conditioning
 
@@ -66,5 +67,5 @@ class SpatialAttention(Attention):
         self.group_norm = nn.GroupNorm(groups, width, eps=eps)
 
     def forward(self, x: Tensor, cond: Conditioning | None = None) -> Tensor:
-        pixels = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        pixels = rearrange(fused.normalized(x, self.group_norm, silu=False), "b c h w -> b (h w) c")
         return x + rearrange(super().forward(pixels), "b (h w) c -> b c h w", h=x.shape[2])

@@ -1,4 +1,5 @@
-"""What torch does in several passes over memory, in one: kernels in Triton on a GPU, where no gradients are wanted.
+"""What torch does in several passes over memory, in one: kernels in Triton on a GPU, where no gradients are wanted but
+for `normalized`, which has them.
 
 Elsewhere the same in torch, which is the definition. Kernels compute in float32 and round once.
 """
@@ -8,11 +9,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -36,11 +37,18 @@ def fuses(*tensors: Tensor) -> bool:
     first = tensors[0]
     return (
         first.is_cuda
-        and first.device.index == torch.cuda.current_device()  # where Triton launches
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and first.dtype in (torch.float16, torch.bfloat16)
         and all(tensor.dtype == first.dtype and tensor.stride(-1) == 1 for tensor in tensors)
+        and _takes(first)
+    )
+
+
+def _takes(x: Tensor) -> bool:
+    return (
+        x.is_cuda
+        and x.device.index == torch.cuda.current_device()  # where Triton launches
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and not torch.compiler.is_compiling()
         and kernels() is not None
     )
 
@@ -111,6 +119,82 @@ def turned(table: Tensor, parts: Sequence[tuple[Tensor, Tensor, Tensor]], eps: f
         first += n
     values = [product[..., 2 * inner :].unflatten(-1, (heads, width)) for product, _, _ in parts]
     return q, k, torch.cat(values, dim=1) if len(values) > 1 else values[0]
+
+
+def normalized(
+    x: Tensor, norm: nn.GroupNorm, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = True
+) -> Tensor:
+    """silu(norm(x)) of x (b, c, h, w), before the SiLU times 1 + scale and shift added, both (b, c), if they are there.
+    The kernels read x with channels last."""
+    if not (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and "forward" not in vars(norm)
+            and _takes(x)):  # fmt: skip
+        y = norm(x)
+        if scale is not None and shift is not None:
+            y = torch.addcmul(shift[..., None, None], y, 1 + scale[..., None, None])
+        return F.silu(y) if silu else y
+    weight, bias = norm.weight[None], norm.bias[None]
+    if scale is not None and shift is not None:
+        weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
+    rows = len(x), x.shape[1]
+    return _Normalized.apply(x, weight.expand(rows), bias.expand(rows), norm.num_groups, norm.eps, silu)
+
+
+class _Normalized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+        (b, c, h, w), new = x.shape, partial(torch.empty, dtype=torch.float32, device=x.device)
+        slope, shift, mean, rstd = new(b, c), new(b, c), new(b, groups), new(b, groups)
+        sums = _channel_sums(x, x, slope, shift, silu, back=False)
+        kernels().group_lines[(b,)](
+            sums, weight, bias, weight.stride(0), bias.stride(0), slope, shift, mean, rstd, sums.shape[1],
+            h * w * c // groups, c, groups, eps, G=_power(groups), K=_power(c // groups),
+        )  # fmt: skip
+        ctx.save_for_backward(x, slope, shift, mean, rstd)
+        ctx.groups, ctx.silu = groups, silu
+        return _lined(x, x, slope, shift, slope, shift, silu, back=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, slope, shift, mean, rstd = ctx.saved_tensors
+        dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        (b, c, h, w), groups = x.shape, ctx.groups
+        sums = _channel_sums(x, dy, slope, shift, ctx.silu, back=True)
+        by, to, dweight, dbias = (torch.empty_like(slope) for _ in range(4))
+        kernels().group_slopes[(b,)](
+            sums, slope, mean, rstd, by, to, dweight, dbias, sums.shape[1], h * w * c // groups, c, groups,
+            G=_power(groups), K=_power(c // groups),
+        )  # fmt: skip
+        return _lined(x, dy, slope, shift, by, to, ctx.silu, back=True), dweight, dbias, None, None, None
+
+
+PIXELS, CHANNELS = 32, 64
+"""Of what a program of `normalized` holds at a time."""
+PROGRAMS = 1024
+"""As many as keep a GPU at work: sums over few rows and channels are cut among as many."""
+
+
+def _channel_sums(x: Tensor, dy: Tensor, slope: Tensor, shift: Tensor, silu: bool, back: bool) -> Tensor:
+    b, c, h, w = x.shape
+    strips = -(-c // CHANNELS)
+    most = max(1, min(PROGRAMS // (b * strips), -(-h * w // PIXELS)))
+    per = -(-h * w // (most * PIXELS)) * PIXELS
+    parts = -(-h * w // per)
+    sums = torch.empty(b, parts, 2, c, dtype=torch.float32, device=x.device)
+    kernels().channel_sums[(b, strips, parts)](
+        x, dy, slope, shift, sums, h * w, c, per, SILU=silu, BACK=back, P=PIXELS, C=CHANNELS
+    )
+    return sums
+
+
+def _lined(
+    x: Tensor, dy: Tensor, slope: Tensor, shift: Tensor, by: Tensor, to: Tensor, silu: bool, back: bool
+) -> Tensor:
+    b, c, h, w = x.shape
+    out = torch.empty_like(x)
+    grid = (b, -(-c // CHANNELS), -(-h * w // PIXELS))
+    kernels().lined[grid](x, dy, slope, shift, by, to, out, h * w, c, SILU=silu, BACK=back, P=PIXELS, C=CHANNELS)
+    return out
 
 
 def _power(n: int) -> int:
