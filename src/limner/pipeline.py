@@ -25,7 +25,7 @@ from limner.models import tiling
 from limner.sampling import compat as programs
 from limner.sampling import odes, samplers, schedules
 from limner.sampling.guidance import WAYS
-from limner.sampling.interpolants import EDM
+from limner.sampling.interpolants import EDM, Interpolant
 from limner.systems.diffusion import DiffusionSystem
 from limner.systems.nonequilibrium import NonequilibriumSystem
 from limner.text.prompts import AND, DIALECTS, SYNTAX, Wildcards, expand
@@ -510,12 +510,13 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 def prepare(system: System, **values: Any) -> Request:
     """A complete request from what was said and the model's defaults. Raises UsageError, UnknownName, ImageProblem."""
-    known = inspect.signature(check).parameters
-    for name in values.keys() - known.keys():
-        raise UnknownName("keyword", name, list(known)[2:])
+    known = list(inspect.signature(check).parameters)[3:]
+    for name in values.keys() - set(known):
+        raise UnknownName("keyword", name, known)
     if values.get("control"):
         values["control"] = controls.opened(system, values["control"])
-    request = check(system.defaults, getattr(system, "unit", system.grid), **values)
+    grid, interpolant = getattr(system, "unit", system.grid), getattr(system, "interpolant", None)
+    request = check(system.defaults, grid, interpolant, **values)
     if request.compat and (system.clip_skip is None or not isinstance(getattr(system, "interpolant", None), EDM)):
         raise UsageError(
             f"what {request.compat} does is known for Stable Diffusion 1, 2 and XL, not {system.name}: leave compat out"
@@ -547,6 +548,7 @@ def prepare(system: System, **values: Any) -> Request:
 def check(
     defaults: Defaults,
     grid: int,
+    interpolant: Interpolant | None = None,
     *,
     prompt: str,
     negative: str | None = None,
@@ -591,7 +593,8 @@ def check(
     wildcards: str | Path | None = None,
     on_step: OnStep | None = None,
 ) -> Request:
-    """As `prepare`, knowing only the model's defaults and grid, so that nothing need be loaded to check a request."""
+    """As `prepare`, knowing only the model's defaults, grid and noise, so that nothing need be loaded to check a
+    request."""
     for name, text in (("prompt", prompt), ("negative prompt", negative or "")):
         if not isinstance(text, str):
             raise UsageError(f"the {name} is {type(text).__name__}, not text")
@@ -638,7 +641,7 @@ def check(
         schedule = programs.settle(schedule, sampler, compat)
         prompt_dialect = programs.PROGRAMS[compat] if prompt_dialect is None else prompt_dialect
     else:
-        schedule = schedules.settle(schedule, sampler)
+        schedule = schedules.settle(schedule, sampler, interpolant)
     seed = _whole("seed", secrets.randbelow(2**32) if seed is None else seed, 0, MAX_SEED - 100_000)
     batch = _whole("batch", 1 if batch is None else batch, 1, 1024)
     if variation_seed is not None and not variation:
@@ -728,7 +731,7 @@ def check(
 
 def _show_keywords() -> None:
     """In `help`, what takes `values` shows the keywords of `check`."""
-    keywords = list(inspect.signature(check).parameters.values())[2:]
+    keywords = list(inspect.signature(check).parameters.values())[3:]
     Pipeline.generate.__doc__ = generate.__doc__
     function: Any
     for function in (generate, Pipeline.generate):
