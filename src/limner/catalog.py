@@ -298,6 +298,10 @@ STYLES = LabelsConfig(
 """Those of the icon data."""
 DDPM_NOISE = VPConfig(betas="linear", first=1e-4, last=0.02, offset=0, to_zero=True)
 IDDPM_NOISE = VPConfig(betas="cosine", offset=0, to_zero=True)
+VP_NOISE, SUBVP_NOISE = SDEConfig(floor=1e-3), SDEConfig(kind="subvp", floor=1e-3)
+VE_NOISE = SDEConfig(kind="ve", sigma_min=0.02, sigma_max=100.0)
+"""Twice what is published for pixels in [0, 1]; 100 is about the distance of the two icons that are furthest apart."""
+_SDE: dict[str, Any] = {"interpolant": VP_NOISE, "clip": False, "defaults": {"sampler": "pc", "schedule": "uniform"}}
 
 
 _PATCHES = (
@@ -509,6 +513,14 @@ CATALOG = {
             prediction="velocity",
             clip=False,
             defaults={"steps": 25, "sampler": "heun", "schedule": "uniform"},
+        ),
+        *_pixels("vp-sde", "VP SDE", "DDPM's noise in a continuous time", **_SDE),
+        *_pixels("subvp-sde", "sub-VP SDE", "less noise on the way", **_SDE | {"interpolant": SUBVP_NOISE}),
+        *_pixels(
+            "ve-sde",
+            "VE SDE",
+            "noise that explodes",
+            **_SDE | {"interpolant": VE_NOISE, "network": {"time_scale": 100.0}},
         ),
         *_pixels("dit-32", "DiT", "a transformer of patches, eps", of=_PATCHES),
         *_pixels(

@@ -65,6 +65,8 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "guide_model_hash": (str, 0, 64),
     "variation": (float, 0, 1),
     "variation_seed": (int, 0, 2**63 - 1),
+    "variation_image_hash": (str, 1, 64),  # of the picture turned to
+    "invert": (str, 0, MAX_PROMPT),  # what the picture given shows
     "refiner": (str, 1, 200),
     "refiner_hash": (str, 0, 64),
     "switch_at": (float, 0, 1),

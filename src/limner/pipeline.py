@@ -25,7 +25,7 @@ from limner.models import tiling
 from limner.sampling import compat as programs
 from limner.sampling import odes, samplers, schedules
 from limner.sampling.guidance import WAYS
-from limner.sampling.interpolants import EDM
+from limner.sampling.interpolants import EDM, Interpolant
 from limner.systems.diffusion import DiffusionSystem
 from limner.systems.nonequilibrium import NonequilibriumSystem
 from limner.text.prompts import AND, DIALECTS, SYNTAX, Wildcards, expand
@@ -46,7 +46,7 @@ CHUNK = 8
 
 SELDOM: dict[str, Any] = {
     "guidance_kind": "cfg", "guidance_rescale": 0.0, "guidance_mimic": 0.0, "guidance_interval": None,
-    "image_guidance": 1.0, "variation": 0.0,
+    "image_guidance": 1.0, "variation": 0.0, "invert": None,
     "pag_scale": 0.0, "pag_layers": ("mid_block",),
     "compat": "", "noise_delta": 0, "place": 0, "only_masked": False, "tile": 0, "vae_tile": None,
 }  # fmt: skip
@@ -244,7 +244,9 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     ("a1111", "comfyui", "plain"), clip_skip from 1, wildcards (folder of .txt files), guidance_kind ("cfg", "apg",
     "cfg_zero"), guidance_rescale 0 to 1, guidance_mimic (a scale), guidance_interval (low, high, of the noise),
     pag_scale (perturbed attention guidance, beside the other or alone; 3 is usual) with pag_layers (blocks,
-    "mid_block" without), variation 0 to 1 towards the noise of variation_seed, compat ("a1111", "a1111-cpu",
+    "mid_block" without), variation 0 to 1 towards the noise of variation_seed, or a pair of them between which the
+    pictures of a batch lie, invert (what image shows: the noise is that from which it comes back, by DDIM inversion;
+    variation is then towards that of the picture variation_image), compat ("a1111", "a1111-cpu",
     "comfyui") to do as these do, with noise_delta and place, switch_at (0 to 1, where a refiner takes over), hires (a
     factor above 1) with hires_strength and hires_steps, on_step(done, total, preview), told after each step,
     where preview() gives small pictures of what is being drawn, made only if it is called; with a Pipeline also lora
@@ -399,7 +401,8 @@ def draw(
         some = slice(begin, begin + chunk)
         told = replace(
             request,
-            variation_seed=request.variation_seed + begin,
+            variation_seed=request.variation_seed + (0 if request.shares else begin),
+            shares=request.shares[some],
             place=request.place + begin,
             on_step=_overall(request.on_step, turn, len(turns)),
         )
@@ -423,6 +426,10 @@ def to_latents(system: System, prompts: list[str], negatives: list[str], seeds: 
     cond = system.condition(prompts, request, negatives)
     # 3. from noise, or from the picture given, to latents
     begun = system.given(request, len(prompts))
+    if request.invert is not None:
+        begun["begun"] = inverted(system, request, len(prompts))
+        ups = 1 + (request.variation_image is not None)
+        request = replace(request, on_step=_overall(request.on_step, ups, ups + 1))
     if request.hires == 1:
         return system.sample(cond, request, noise, **begun)
     first = replace(request, on_step=_overall(request.on_step, 0, 2))
@@ -433,6 +440,18 @@ def to_latents(system: System, prompts: list[str], negatives: list[str], seeds: 
     begun = system.given(second, len(prompts)) | {"start": system.encode(drawn, request.vae_tile)}
     noise = noise_of(seeds, device, request) if request.compat else noise  # which begin anew
     return system.sample(system.condition(prompts, second, negatives), second, noise, **begun)
+
+
+def inverted(system: System, request: Request, count: int) -> Latents:
+    """Where drawing begins (count, c, h, w) for what `request` has to invert."""
+    assert isinstance(system, DiffusionSystem)
+    images = [image for image in (request.image, request.variation_image) if image is not None]
+    found = [
+        system.inverted(replace(request, image=image, on_step=_overall(request.on_step, k, len(images) + 1)))
+        for k, image in enumerate(images)
+    ]
+    rows = [x.expand(count, -1, -1, -1) for x in found]
+    return rows[0] if len(rows) == 1 else turned(rows[0], rows[1], request.shares or (request.variation,) * count)
 
 
 def last_pass(system: System, request: Request) -> Request:
@@ -472,22 +491,25 @@ def noise_of(seeds: list[int], device: torch.device | str, request: Request) -> 
             return noise_source(seeds, device)
         return programs.Source(request.compat, seeds, device, request.noise_delta, request.place)
 
-    if not request.variation:
+    if not request.variation or request.invert is not None:
         return source(seeds)
-    others = source([request.variation_seed + place for place in range(len(seeds))])
-    return Varied(source(seeds), others, request.variation, programs.slerp if request.compat else slerp)
+    others = source([request.variation_seed + (0 if request.shares else place) for place in range(len(seeds))])
+    shares = request.shares or (request.variation,) * len(seeds)
+    return Varied(source(seeds), others, shares, programs.slerp if request.compat else slerp)
 
 
 class Varied:
-    """`noise` whose first draw is turned towards that of `other`, by `share` of the angle between them (slerp), picture
-    by picture: so its variance stays what it was."""
+    """`noise` whose first draw is turned towards that of `other`, by `shares` of the angle between them (slerp),
+    picture by picture: so its variance stays what it was."""
 
-    def __init__(self, noise: Any, other: Any, share: float, turn: Callable[[Tensor, Tensor, float], Tensor]) -> None:
-        self.noise, self.other, self.share, self.turn, self.began = noise, other, share, turn, False
+    def __init__(
+        self, noise: Any, other: Any, shares: Sequence[float], turn: Callable[[Tensor, Tensor, float], Tensor]
+    ) -> None:
+        self.noise, self.other, self.shares, self.turn, self.began = noise, other, shares, turn, False
 
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
         eps, began, self.began = self.noise(shape), self.began, True
-        return eps if began else self.turn(eps, self.other(shape), self.share)
+        return eps if began else turned(eps, self.other(shape), self.shares, self.turn)
 
     def brownian(self, shape: tuple[int, ...], levels: Sequence[float]) -> programs.Brownian:
         return self.noise.brownian(shape, levels)
@@ -505,17 +527,25 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     return near * a + far * b
 
 
+def turned(
+    a: Tensor, b: Tensor, shares: Sequence[float], turn: Callable[[Tensor, Tensor, float], Tensor] = slerp
+) -> Tensor:
+    """Each row of a (b, c, h, w) turned to that of b by its own share."""
+    return torch.cat([turn(one, two, share) for one, two, share in zip(a.split(1), b.split(1), shares, strict=True)])
+
+
 # -------------------------------------------------------------------- requests
 
 
 def prepare(system: System, **values: Any) -> Request:
     """A complete request from what was said and the model's defaults. Raises UsageError, UnknownName, ImageProblem."""
-    known = inspect.signature(check).parameters
-    for name in values.keys() - known.keys():
-        raise UnknownName("keyword", name, list(known)[2:])
+    known = list(inspect.signature(check).parameters)[3:]
+    for name in values.keys() - set(known):
+        raise UnknownName("keyword", name, known)
     if values.get("control"):
         values["control"] = controls.opened(system, values["control"])
-    request = check(system.defaults, getattr(system, "unit", system.grid), **values)
+    grid, interpolant = getattr(system, "unit", system.grid), getattr(system, "interpolant", None)
+    request = check(system.defaults, grid, interpolant, **values)
     if request.compat and (system.clip_skip is None or not isinstance(getattr(system, "interpolant", None), EDM)):
         raise UsageError(
             f"what {request.compat} does is known for Stable Diffusion 1, 2 and XL, not {system.name}: leave compat out"
@@ -529,6 +559,8 @@ def prepare(system: System, **values: Any) -> Request:
         raise UsageError(
             f"{system.name} is told of no depth: leave depth out; ControlNets for depth take theirs with control"
         )
+    if request.invert is not None and not getattr(system, "inverts", False):
+        raise UsageError(f"{system.name} draws from no noise that a picture could be inverted to: leave invert out")
     system.check(request)
     if request.hires != 1:
         last = larger(system, request)
@@ -547,6 +579,7 @@ def prepare(system: System, **values: Any) -> Request:
 def check(
     defaults: Defaults,
     grid: int,
+    interpolant: Interpolant | None = None,
     *,
     prompt: str,
     negative: str | None = None,
@@ -572,8 +605,10 @@ def check(
     guidance_interval: tuple[float, float] | None = None,
     pag_scale: float | None = None,
     pag_layers: str | Sequence[str] | None = None,
-    variation: float | None = None,
+    variation: float | tuple[float, float] | None = None,
     variation_seed: int | None = None,
+    variation_image: str | Path | Image.Image | None = None,
+    invert: str | None = None,
     switch_at: float | None = None,
     hires: float | None = None,
     hires_strength: float | None = None,
@@ -591,8 +626,9 @@ def check(
     wildcards: str | Path | None = None,
     on_step: OnStep | None = None,
 ) -> Request:
-    """As `prepare`, knowing only the model's defaults and grid, so that nothing need be loaded to check a request."""
-    for name, text in (("prompt", prompt), ("negative prompt", negative or "")):
+    """As `prepare`, knowing only the model's defaults, grid and noise, so that nothing need be loaded to check a
+    request."""
+    for name, text in (("prompt", prompt), ("negative prompt", negative or ""), ("inverted prompt", invert or "")):
         if not isinstance(text, str):
             raise UsageError(f"the {name} is {type(text).__name__}, not text")
         if len(text) > defaults.max_prompt_chars:
@@ -605,7 +641,8 @@ def check(
         raise UsageError("strength means how far to move from a picture, but no picture was given: add -i IMAGE")
     if image is not None:
         image = pictures.open_image(image)
-        strength = _number("strength", defaults.strength if strength is None else strength, 0, 1, above=True)
+        usual = defaults.strength if invert is None else 1.0
+        strength = _number("strength", usual if strength is None else strength, 0, 1, above=True)
     if mask is not None:
         if not isinstance(image, Image.Image):
             raise UsageError("a mask says where to paint over a picture, but no picture was given: add -i IMAGE")
@@ -622,8 +659,11 @@ def check(
         _size(name, default if value is None else value, defaults, grid)
         for name, value, default in (("width", width, defaults.width), ("height", height, defaults.height))
     ]
-    sampler, fused = names.split(defaults.sampler if sampler is None else sampler)
+    usually = defaults.sampler if invert is None else "ddim"
+    sampler, fused = names.split(usually if sampler is None else sampler)
     sampler = samplers.find(sampler)
+    if invert is not None:
+        _check_inverted(image, compat, sampler)
     if sampler == "dopri5":
         odes.require()
     if compat and compat not in programs.PROGRAMS:
@@ -638,11 +678,23 @@ def check(
         schedule = programs.settle(schedule, sampler, compat)
         prompt_dialect = programs.PROGRAMS[compat] if prompt_dialect is None else prompt_dialect
     else:
-        schedule = schedules.settle(schedule, sampler)
+        schedule = schedules.settle(schedule, sampler, interpolant)
     seed = _whole("seed", secrets.randbelow(2**32) if seed is None else seed, 0, MAX_SEED - 100_000)
     batch = _whole("batch", 1 if batch is None else batch, 1, 1024)
-    if variation_seed is not None and not variation:
+    share, shares = _shares(variation or 0, batch)
+    if variation_seed is not None and not share:
         raise UsageError("variation_seed is of the noise to turn towards, by variation, which is 0: give 0 to 1 of it")
+    if variation_image is not None:
+        if invert is None or not share or variation_seed is not None:
+            raise UsageError(
+                "variation_image is the picture that an inverted one turns to, by variation: give invert and 0 to 1 of "
+                "variation, and no variation_seed"
+            )
+        if only_masked:
+            raise UsageError("only_masked draws a part of one picture: leave variation_image out, or only_masked")
+        variation_image = pictures.open_image(variation_image)
+    elif invert is not None and share:
+        raise UsageError("variation of an inverted picture is towards another one: add variation_image")
     if hires is None and (hires_strength is not None or hires_steps is not None):
         raise UsageError(
             "hires_strength and hires_steps are of a second, larger pass: ask for it with hires, such as 2"
@@ -708,7 +760,10 @@ def check(
         guidance_interval=None if guidance_interval is None else _interval(guidance_interval),
         pag_scale=_number("pag_scale", pag_scale or 0, 0, 100),
         pag_layers=tuple(layer.strip() for layer in layers),
-        variation=_number("variation", variation or 0, 0, 1),
+        variation=share,
+        shares=shares,
+        invert=invert,
+        variation_image=variation_image,
         switch_at=_number("switch_at", SWITCH_AT if switch_at is None else switch_at, 0, 1),
         hires=_number("hires", 1 if hires is None else hires, 1, 16),
         hires_strength=_number("hires_strength", 0.5 if hires_strength is None else hires_strength, 0, 1, above=True),
@@ -728,7 +783,7 @@ def check(
 
 def _show_keywords() -> None:
     """In `help`, what takes `values` shows the keywords of `check`."""
-    keywords = list(inspect.signature(check).parameters.values())[2:]
+    keywords = list(inspect.signature(check).parameters.values())[3:]
     Pipeline.generate.__doc__ = generate.__doc__
     function: Any
     for function in (generate, Pipeline.generate):
@@ -745,6 +800,7 @@ def ignored(system: System, request: Request) -> list[str]:
     """A sentence for each thing asked for that will not show in the picture."""
     told = []
     said = [("prompt", text) for text in dict.fromkeys(request.prompts)]
+    said += [] if request.invert is None else [("inverted prompt", request.invert)]
     against = [("negative prompt", text) for text in dict.fromkeys(request.negatives)]
     for name, text in said + against:
         if (end := system.words_cut(text)).strip():
@@ -772,6 +828,8 @@ def ignored(system: System, request: Request) -> list[str]:
     unmasked = request.image is not None and request.mask is None and request.strength == 1
     if unmasked and getattr(system, "sees", "") == "mask":
         told.append(f"the picture is painted over as a whole: add --mask MASK to say where {system.name} paints")
+    if request.invert is not None and request.batch > len(set(request.prompts)) and not request.shares:
+        told.append("pictures of one prompt are alike, as the one inverted leaves nothing to seeds: ask for one")
     if request.noise_level != NOISE_LEVEL and getattr(system, "enlarges", 1) == 1:
         told.append(f"noise_level has no effect: {system.name} is no upscaler")
     if adapters := getattr(system, "adapters", None):
@@ -863,7 +921,13 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
     if request.hires != 1:
         settings |= {name: getattr(request, name) for name in ("hires", "hires_strength", "hires_steps")}
     if request.variation:
-        settings["variation_seed"] = request.variation_seed + place
+        share = settings["variation"] = request.shares[place] if request.shares else request.variation
+        if not share:
+            del settings["variation"]
+        elif request.variation_image is not None:
+            settings["variation_image_hash"] = pictures.digest(request.variation_image)
+        else:
+            settings["variation_seed"] = request.variation_seed + (0 if request.shares else place)
     if len(system.dialects) > 1:
         settings["prompt_dialect"] = request.prompt_dialect or system.dialects[0]
     if system.clip_skip is not None:
@@ -910,6 +974,27 @@ def _number(name: str, value: Any, low: float, high: float, above: bool = False)
     if not fits or isinstance(value, bool):
         raise UsageError(f"{name} is {value!r}: give a number {'above' if above else 'from'} {low}, at most {high}")
     return float(value)
+
+
+def _shares(value: Any, batch: int) -> tuple[float, tuple[float, ...]]:
+    """The most of variation, and that of each picture where two ends are given. Raises UsageError."""
+    if not isinstance(value, tuple | list):
+        return _number("variation", value, 0, 1), ()
+    if len(value) != 2:
+        raise UsageError(f"variation is {value!r:.50}: give a number from 0 to 1, or two")
+    low, high = (_number("variation", end, 0, 1) for end in value)
+    if batch == 1:
+        raise UsageError(f"variation is {low:g} to {high:g}, in one picture: ask for a larger batch, such as 8")
+    return max(low, high), tuple(low + (high - low) * i / (batch - 1) for i in range(batch))
+
+
+def _check_inverted(image: Any, compat: str | None, sampler: str) -> None:
+    if image is None:
+        raise UsageError("invert says what a picture shows, but no picture was given: add -i IMAGE")
+    if compat:
+        raise UsageError(f"{compat} inverts no pictures as is done here: leave compat or invert out")
+    if sampler not in samplers.FLOWING:
+        raise UsageError(f"the sampler {sampler!r} adds noise, but an inverted picture has its own: take 'ddim'")
 
 
 def _interval(value: Any) -> tuple[float, float]:

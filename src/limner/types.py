@@ -190,7 +190,9 @@ class Request:
     picture around the white, and `padding` pixels of it more, is drawn at `width` x `height` and put back.
     `guidance_kind`, `_rescale` and `_mimic` are `way`, `rescale` and `mimic` of
     `limner.sampling.guidance.Guidance`. `variation` is how much of the first noise is that of `variation_seed` +
-    place; all pictures have the same seed then. `pag_scale` is `push` there, away from a network whose pixels
+    place, or, where they have `shares` of their own, of `variation_seed` alone; all pictures have the same seed then.
+    `invert` says what `image` shows: what is drawn begins with the noise from which that comes back, turned by the
+    `shares` to that of `variation_image`. `pag_scale` is `push` there, away from a network whose pixels
     attend to themselves alone in `pag_layers`. `hires` times the size is what is drawn in the end: over what was
     drawn first, with a strength and steps of its own. `switch_at` is the share of the noise after which a refiner
     takes over. `noise_level` is the timestep whose noise an upscaler puts over the picture first. `compat` is a
@@ -224,6 +226,9 @@ class Request:
     pag_layers: tuple[str, ...] = ("mid_block",)
     variation: float = 0.0
     variation_seed: int = 0
+    shares: tuple[float, ...] = ()
+    invert: str | None = None
+    variation_image: Image.Image | None = None
     switch_at: float = 0.8
     hires: float = 1.0
     hires_strength: float = 0.5

@@ -85,7 +85,7 @@ def test_the_drawing_is_that_of_the_pipeline(limner, here, tiny_model):
     others = {"strength", "mask_blur", "prompt_dialect", "clip_skip", "adapters", "noise_level", "variation_seed"}
     others |= {"hires", "hires_strength", "hires_steps", "vae", "vae_hash", "text_encoder", "text_encoder_hash"}
     others |= {"refiner", "refiner_hash", "switch_at", "control", "ip_adapter", "guide_model", "guide_model_hash"}
-    others |= {"depth_hash", "prediction", "padding"}
+    others |= {"depth_hash", "prediction", "padding", "variation_image_hash"}
     assert metadata.SETTINGS.keys() - image.settings.keys() == others | pipeline.SELDOM.keys()
 
 
@@ -95,6 +95,25 @@ def test_aliases_mean_the_same(limner, here, tiny_model):
     (b,) = painted(limner(*common, "--cfg-scale", 6, "--scheduler", "karras"))
     assert (a, b) == ("fox-1.png", "fox-1-2.png")
     assert (here / a).read_bytes() == (here / b).read_bytes()
+
+
+def test_pictures_between_two_noises_are_redone_from_their_files(limner, here, tiny_model):
+    draw = ("-m", tiny_model, "--steps", 2, "-s", 1)
+    row = painted(limner("fox", *draw, "--variation", "0:1", "--variation-seed", 5, "-b", 3, "-o", "row.png"))
+    (again,) = painted(limner("-C", row[1], "-m", tiny_model, "-o", "again.png"))
+    difference = max(abs(a - b) for a, b in zip(pixels(again), pixels(row[1]), strict=True))
+    assert difference <= 1
+    assert metadata.read_settings(here / again)["variation"] == 0.5
+    ends = ("edit", row[0], "cat", *draw, "--invert", "fox", "--variation", "0.5", "--variation-image", row[2])
+    (turned,) = painted(limner(*ends, "-o", "turned.png"))
+    told = metadata.read_settings(here / turned)
+    assert (told["invert"], told["sampler"], told["strength"], told["variation"]) == ("fox", "ddim", 1.0, 0.5)
+    redo = ("-C", turned, "-m", tiny_model, "-i", row[0], "-o", "redone.png")
+    assert "add --variation-image" in limner(*redo).err
+    assert "is not the picture turned to" in limner(*redo, "--variation-image", row[0]).err
+    (redone,) = painted(limner(*redo[:-1], "twice.png", "--variation-image", row[2]))
+    assert (here / redone).read_bytes() == (here / turned).read_bytes()
+    assert "give a number from 0 to 1, or two" in limner("fox", *draw, "--variation", "a:1").err
 
 
 def test_a_random_seed_is_printed_embedded_and_in_the_name(limner, here, tiny_model):

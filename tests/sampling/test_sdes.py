@@ -91,6 +91,18 @@ def test_a_schedule_of_an_sde_falls_from_its_last_time_to_zero(kind, name):
         assert times == pytest.approx(torch.linspace(1, 1e-3, 100).tolist(), rel=1e-4)
 
 
+def test_auto_is_what_a_model_without_timesteps_can_have():
+    edm = interpolants.get(interpolants.EDMConfig())
+    for model, usual in ((SDES["vp"], "uniform"), (Flow(), "uniform"), (edm, "karras"), (VP, "leading")):
+        assert schedules.settle("auto", "ddim", model) == usual
+        assert schedules.settle("kl_optimal", "ddim", model) == "kl_optimal"
+    explodes = SDES["ve"]
+    assert schedules.settle("auto", "pc", explodes) == "uniform"
+    assert schedules.uniform(9, explodes) == pytest.approx(schedules.exponential(9, explodes))
+    system = catalog.build(catalog.entry("ve-sde-tiny").config)
+    assert pipeline.prepare(system, prompt="red circle", schedule="auto").schedule == "uniform"
+
+
 def test_noise_that_no_sde_has_is_refused():
     for wrong in ({"beta_min": 0.0}, {"sigma_min": 2.0, "sigma_max": 1.0}, {"floor": 0.0}, {"beta_max": float("nan")}):
         with pytest.raises(UsageError, match="no SDE has betas"):

@@ -146,10 +146,27 @@ def paint(
         int | None,
         typer.Option("--padding", help="With --only-masked: pixels around the mask that are seen. [default: 32]"),
     ] = None,
+    invert: Annotated[
+        str | None,
+        typer.Option(
+            "--invert",
+            metavar="WORDS",
+            help="With -i: what the picture shows. Draws from the noise that it comes back from, by DDIM inversion.",
+        ),
+    ] = None,
     variation: Annotated[
-        float | None, typer.Option("--variation", help="A picture like that of the seed: 0.1 is near, 1 is another.")
+        str | None,
+        typer.Option(
+            "--variation",
+            metavar="SHARE",
+            help="A picture like that of the seed: 0.1 is near, 1 is another. 0:1 and -b 8: on the way, in 8 pictures.",
+        ),
     ] = None,
     variation_seed: Annotated[int | None, typer.Option("--variation-seed", help="Which of them. [default: 0]")] = None,
+    variation_image: Annotated[
+        Path | None,
+        typer.Option("--variation-image", metavar="IMAGE", help="With --invert: the picture to go to, in its place."),
+    ] = None,
     hires: Annotated[
         float | None, typer.Option("--hires", help="Then draw so many times larger over it, such as 2.")
     ] = None,
@@ -314,7 +331,8 @@ def paint(
         "image_guidance": image_guidance,
         "only_masked": only_masked or None,
         "padding": padding,
-        "variation": variation,
+        "invert": invert,
+        "variation": None if variation is None else _shares(variation),
         "variation_seed": variation_seed,
         "switch_at": switch_at,
         "hires": hires,
@@ -340,6 +358,11 @@ def paint(
     depth_hash = remembered.pop("depth_hash", None)
     if depth_hash and depth is None:
         raise UsageError(f"{str(settings)!r} was painted after a depth map, which it does not hold: add --depth IMAGE")
+    towards_hash = remembered.pop("variation_image_hash", None)
+    if towards_hash and variation_image is None:
+        raise UsageError(
+            f"{str(settings)!r} was turned to another picture, which it does not hold: add --variation-image IMAGE"
+        )
     painted_with, adapters = remembered.pop("model_hash", None), remembered.pop("adapters", [])
     controlled = remembered.pop("control", [])
     asked = remembered | {k: v for k, v in flags.items() if v is not None}
@@ -396,7 +419,7 @@ def paint(
     if image_guidance is None and "image_guidance" in asked and getattr(pipe.system, "sees", "") != "picture":
         tell(f"{pipe.system.name} does not edit pictures: the image_guidance painted with is left out")
         del asked["image_guidance"]
-    given: dict[str, Any] = {"image": image, "mask": mask, "depth": depth}
+    given: dict[str, Any] = {"image": image, "mask": mask, "depth": depth, "variation_image": variation_image}
     if control or controlled:
         given["control"], sentences = _control(pipe, control or [], controlled, tell)
         for sentence in sentences:
@@ -421,9 +444,13 @@ def paint(
         given["image"] = pictures.open_image(image)
         asked = pipeline.enlarging(pipe.system, given["image"], factor) | asked
     request = pipeline.prepare(pipe.system, **asked, batch=batch, **given)
-    given |= {"image": request.image, "depth": request.depth}
-    if depth_hash and request.depth is not None and not _same_hash(depth_hash, pictures.digest(request.depth)):
-        tell(f"{depth} is not the depth map painted with (hash {depth_hash}): expect another picture")
+    given |= {"image": request.image, "depth": request.depth, "variation_image": request.variation_image}
+    for what, file, wanted, found in (
+        ("depth map painted with", depth, depth_hash, request.depth),
+        ("picture turned to", variation_image, towards_hash, request.variation_image),
+    ):
+        if wanted and found is not None and not _same_hash(wanted, pictures.digest(found)):
+            tell(f"{file} is not the {what} (hash {wanted}): expect another picture")
     paths = [] if output == "-" else _paths(output, request)
     width, height = given["image"].size if request.only_masked else (request.width, request.height)
     for path in paths:
@@ -557,6 +584,15 @@ def _control(
     for sentence in [str(warning.message) for warning in warned] + control.differing(found, remembered):
         tell(sentence)
     return found, [control.report(one) for one in found]
+
+
+def _shares(text: str) -> float | tuple[float, ...]:
+    """What --variation says: "0.1", or "0:1". Raises UsageError."""
+    try:
+        share, *more = map(float, text.split(":"))
+    except ValueError:
+        raise UsageError(f"variation is {text!r}: give a number from 0 to 1, or two with a colon between") from None
+    return (share, *more) if more else share
 
 
 def _same_hash(a: str, b: str) -> bool:

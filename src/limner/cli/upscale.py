@@ -11,7 +11,7 @@ import typer
 from limner.cli.edit import SHARED
 from limner.cli.generate import as_paint, paint
 
-NOT = {"mask", "mask_blur", "only_masked", "padding", "variation", "variation_seed"}
+NOT = {"mask", "mask_blur", "only_masked", "padding", "variation", "variation_seed", "variation_image", "invert"}
 OWN: dict[str, tuple[Any, Any]] = {
     "image": (Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or WebP.")], inspect.Parameter.empty),
     "prompt": (

@@ -79,6 +79,22 @@ def flow_matching() -> TrainConfig:
     return replace(ddpm(), name="flow-matching", system=config, loss=Objective(times=Times(kind="uniform")))
 
 
+def vp_sde() -> TrainConfig:
+    """The same network for the score of an SDE that preserves variance, in a continuous time (arXiv:2011.13456,
+    equation 11), the error times its variance, as there: that of eps, all times alike."""
+    return replace(ddpm(), name="vp-sde", system=catalog.entry("vp-sde").config)
+
+
+def subvp_sde() -> TrainConfig:
+    """Of one whose variance stays below that (equation 12)."""
+    return replace(ddpm(), name="subvp-sde", system=catalog.entry("subvp-sde").config)
+
+
+def ve_sde() -> TrainConfig:
+    """Of one whose variance explodes (equation 9), which the network sees as it is and is told by log sigma."""
+    return replace(ddpm(), name="ve-sde", system=catalog.entry("ve-sde").config)
+
+
 def dit() -> TrainConfig:
     """DiT-S/2 on the pixels themselves (arXiv:2212.09748), for the noise and the training of DDPM."""
     return replace(ddpm(), name="dit-32", system=catalog.entry("dit-32").config)

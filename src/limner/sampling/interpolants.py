@@ -413,7 +413,8 @@ def discrete(config: VPConfig) -> Discrete:
 
 def continuous(config: SDEConfig) -> SDE:
     made = SDE(name=f"sde_{config.kind}", config=config)
-    low, high = made.at(torch.tensor([config.floor, 1.0], dtype=torch.float64)).tolist()
+    ends = torch.tensor([config.floor, 1.0], dtype=torch.float64, device="cpu")  # whatever a system is built on
+    low, high = made.at(ends).tolist()
     return replace(made, sigma_max=high, ratio_min=low, ratio_max=high)
 
 

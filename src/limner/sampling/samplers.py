@@ -328,6 +328,8 @@ def invert(
         alpha, above = interpolant.alpha(following), interpolant.alpha(sigma)
         if following > 0:
             guess = _moved(x, denoise(x, following), following, sigma, interpolant)
+        elif above == 0:
+            raise UsageError("one step from noise alone to data is not inverted: ask for more of them")
         else:  # where eps has no answer: with that of the same picture under no noise yet at the higher end
             guess = above * x + above * (x - denoise(above * x, sigma))
         rate = above / alpha if above > 0 else sigma / following  # more than x there moves with x here
@@ -534,6 +536,14 @@ SAMPLERS: dict[str, Sampler] = {
 }
 """`flow_euler` is `euler`: in flow coordinates (x - x0) / sigma is the velocity. `res_multistep` (arXiv:2308.02157) is
 DPM++ 2M with a line through two x0."""
+
+
+FLOWING = frozenset(
+    {"euler", "heun", "rk4", "dopri5", "lms", "dpm2", "ddim", "plms", "dpmpp_2m", "unipc", "deis", "res_multistep",
+     "flow_euler"}
+)  # fmt: skip
+"""Those that follow the ordinary differential equation of the noise and draw none: what `invert` leads up, they lead
+down again."""
 
 
 def find(name: str) -> str:

@@ -199,11 +199,17 @@ def hyper(steps: int, interpolant: Interpolant) -> list[float]:
 def timed(name: str, interpolant: Interpolant, steps: int) -> Discrete | Shifted:
     """The model, which has timesteps, and as many as `steps` or more. Raises UsageError."""
     if not isinstance(interpolant, Discrete | Shifted):
-        other = "karras" if isinstance(interpolant, EDM) and not isinstance(interpolant, SDE) else "uniform"
+        other = untimed(interpolant)
         raise UsageError(f"the schedule {name!r} counts timesteps, which this model does not have: take {other!r}")
     if steps > len(interpolant.sigmas):
         raise UsageError(f"the schedule {name!r} has {len(interpolant.sigmas)} timesteps at most: ask for fewer steps")
     return interpolant
+
+
+def untimed(interpolant: Interpolant) -> str:
+    """The usual schedule of a model without timesteps: `karras` of an EDM; `uniform` of a flow and of an SDE, that is
+    `exponential` of one whose variance explodes."""
+    return "karras" if isinstance(interpolant, EDM) and not isinstance(interpolant, SDE) else "uniform"
 
 
 def _between(values: Sequence[float], place: float) -> float:
@@ -268,9 +274,12 @@ def plan(name: str, sampler: str, steps: int, interpolant: Interpolant) -> list[
     return sigmas
 
 
-def settle(name: str, sampler: str) -> str:
-    """Our name of a schedule, by any spelling; "auto" is what is usual for `sampler`. Raises UnknownName."""
+def settle(name: str, sampler: str, interpolant: Interpolant | None = None) -> str:
+    """Our name of a schedule, by any spelling; "auto" is what is usual for `sampler` or, of a model without timesteps,
+    for its noise. Raises UnknownName."""
     ours = find(name)
+    if ours == "auto" and interpolant is not None and not isinstance(interpolant, Discrete | Shifted):
+        return untimed(interpolant)
     if sampler in CONSISTENT and ours in ("auto", *SPACINGS):
         return "lcm"
     return USUAL.get(sampler, "linspace") if ours == "auto" else ours

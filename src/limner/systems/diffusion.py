@@ -284,6 +284,11 @@ class DiffusionSystem(nn.Module):
         seeing = hasattr(self.network.config, "sees") and self.small_noise is None
         return self.network.config.sees(self.autoencoder.channels) if seeing else ""
 
+    @property
+    def inverts(self) -> bool:
+        """Whether a picture given is where its drawing begins, and not only seen."""
+        return self.small_noise is None and self.sees in ("", "mask", "depth")
+
     # ---------------------------------------------------------------- training
 
     def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
@@ -430,7 +435,7 @@ class DiffusionSystem(nn.Module):
                 f"{self.name} draws after a depth map, but none was given: add --depth IMAGE, near is white"
             )
         if isinstance(self.text_encoder, Labels):
-            self.text_encoder.classes([*request.prompts, *request.negatives])
+            self.text_encoder.classes([*request.prompts, *request.negatives, request.invert or ""])
             if not self.unguided(request) and not (self.defaults.prompted and self.knows_none):
                 raise UsageError(
                     f"guidance is {request.guidance:g}, but {self.name} has no class for none, to lead away from: "
@@ -465,6 +470,7 @@ class DiffusionSystem(nn.Module):
                 raise UsageError(f"{one.name} has positions for {most} pixels a side: draw less, or in tiles (--tile)")
         self.parsed(request.prompts, request)
         self.parsed(request.negatives, request, composed=False)
+        self.parsed([request.invert or ""], request)
         if request.pag_scale:
             self.check_perturbed(request)
         if self.guide is not None:
@@ -740,6 +746,15 @@ class DiffusionSystem(nn.Module):
         small = F.interpolate(mask, (height // self.grid, width // self.grid), mode="nearest")
         return torch.cat([small, around], dim=1)
 
+    def inverted(self, request: Request) -> Latents:
+        """The x (1, c, h, w) at the first of its levels from which the picture of a request comes back, told what
+        `request.invert` says and not guided (DDIM inversion, arXiv:2010.02502, section 4.3)."""
+        told = replace(request, guidance=1.0, image_guidance=1.0, pag_scale=0.0)
+        given = self.given(told, 1)
+        given.pop("paint", None)
+        cond = self.condition([request.invert or ""], told, [""])
+        return self.sample(cond, told, lambda shape: torch.zeros(1, *shape, device=self.device), **given, upward=True)
+
     def sample(
         self,
         cond: Turns,
@@ -749,13 +764,16 @@ class DiffusionSystem(nn.Module):
         paint: Tensor | None = None,
         beside: Tensor | None = None,
         reference: Latents | None = None,
+        begun: Latents | None = None,
+        upward: bool = False,
     ) -> Latents:
         """`start` are latents to begin from (img2img), walked from `request.strength` of the way into noise; `paint`
         (b, 1, h, w) is 0 where they stay what they are. `beside` are channels that the network sees beside x,
         `reference` are latents of a picture that it looks at; a small picture to be enlarged gets noise first. What is
         told changes with the steps done, however often a sampler asks in a step. With `request.tile` the network sees
         overlapping tiles, and each step goes on from what it says of them, blended (MultiDiffusion, arXiv:2302.08113,
-        equation 5, with weights that fade)."""
+        equation 5, with weights that fade). `begun` is x where it begins, if that is not to be made of noise; `upward`
+        goes from `start` to it."""
         shape = (self.autoencoder.channels, request.height // self.grid, request.width // self.grid)
         side = request.tile // self.grid or max(shape[1:])
         overlap = tiling.overlap_of(side)
@@ -771,7 +789,13 @@ class DiffusionSystem(nn.Module):
         anew |= self.sees == "picture" and not request.compat.startswith("a1111")
         over = None if anew and request.strength == 1 else start
         draw: Any = lambda: noise(shape)  # noqa: E731
-        if request.compat:
+        x: Tensor
+        if upward:
+            assert start is not None
+            x = start / self.interpolant.input_scale(sigmas[-1]) if sigmas[-1] else start
+        elif begun is not None:
+            x = begun
+        elif request.compat:
             levels = self.levels(request)
             x = compat.begin(request.compat, request.sampler, self.interpolant, over, eps, levels)
             if request.sampler in compat.BROWNIAN:
@@ -783,6 +807,7 @@ class DiffusionSystem(nn.Module):
         else:
             x = self.interpolant.mix(over, eps, sigmas[0])
         sampler = compat.solver(request.compat, request.sampler) if request.compat else samplers.get(request.sampler)
+        sampler = samplers.invert if upward else sampler
         linear = request.schedule == "linspace" and not request.compat
         times = {sigma: self.interpolant.time(sigma, linear) for sigma in sigmas if sigma}
         interval = request.guidance_interval or self.defaults.guidance_interval
@@ -794,7 +819,8 @@ class DiffusionSystem(nn.Module):
             seeing.append(self.guide)
         told = [(one, self.shown(one, request)) for one in request.control if one.weight]
         controls = [[(one, self.see(one, hint, place)) for one, hint in told] for place in places]
-        steps, last = 0, len(sigmas) - 1
+        last = len(sigmas) - 1
+        steps = last - 1 if upward else 0  # done when a drawing is here
         newest = x
         variance: dict[float, Tensor] | None = {} if self.learned_variance and len(places) == 1 else None
 
@@ -847,7 +873,7 @@ class DiffusionSystem(nn.Module):
 
         def on_step(done: int, total: int) -> None:
             nonlocal steps
-            steps = done
+            steps = last - 1 - done if upward else done
             if request.on_step is not None:
                 request.on_step(done, total, partial(self.preview, newest))
 
@@ -871,7 +897,7 @@ class DiffusionSystem(nn.Module):
         if self.works_on is not None:
             for network in (*(c.network for c in request.control), *(r.network for r in apart)):
                 network.cpu()
-        return self.interpolant.input_scale(sigmas[-1]) * x if sigmas[-1] else x
+        return self.interpolant.input_scale(sigmas[-1]) * x if sigmas[-1] and not upward else x
 
     def hint(self, control: Control, request: Request) -> Tensor:
         """The picture of a control, on white, (1, 3, h, w) in [0, 1] and of the size of the request."""
