@@ -151,7 +151,7 @@ def measure(source: str, model: str, out: str, *settings: str) -> None:
 
 
 def note(out: str, row: dict[str, Any]) -> None:
-    row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+    row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
     print(json.dumps(row), flush=True)
     with Path(out).open("a") as file:
         file.write(json.dumps(row) + "\n")

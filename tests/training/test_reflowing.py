@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from toy import StopAt
 from torch import Tensor, nn
+from toy import StopAt
 
 from limner import catalog, recipes
 from limner.data.batches import DataConfig, open_batches
-from limner.errors import UsageError
 from limner.sampling.interpolants import Times
 from limner.systems.objectives import Objective
 from limner.training import loop, reflowing

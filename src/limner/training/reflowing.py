@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import random
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -44,10 +43,10 @@ UNREAD = ("latent_views", "other_sizes", "augment", "mirror", "crop", "buckets",
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ReflowConfig:
-    """So many `pairs` of noise and what `model` makes of it, of captions as frequent as in the data, are made before the
-    first step, `at_once` together. `sampler` solves the ordinary differential equation in so many `steps`, guided by
-    `guidance`, 1 not at all; what is learned is drawn with guidance 1. `one_step` learns at noise alone, to draw in one
-    step of Euler's method."""
+    """So many `pairs` of noise and what `model` makes of it are made before the first step, `at_once` together, of
+    captions as frequent as in the data. `sampler` solves the ordinary differential equation in so many `steps`;
+    `guidance` is the scale at which it is followed, 1 for none, and what learns it is drawn with 1; `one_step` learns
+    at noise alone, to draw in one step of Euler's method."""
 
     pairs: Annotated[int, Field(gt=0, le=10_000_000)] = 50_000
     steps: Annotated[int, Field(gt=0, le=1000)] = 20
@@ -136,7 +135,9 @@ class Pairs:
                 took = f"{told - begun:.0f} s"
                 print(f"{base.name} makes pairs: {processes.world * some.stop} of {how.pairs} in {took}", flush=True)
         if not self.latents.isfinite().all():
-            raise UsageError(f"{base.name} makes what is not finite of noise: give keep_model_in=fp32, or another model")
+            raise UsageError(
+                f"{base.name} makes what is not finite of noise: give keep_model_in=fp32, or another model"
+            )
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -184,14 +185,18 @@ def loaded(config: TrainConfig, device: torch.device) -> Reflowing:
         raise UsageError("sharding=fsdp is for networks that learn alone: leave it out, or reflow")
     for name in UNREAD:
         if (value := getattr(config.data, name)) != getattr(DataConfig, name):
-            raise UsageError(f"data.{name}={value} has no effect on {config.name}, which reads captions alone: leave it out")
+            raise UsageError(
+                f"data.{name}={value} has no effect on {config.name}, which reads captions alone: leave it out"
+            )
     if config.validation or config.prior.wanted:
         name = "validation" if config.validation else "prior"
         raise UsageError(f"{name} is of pictures, and {config.name} learns pairs that its model makes: leave it out")
     if how.one_step and config.loss != Objective():
         raise UsageError("loss.… is of many times and noises, reflow.one_step learns at noise alone: leave it out")
     if config.loss.offset_noise or config.loss.coupling != "independent":
-        raise UsageError("loss.offset_noise and loss.coupling are of noise that is drawn, a pair has its own: leave them out")
+        raise UsageError(
+            "loss.offset_noise and loss.coupling are of noise that is drawn, a pair has its own: leave them out"
+        )
     if how.sampler == "dopri5":
         odes.require()
     dtype = kept_in(config, device, casts=True)
