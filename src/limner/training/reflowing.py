@@ -64,7 +64,7 @@ class Reflowing(DistillingNetwork):
 
     def __init__(self, base: Any, how: ReflowConfig, source: str) -> None:
         Beside.__init__(self, base)
-        check(base, how)
+        check(base)
         self.reflow, self.source, self.told = how, source, None
         self.network = copy.deepcopy(base.network).float().requires_grad_(True)
 
@@ -91,6 +91,7 @@ class Reflowing(DistillingNetwork):
         """Of the velocity, which at noise alone is that of the picture that one step of Euler's method gives."""
         judged = dict(examples)
         output = self.network(judged.pop("x"), judged.pop("t"), judged.pop("cond")).float()
+        output = output[:, : judged["target"].shape[1]]  # without a variance beside it
         return {"loss": self.base.objective.error(output, prediction=self.base.prediction, **judged)}
 
     @property
@@ -202,12 +203,13 @@ def loaded(config: TrainConfig, device: torch.device) -> Reflowing:
     dtype = kept_in(config, device, casts=True)
     tuning.check_kept(dtype)
     student = Reflowing(catalog.load(config.model, device, dtype=torch.float32), how, config.model)
-    tuning.check_name(config, student.base)
+    if catalog.recognise(catalog.find(config.model)) is not None:
+        tuning.check_name(config, student.base)
     student.base.network.to(dtype)
     return student
 
 
-def check(base: Any, how: ReflowConfig) -> None:
+def check(base: Any) -> None:
     """Raises UsageError for a model that is no flow along straight paths, or draws from more than words."""
     if not hasattr(base, "network") or base.sees or base.small_noise is not None or base.told_guidance is not None:
         raise UsageError(f"{base.name} draws from more than words: reflow is for models that draw from words alone")
