@@ -5,12 +5,18 @@
                                                          a JSON line to OUT for the model as it draws by default, or
                                                          for each further argument, such as "steps=10 sampler=ddim"
     python theory.py sheet MODEL OUT.png [FIELD=VALUE ...]
+    python theory.py straightness REFERENCE MODEL OUT    a JSON line to OUT: how straight the paths of a flow are
+    python theory.py bits DATA CACHE MODEL OUT           a JSON line to OUT for each way there is: bits per dimension of
+                                                         COUNT held-out pictures on white
     python theory.py table FOLDER                        FOLDER/*/measured.jsonl -> FOLDER/theory.md
 
 COUNT (5,000) pictures of styles as frequent as in the data. FD is the Frechet distance of EffLite0's features to those
 of all training pictures: its floor is that of COUNT training pictures to the others, its ceilings those of the same
 blurred and of noise. "style" is the share of pictures that a linear probe of the same features takes for their style
 (of held-out pictures it knows what `reference` says). "ms" is of a picture, in batches of BATCH (500).
+Straightness is of paths of STEPS (100) steps. Bits are those of the variational bound, with all timesteps or, for EVERY
+n, one of n for what it stands for, and of the flow, by dopri5 within TOLERANCE (1e-4) and one draw of signs for each
+picture; all unguided, with the standard error over pictures.
 """
 
 from __future__ import annotations
@@ -33,8 +39,15 @@ from limner.catalog import STYLES
 from limner.data.batches import DataConfig, open_images
 from limner.metrics.distances import frechet, precision_recall
 from limner.metrics.features import EffLite0
+from limner.metrics.likelihood import flow_bits, variational_bits
+from limner.metrics.straightness import straightness
+from limner.models.pixels import PixelsConfig
+from limner.sampling.interpolants import EDM, Discrete
+from limner.types import Denoise
 
 COUNT, BATCH = int(os.environ.get("COUNT", "5000")), int(os.environ.get("BATCH", "500"))
+STEPS, EVERY = int(os.environ.get("STEPS", "100")), int(os.environ.get("EVERY", "1"))
+TOLERANCE = float(os.environ.get("TOLERANCE", "1e-4"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 warnings.simplefilter("ignore")
 
@@ -134,10 +147,74 @@ def measure(source: str, model: str, out: str, *settings: str) -> None:
             "style": float((classes(known["probe"], x) == torch.tensor(chosen)).float().mean()),
             "ms": 1000 * took / COUNT, "pictures": COUNT,
         }  # fmt: skip
-        row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-        print(json.dumps(row), flush=True)
-        with Path(out).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        note(out, row)
+
+
+def note(out: str, row: dict[str, Any]) -> None:
+    row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+    print(json.dumps(row), flush=True)
+    with Path(out).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def unguided(system: Any, prompts: list[str], **more: Any) -> Denoise:
+    """What the model says of pictures of so many prompts, one each."""
+    request = pipeline.prepare(system, prompt=prompts[0], guidance=1.0)
+    ((_, told, _),) = system.condition(prompts, request)
+    return system.denoiser(told(), None, (0.0, 1.0), **more)
+
+
+def of(model: str, figures: Tensor) -> dict[str, Any]:
+    """The mean of a figure of each picture, and its standard error."""
+    error = figures.std() / len(figures) ** 0.5
+    return {"model": Path(model).name, "mean": figures.mean().item(), "error": error.item(), "pictures": len(figures)}
+
+
+def bent(source: str, model: str, out: str) -> None:
+    system, known = pipeline.load(model, DEVICE).system, torch.load(source)
+    prompts = [STYLES.names[k] for k in random.Random(0).choices(known["labels"].tolist(), k=COUNT)]
+    draws, found = torch.Generator().manual_seed(0), []
+    side = system.defaults.width // system.grid
+    for first in range(0, COUNT, BATCH):
+        some = prompts[first : first + BATCH]
+        eps = torch.randn(len(some), system.autoencoder.channels, side, side, generator=draws).to(DEVICE)
+        found.append(straightness(unguided(system, some), eps, system.interpolant, STEPS).cpu())
+    note(out, of(model, torch.cat(found)) | {"figure": "straightness", "steps": STEPS})
+
+
+def bits(data: str, cache: str, model: str, out: str) -> None:
+    system = pipeline.load(model, DEVICE).system
+    if not isinstance(system.autoencoder.config, PixelsConfig):
+        sys.exit(f"{model} draws latents: bits are of pixels")
+    config = DataConfig(source="icons", folder=data, cache=cache, split="val", size=32, caption_from="style")
+    held = open_images(config)
+    some = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:COUNT].split(BATCH)
+    noise = system.interpolant
+    ways: list[Any] = ["flow"]
+    if isinstance(noise, Discrete):
+        ways += ["learned"] if system.learned_variance else ["small", "large"]
+    lowest = max(1e-3, noise.ratio_min) if isinstance(noise, EDM) else 1e-3  # of what it has learned
+    for way in ways:
+        found, asked = [], []
+        for k, places in enumerate(some):
+            images = on_white(held.images[places])[:, :3].float().to(DEVICE) / 127.5 - 1
+            prompts = [held.captions[i][0] for i in places.tolist()]
+            draws, spread = torch.Generator().manual_seed(k), {}
+            denoise = unguided(system, prompts, variance=spread if way == "learned" else None)
+            if way == "flow":
+                told = {"rtol": TOLERANCE, "atol": TOLERANCE, "lowest": lowest}
+                made = flow_bits(denoise, images, noise, draws, **told)
+                figures, evaluations = made.bits, made.evaluations
+            else:
+                variance = spread.__getitem__ if way == "learned" else way
+                bound = variational_bits(
+                    denoise, images, noise, draws, variance=variance, every=EVERY, clip=system.clip
+                )
+                figures, evaluations = bound.total, len(bound.times)
+            found.append(figures.cpu())
+            asked.append(evaluations)
+        figure = "bits of the flow" if way == "flow" else f"bound, {way} variance"
+        note(out, of(model, torch.cat(found)) | {"figure": figure, "NFE": sum(asked) / len(asked)})
 
 
 def sheet(model: str, out: str, settings: str = "") -> None:
@@ -162,4 +239,6 @@ def table(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    {"reference": reference, "measure": measure, "sheet": sheet, "table": table}[sys.argv[1]](*sys.argv[2:])
+    {
+        "reference": reference, "measure": measure, "sheet": sheet, "straightness": bent, "bits": bits, "table": table,
+    }[sys.argv[1]](*sys.argv[2:])  # fmt: skip

@@ -27,9 +27,10 @@ def noisy(name: str):
 
 
 def test_every_recipe_has_a_model_and_a_tiny_sibling():
-    beside = {name for name in recipes.names() if recipes.get(name).model}
+    beside = {name for name in recipes.names() if recipes.get(name).system is None}
     alone = {"word", "t2i-adapter"}  # for models that do not ship
     pairs = ("lora", "dreambooth", "finetune", "control", "lcm", "lcm-lora", "guidance-distillation")
+    pairs = (*pairs, "reflow", "one-step")
     assert beside == alone | {f"{name}{tiny}" for name in pairs for tiny in ("", "-tiny")}
     trained = {entry.recipe or entry.name for entry in catalog.entries() if entry.recipe is not None}
     assert trained == set(recipes.names()) - beside

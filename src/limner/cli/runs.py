@@ -80,7 +80,7 @@ def learns(config: dict[str, Any]) -> str:
         return ""
     part: dict[str, Any] = next((config[name] for name in ("adapter", "word", "control") if config.get(name)), {})
     prior = config.get("prior") or {}
-    beside = ", distilled" if config.get("distillation") else ""
+    beside = ", distilled" if config.get("distillation") else ", reflowed" if config.get("reflow") else ""
     beside += " beside its class" if prior.get("prompt") is not None or prior.get("folder") else ""
     return f"{part.get('kind') or part.get('name') or 'network'} for {Path(config['model']).name}{beside}"
 

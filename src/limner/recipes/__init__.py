@@ -1,7 +1,7 @@
 """Training recipes: each name is a function that returns a complete TrainConfig; derive a variant by `replace`.
 
 Every recipe NAME has a NAME-tiny beside it that needs no data outside the package and trains in under a minute on two
-CPU cores, but for `word` and `t2i-adapter`, which need models that do not ship.
+CPU cores, but for `word`, `t2i-adapter`, `reflow-tiny` and `one-step-tiny`, which need models that do not ship.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from limner.errors import UnknownName
-from limner.recipes import adapters, autoencoders, distillation, icons, pixels, stable_diffusion, transformers
+from limner.recipes import adapters, autoencoders, distillation, icons, pixels, reflow, stable_diffusion, transformers
 from limner.training.config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
@@ -71,6 +71,10 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "lcm-lora-tiny": distillation.lcm_lora_tiny,
     "guidance-distillation": distillation.guidance,
     "guidance-distillation-tiny": distillation.guidance_tiny,
+    "reflow": reflow.reflow,
+    "reflow-tiny": reflow.reflow_tiny,
+    "one-step": reflow.one_step,
+    "one-step-tiny": reflow.one_step_tiny,
 }
 
 

@@ -27,6 +27,7 @@ from limner.training.adapting import WordConfig
 from limner.training.controlling import ControlConfig
 from limner.training.distilling import DistillationConfig
 from limner.training.prior import PriorConfig
+from limner.training.reflowing import ReflowConfig
 
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\w[\w.-]*$")]
 Count = Annotated[int, Field(gt=0, lt=10**12)]
@@ -59,6 +60,8 @@ class TrainConfig:
     """A ControlNet or T2I-Adapter, trained beside `model`."""
     distillation: DistillationConfig | None = None
     """`model` teaches its network, a copy of it, or an `adapter`, to draw with fewer evaluations."""
+    reflow: ReflowConfig | None = None
+    """A copy of the network of `model`, a flow, learns the pairs of noise and picture that `model` makes."""
     keep_model_in: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """What the weights of `model` are kept in where they stay as they are; "auto" is what `precision` is."""
     prior: PriorConfig = Field(default_factory=PriorConfig)

@@ -29,7 +29,7 @@ from limner.data.streams import Stream
 from limner.errors import FileProblem, UsageError
 from limner.systems.objectives import Objective
 from limner.text.labels import LabelsConfig
-from limner.training import adapting, controlling, distilling, prior, texts, tuning
+from limner.training import adapting, controlling, distilling, prior, reflowing, texts, tuning
 from limner.training.config import TrainConfig
 from limner.training.ema import ema_decay
 from limner.training.ledger import Ledger
@@ -92,6 +92,8 @@ def train(
         raise UsageError(f"{config.name} trains {' and '.join(beside)}: leave all but one of them out")
     if config.system and config.distillation:
         raise UsageError(f"{config.name} trains a system of its own, which has no teacher: leave distillation out")
+    if config.system and config.reflow:
+        raise UsageError(f"{config.name} trains a system of its own, which makes no pairs yet: leave reflow out")
     prior.check(config)
     config, given = replace(config, system=catalog.settled(config.system) if config.system else None), config
     with StopRequests(stop_after) as stop, ExitStack() as held:
@@ -133,7 +135,11 @@ def train(
             unlearned = encoded(out, system)
         if isinstance(system, controlling.Controlling):
             system.show(out if config.validation else images)
-        batches: Batches = encoded(images, system)
+        batches: Batches
+        if isinstance(system, reflowing.Reflowing):
+            batches = reflowing.Pairs(system, images, config, processes)
+        else:
+            batches = encoded(images, system)
         if config.prior.wanted:
             of_class = prior.opened(prior.drawn(system, config, run, processes), config, processes.device)
             batches = prior.WithPrior(batches, of_class, config.prior.weight, model)
@@ -185,6 +191,8 @@ def loaded(config: TrainConfig, device: torch.device) -> Any:
     """The model of `config.model` with what is trained of it. Raises UsageError, FileProblem."""
     if not config.model:
         raise UsageError(f"{config.name} is for a model that is there: give --model NAME or FILE")
+    if config.reflow is not None:
+        return reflowing.loaded(config, device)
     if config.distillation is not None:
         return distilling.loaded(config, device)
     if config.adapter is None and config.word is None and config.control is None:
