@@ -63,6 +63,12 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "lcm-tiny": distillation.lcm_tiny,
     "lcm-lora": distillation.lcm_lora,
     "lcm-lora-tiny": distillation.lcm_lora_tiny,
+    "consistency": distillation.consistency,
+    "consistency-tiny": distillation.consistency_tiny,
+    "consistency-training": distillation.consistency_training,
+    "consistency-training-tiny": distillation.consistency_training_tiny,
+    "progressive": distillation.progressive,
+    "progressive-tiny": distillation.progressive_tiny,
     "guidance-distillation": distillation.guidance,
     "guidance-distillation-tiny": distillation.guidance_tiny,
 }
