@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from toy import StopAt
 
-from limner import catalog
+from limner import catalog, recipes
 from limner.adapters.trainable import AdapterConfig
 from limner.errors import UsageError
 from limner.sampling import interpolants, samplers, schedules
 from limner.sampling.interpolants import EDMConfig, FlowConfig, SDEConfig, VPConfig
 from limner.systems.objectives import Objective
-from limner.training import adapting, distilling, loop
+from limner.training import adapting, distilling, loop, state
 from limner.training.distilling import DistillationConfig, DistillingAdapter, DistillingNetwork
 from limner.types import Conditioning
 from systems import flow_models, stable_diffusion
@@ -167,7 +168,8 @@ def test_at_the_end_a_student_says_what_it_is_given(noise, prediction):
     times, sigmas = distilling.levels(base.interpolant, 50)
     t, level = torch.full((SHAPE[0],), times[0]), torch.full((SHAPE[0], 1, 1, 1), sigmas[0])
     says = student.consistent(x, t, level, cond, torch.ones(SHAPE[0]))
-    assert torch.equal(says, base.interpolant.input_scale(level) * x)
+    own = 1 if noise == KINDS[-1][0] else base.interpolant.input_scale(level)  # EDM's x is scaled for the network alone
+    assert torch.equal(says, own * x)
 
 
 def test_the_levels_are_those_of_the_published_models():
@@ -201,9 +203,9 @@ def test_consistency_distillation_is_of_second_order_with_edm():
     base = base_of(EDMConfig(data=0.7), "edm")
     losses = [
         student_of(base, ending(1.0), guidance=(1.0,), steps=n).loss(batch(), "main", seeded())["loss"].item()
-        for n in (12, 24)
+        for n in (24, 48)
     ]
-    assert 40 < losses[0] / losses[1] < 100  # 64, but for the draw of levels; of Euler's step 16
+    assert 50 < losses[0] / losses[1] < 80  # of Euler's step 16
 
 
 def test_a_consistency_function_with_edm_keeps_what_has_no_noise_and_is_drawn_within_rounding():
@@ -218,8 +220,8 @@ def test_a_consistency_function_with_edm_keeps_what_has_no_noise_and_is_drawn_wi
         found = student.consistent(x, level[:, 0, 0, 0].log() / 4, level, cond, one)
     drawn = base.prediction.to_x0(out, x, 1.0, level)
     assert torch.allclose(found[0], x[0], atol=1e-6)
-    furthest = (found - drawn).abs().max().item()
-    assert 1e-3 < furthest < 1 / 255  # half a grey level
+    apart = (found - drawn).square().mean((1, 2, 3)).sqrt()
+    assert 0.001 < apart.max() < 1 / 255  # half a grey level
 
 
 # ------------------------------------------------------------------- consistency training
@@ -341,6 +343,7 @@ def test_one_step_of_what_is_learned_goes_where_two_of_the_teacher_go(noise, pre
 def test_what_is_drawn_walks_the_levels_that_were_learned_and_students_become_teachers(noise, prediction):
     student = halving(noise, prediction, average=0.5)
     interpolant, ask, seen = student.base.interpolant, student.student, []
+    last = torch.zeros(2)
     student.student = lambda x, t, level, *more: seen.append((level, t)) or ask(x, t, level, *more)
     for step, (steps, teacher) in enumerate([(8, 0), (8, 0), (8, 0), (4, 1), (4, 1), (4, 1), (2, 2), (2, 2), (2, 2)]):
         with torch.no_grad():
@@ -351,7 +354,7 @@ def test_what_is_drawn_walks_the_levels_that_were_learned_and_students_become_te
         assert drawn["steps"] == steps
         *walked, _ = schedules.plan(drawn["schedule"], drawn["sampler"], steps, interpolant)
         levels, times = seen.pop()
-        assert sorted({round(v, 5) for v in levels.flatten().tolist()}) == pytest.approx(sorted(walked), rel=1e-4)
+        assert sorted(set(levels.flatten().tolist())) == pytest.approx(sorted(walked), rel=1e-4)
         told = [interpolant.time(min(walked, key=lambda s, v=v: abs(s - v))) for v in levels.flatten().tolist()]
         assert times.tolist() == pytest.approx(told, abs=1e-4)
         taught = student.teachers.get_buffer("network:bend")
@@ -551,31 +554,34 @@ def distilled(limner, recipe, model, pictures, out, *more):
     return done.out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("recipe", ["lcm", "lcm-lora", "guidance-distillation"])
+@pytest.mark.parametrize("recipe", ["lcm", "lcm-lora", "progressive", "guidance-distillation"])
 def test_a_file_draws_what_the_run_showed(recipe, limner, here, tiny_model, pictures, monkeypatch):
     shown, draw = [], adapting.draw
     monkeypatch.setattr(adapting, "draw", lambda *told: shown.extend(draw(*told)) or shown)
     told = ["distillation.guidance=4", "steps=3", "lr=0.003", 'sample_prompts=["a blue square"]']
     told += ["adapter.rank=2"] if recipe == "lcm-lora" else []
-    file = distilled(limner, recipe, tiny_model, pictures, "run", *told)
+    told += ["distillation.kind=progressive"] if recipe == "progressive" else []
+    file = distilled(limner, {"progressive": "lcm"}.get(recipe, recipe), tiny_model, pictures, "run", *told)
     asked = ["generate", "a blue square", "-s", 0, "-o", "drawn.png"]
     if recipe == "lcm-lora":
         asked += ["-m", tiny_model, "--lora", file, "--sampler", "lcm", "--steps", 4, "--guidance", 1]
     else:
         asked += ["-m", file]
         defaults = catalog.load(file).defaults
-        wanted = (4, 1.0, "lcm") if recipe == "lcm" else (12, 1.0, "euler")
+        wanted = {"lcm": (4, 1.0, "lcm"), "progressive": (1, 1.0, "euler")}.get(recipe, (12, 1.0, "euler"))
         assert (defaults.steps, defaults.guidance, defaults.sampler) == wanted
     assert limner(*asked).code == 0
     assert Image.open("drawn.png").tobytes() == shown[0].tobytes()
     asked = ["generate", "a blue square", "-s", 0, "-m", tiny_model, "--guidance", 1, "-o", "plain.png"]
-    asked += ["--sampler", "lcm", "--steps", 4] if recipe != "guidance-distillation" else []
+    asked += ["--sampler", "lcm", "--steps", 4] if "lcm" in recipe else ["--steps", wanted[0]]
     assert limner(*asked).code == 0
     assert Image.open("plain.png").tobytes() != shown[0].tobytes()
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(limner, here, tiny_model, pictures, monkeypatch):
+    """With averages, and teachers that were students: rounds begin at steps 2 and 4."""
     told = (
+        "distillation.kind=progressive",
         "steps=6",
         "save_every=2",
         "accumulate=2",
@@ -596,6 +602,27 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(limner, here, tiny_model
     assert limner("train", "--resume", "parts", "--device", "cpu").code == 0
     for name in ("final/lcm.safetensors", "checkpoints/step-000006/model.safetensors"):
         assert (here / "parts" / name).read_bytes() == (here / "whole" / name).read_bytes()
+
+
+def test_consistency_is_trained_from_nothing_or_from_a_model_that_is_there(limner, here, monkeypatch):
+    shown, draw = [], adapting.draw
+    monkeypatch.setattr(adapting, "draw", lambda *told: shown.extend(draw(*told)) or shown)
+    few = ("batch_size=2", "steps=2", "log_every=1", "warmup=0", "data.limit=4", 'sample_prompts=["red circle"]')
+    train = ("train", "consistency-training-tiny", "--device", "cpu", *few)
+    assert limner(*train, "-o", "new").code == 0
+    file = here / "new" / "final" / "consistency-training-tiny.safetensors"
+    found = catalog.load(file).defaults
+    assert (found.steps, found.sampler, found.schedule, found.guidance) == (2, "lcm", "lcm", 1.0)
+    assert limner("generate", "red circle", "-s", 0, "-m", "new", "-o", "drawn.png").code == 0
+    assert Image.open("drawn.png").tobytes() == shown[0].tobytes()
+    config = recipes.get("consistency-training-tiny")
+    student = distilling.begun(config, catalog.build(config.system))
+    state.warm_start(student, file, student.opened)  # as init_from
+    saved = load_file(file)
+    assert all(torch.equal(value, saved[name]) for name, value in student.named_parameters())
+    done = limner(*train, "-o", "none", "distillation.kind=consistency")
+    assert (done.code, "has no teacher: leave distillation out" in done.err) == (2, True)
+    assert not (here / "none").exists()
 
 
 def test_a_stable_diffusion_that_is_told_guidance_is_read_and_drawn(limner, here, sd1, pictures):
@@ -631,6 +658,8 @@ def test_what_has_no_teacher_or_another_aim_is_refused(limner, here, tiny_model,
         (("control={}", "data.hints=canny", "distillation.guidance=4"), "leave control out"),
         (('adapter={"text_encoder": true}', "distillation.guidance=4"), "leave adapter.text_encoder out"),
         ((), "give one scale"),
+        (("distillation.kind=progressive", "on_nan=skip"), "on_nan=skip may leave out the step"),
+        (("distillation.kind=progressive", "adapter={}"), "is a whole network: leave adapter out"),
     ):
         done = limner("train", "lcm", "-m", tiny_model, "-d", pictures, "-o", "run", "--device", "cpu", *FEW, *told)
         assert (done.code, why in done.err) == (2, True), done.err

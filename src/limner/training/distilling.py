@@ -257,8 +257,9 @@ class Distilling(Beside):
 
         With EDM's preconditioning c_skip * x + c_out * F, which is x at the lowest level, eps (arXiv:2303.01469,
         appendix C): c_skip = data^2 / ((sigma - eps)^2 + data^2), c_out = (sigma - eps) * data / sqrt(sigma^2 +
-        data^2). Drawn is EDM's own D, where eps is 0. The two differ by eps * (|F| + 1) at most at any sigma, with eps
-        = 0.002 by half a grey level of 256 for an F of 1; so a file needs not say that it is of a consistency model."""
+        data^2). Drawn is EDM's own D, where eps is 0. At any sigma that moves a pixel by no more than eps times the sum
+        of |F| and of |x| as the network sees it, which with eps = 0.002 is within rounding to 256 greys: so a file need
+        not say that it is of a consistency model."""
         base: Any = self.base
         alpha = base.interpolant.alpha(level)
         x0 = base.prediction.to_x0(self.student(x, t, level, cond, scale), x, alpha, level)
