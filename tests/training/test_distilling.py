@@ -477,6 +477,17 @@ def test_a_student_begins_as_its_teacher_and_all_of_it_learns(model, how, adapte
         assert not torch.allclose(says, made.student(x, t, level, cond, torch.tensor([4.0, 2.0])), atol=1e-4)
 
 
+def test_a_student_in_16_bits_is_asked_with_its_own_weights_after_its_averages(tiny_model):
+    student = DistillingNetwork(catalog.load(tiny_model, dtype=torch.float32), DistillationConfig(), str(tiny_model))
+    with torch.no_grad():
+        torch._foreach_mul_(list(student.averages.buffers()), 0.5)
+    told = {"latents": torch.randn(2, 8, 8, 8, generator=seeded()), "captions": ["a", "a"]}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = student.loss(told, "main", seeded())["loss"]
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        assert torch.equal(found, student.loss(told, "main", seeded())["loss"])
+
+
 def test_averages_follow_once_a_step(tiny_model):
     base = catalog.load(tiny_model)
     student = DistillingNetwork(base, DistillationConfig(average=0.75), str(tiny_model))

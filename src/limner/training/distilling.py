@@ -240,9 +240,10 @@ class Distilling(Beside):
         place = torch.searchsorted(shares, drawn, right=True).clamp(max=steps - 1)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         (t, level), (end, below) = ((times[k], sigmas[k][:, None, None, None]) for k in (place + 1, place))
+        says = self.consistent(x0 + level * eps, t, level, cond, scale)
         with torch.no_grad():
             target = self.consistent(x0 + below * eps, end, below, cond, scale)
-        return self.consistent(x0 + level * eps, t, level, cond, scale) - target, 1 / (level - below)[:, 0, 0, 0]
+        return says - target, 1 / (level - below)[:, 0, 0, 0]
 
     def halved(
         self, x0: Tensor, cond: Any, nothing: Any, scale: Tensor, generator: torch.Generator, *counts: Tensor | None
@@ -325,11 +326,11 @@ class Distilling(Beside):
 
 
 class DistillingAdapter(Distilling, Adapting):
-    """An adapter that has the teacher's network do what the student does."""
+    """An adapter that has the teacher's network do what the student does; the run has `total` steps."""
 
-    def __init__(self, base: Any, how: DistillationConfig, adapter: AdapterConfig, seed: int) -> None:
+    def __init__(self, base: Any, how: DistillationConfig, adapter: AdapterConfig, seed: int, total: int = 1) -> None:
         Adapting.__init__(self, base, adapter, seed)
-        self.told = base.told_guidance
+        self.told, self.total = base.told_guidance, total
         self.begin(how)
 
     @property
@@ -494,7 +495,7 @@ def loaded(config: TrainConfig, device: torch.device) -> Distilling:
     dtype = kept_in(config, device, casts=True)
     if config.adapter is not None:
         base = catalog.load(config.model, device, dtype=dtype)
-        return DistillingAdapter(base, how, config.adapter, config.seed)
+        return DistillingAdapter(base, how, config.adapter, config.seed, config.steps)
     tuning.check_kept(dtype)
     base = catalog.load(config.model, device, dtype=torch.float32)
     student = DistillingNetwork(base, how, config.model, config.steps)
@@ -594,6 +595,7 @@ def holding(parameters: Iterable[Tensor], values: nn.Module) -> Iterator[None]:
     """Parameters with what the buffers of `values` are, in their order, in place of what they are."""
     parameters = list(parameters)
     own = [p.data for p in parameters]
+    torch.clear_autocast_cache()  # which knows a parameter in 16 bits by its place, whatever is there
     try:
         for p, value in zip(parameters, values.buffers(), strict=True):
             p.data = value
@@ -601,6 +603,7 @@ def holding(parameters: Iterable[Tensor], values: nn.Module) -> Iterator[None]:
     finally:
         for p, data in zip(parameters, own, strict=True):
             p.data = data
+        torch.clear_autocast_cache()
 
 
 def walked_by(interpolant: Interpolant, usual: Defaults) -> tuple[str, str]:
