@@ -78,7 +78,8 @@ def consistency() -> TrainConfig:
 
 def consistency_training() -> TrainConfig:
     """The network of `edm` in one step or more, from nothing, or with init_from=RUN/final/edm.safetensors from what it
-    learned. The trajectory has 10 steps at first and 1280 in the last eighth, as published, and so has the loss."""
+    learned. As published, but for the size of the run: the loss, and a trajectory of 10 steps at first, of 1280 in the
+    last eighth."""
     return replace(
         consistency(),
         name="consistency-training",
@@ -90,8 +91,8 @@ def consistency_training() -> TrainConfig:
 
 
 def progressive() -> TrainConfig:
-    """A model of `edm`, of `flow-matching` or of another flow in one step: give --model RUN; 32 steps are halved five
-    times, in 800 each, or until distillation.least=4 are left."""
+    """A model of `flow-matching`, of `edm` or of any flow in one step: give --model RUN. 32 steps are halved 5 times,
+    each time in 800 of the run, or until distillation.least=4 are left."""
     return replace(
         consistency(),
         name="progressive",
@@ -147,9 +148,8 @@ def consistency_tiny() -> TrainConfig:
 
 
 def consistency_training_tiny() -> TrainConfig:
-    full, tiny = consistency_training(), pixels.tiny(pixels.edm())
-    how = replace(full.distillation, steps=40)  # type: ignore[type-var]
-    return replace(tiny, name=f"{full.name}-tiny", distillation=how, lr=1e-3)
+    how = DistillationConfig(kind="consistency-training", guidance=(1.0,), steps=40, huber=0.00054)
+    return replace(pixels.tiny(pixels.edm()), name="consistency-training-tiny", distillation=how, lr=1e-3)
 
 
 def progressive_tiny() -> TrainConfig:

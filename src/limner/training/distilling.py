@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 TOLD_WIDTH = 256
 """Of what a U-Net is told of guidance, as in the models that LCM's authors published."""
-STEPS, STEPS_OF_PIXELS = 4, 2
+STEPS, STEPS_OF_EDM = 4, 2
 """What a consistency model draws in if nobody says, and one with EDM's preconditioning."""
 DATA, TIME_SCALE = 0.5, 10.0
 """Of the boundary scalings of timesteps: the deviation of data, and how many times as long as it is a time counts."""
@@ -305,7 +305,7 @@ class Distilling(Beside):
         if how.kind == "guidance":
             return plain
         timed = isinstance(self.base.interpolant, Discrete | Preconditioned)
-        steps = STEPS_OF_PIXELS if isinstance(self.base.interpolant, Preconditioned) else STEPS
+        steps = STEPS_OF_EDM if isinstance(self.base.interpolant, Preconditioned) else STEPS
         return {**plain, "steps": steps, "sampler": "lcm", "schedule": "lcm" if timed else usual.schedule}
 
     @contextmanager
