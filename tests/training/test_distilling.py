@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from toy import StopAt
 
-from limner import catalog
+from limner import catalog, recipes
 from limner.adapters.trainable import AdapterConfig
 from limner.errors import UsageError
-from limner.sampling import interpolants
-from limner.sampling.interpolants import EDMConfig, FlowConfig, VPConfig
+from limner.sampling import interpolants, samplers, schedules
+from limner.sampling.interpolants import EDMConfig, FlowConfig, SDEConfig, VPConfig
 from limner.systems.objectives import Objective
-from limner.training import adapting, distilling, loop
+from limner.training import adapting, distilling, loop, state
 from limner.training.distilling import DistillationConfig, DistillingAdapter, DistillingNetwork
 from limner.types import Conditioning
 from systems import flow_models, stable_diffusion
@@ -46,6 +48,8 @@ class Normal(nn.Module):
         sigma = t
         if isinstance(self.interpolant, interpolants.Discrete):
             sigma = torch.tensor(self.interpolant.sigmas)[t.long()]
+        elif isinstance(self.interpolant, interpolants.Preconditioned):
+            sigma = (4 * t).exp()
         level = sigma[:, None, None, None]
         x, alpha = seen / self.interpolant.input_scale(level), self.interpolant.alpha(level)
         said = cond.pooled[:, 0, None, None, None]
@@ -77,11 +81,16 @@ def ending(scale: float) -> Any:
     def does(interpolant: Any, x: Tensor, level: Tensor, mean: Tensor) -> Tensor:
         mean = MEANS[1] + scale * (MEANS[0] - MEANS[1])
         alpha = interpolant.alpha(level)
-        last = interpolant.sigmas[0] if isinstance(interpolant, interpolants.Discrete) else 0.0
+        timed = isinstance(interpolant, interpolants.Discrete)
+        last = interpolant.ratio_min if isinstance(interpolant, interpolants.EDM) else 0.0
         place = (x - alpha * mean) / (alpha**2 * SPREAD**2 + level**2).sqrt()
         end = mean + math.hypot(SPREAD, last) * place
         if not last:
             return end
+        if not timed:  # the x0 for which c_skip * x + c_out * F is `end`
+            data = interpolant.data**2
+            rest = (end - data / ((level - last) ** 2 + data) * x) / (1 - last / level).clamp(min=1e-6)
+            return data / (level**2 + data) * x + rest
         t = 10 * torch.tensor([interpolant.time(s) for s in level.flatten().tolist()])[:, None, None, None].float()
         skip, out = 0.25 / (t**2 + 0.25), t / (t**2 + 0.25).sqrt()
         scaled = interpolant.input_scale
@@ -108,7 +117,10 @@ def batch() -> dict[str, Any]:
     return {"latents": x0, "captions": ["a fox"] * len(x0), "ids": ["0"] * len(x0)}
 
 
-KINDS = [("flow", "velocity"), (FlowConfig(shift=3.0), "velocity"), (VPConfig(), "eps"), (VPConfig(), "v")]
+KINDS = [
+    ("flow", "velocity"), (FlowConfig(shift=3.0), "velocity"), (VPConfig(), "eps"), (VPConfig(), "v"),
+    (EDMConfig(data=0.7), "edm"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("noise", "prediction"), KINDS)
@@ -156,7 +168,8 @@ def test_at_the_end_a_student_says_what_it_is_given(noise, prediction):
     times, sigmas = distilling.levels(base.interpolant, 50)
     t, level = torch.full((SHAPE[0],), times[0]), torch.full((SHAPE[0], 1, 1, 1), sigmas[0])
     says = student.consistent(x, t, level, cond, torch.ones(SHAPE[0]))
-    assert torch.equal(says, base.interpolant.input_scale(level) * x)
+    own = 1 if noise == KINDS[-1][0] else base.interpolant.input_scale(level)  # EDM's x is scaled for the network alone
+    assert torch.equal(says, own * x)
 
 
 def test_the_levels_are_those_of_the_published_models():
@@ -170,6 +183,198 @@ def test_the_levels_are_those_of_the_published_models():
         distilling.levels(interpolants.get(VPConfig()), 501)
     levels = distilling.levels(interpolants.get(FlowConfig(shift=3.0)), 4)[1]
     assert levels == pytest.approx([0, 0.5, 0.75, 0.9, 1])
+
+
+def test_with_edm_levels_are_those_of_karras_and_consistency_draws_at_them():
+    """N of arXiv:2303.01469 is 18."""
+    edm = interpolants.get(EDMConfig())
+    roots = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    times, sigmas = distilling.levels(edm, 17)
+    assert sigmas == pytest.approx([(roots[0] + i / 17 * (roots[1] - roots[0])) ** 7 for i in range(18)])
+    assert times == pytest.approx([math.log(sigma) / 4 for sigma in sigmas])
+    known = distilling.levels(edm, 16)[1]
+    for steps in (1, 2, 4, 8, 16):
+        *drawn, last = schedules.plan(schedules.settle("auto", "lcm"), "lcm", steps, edm)
+        assert (set(drawn) <= set(known), drawn[0], last) == (True, pytest.approx(80), 0)
+
+
+def test_consistency_distillation_is_of_second_order_with_edm():
+    """The exact consistency function errs by what a step of Heun does, the third power of its length, squared."""
+    base = base_of(EDMConfig(data=0.7), "edm")
+    losses = [
+        student_of(base, ending(1.0), guidance=(1.0,), steps=n).loss(batch(), "main", seeded())["loss"].item()
+        for n in (24, 48)
+    ]
+    assert 50 < losses[0] / losses[1] < 80  # of Euler's step 16
+
+
+def test_a_consistency_function_with_edm_keeps_what_has_no_noise_and_is_drawn_within_rounding():
+    base = base_of(EDMConfig(data=0.7), "edm")
+    student, (_, sigmas) = student_of(base, denoised), distilling.levels(base.interpolant, 100)
+    level = torch.tensor(sigmas)[:, None, None, None]
+    x = (0.7**2 + level**2).sqrt() * torch.randn(len(level), 8, 4, 4, generator=seeded())
+    student.network.does = lambda interpolant, x, level, mean: base.prediction.to_x0(out, x, 1.0, level)
+    out = 2 * torch.rand(x.shape, generator=seeded(1)) - 1
+    cond, one = student.read(["a"] * len(x), x), torch.ones(len(x))
+    with torch.no_grad():
+        found = student.consistent(x, level[:, 0, 0, 0].log() / 4, level, cond, one)
+    drawn = base.prediction.to_x0(out, x, 1.0, level)
+    assert torch.allclose(found[0], x[0], atol=1e-6)
+    apart = (found - drawn).square().mean((1, 2, 3)).sqrt()
+    assert 0.001 < apart.max() < 1 / 255  # half a grey level
+
+
+# ------------------------------------------------------------------- consistency training
+
+
+def training(does: Any, step: int, **how: Any) -> DistillingNetwork:
+    told = {"kind": "consistency-training", "guidance": (1.0,), "steps": 80, "loss": "l2"}
+    config = DistillationConfig(**told | how)
+    student = DistillingNetwork(base_of(EDMConfig(data=0.7), "edm"), config, "", total=100)
+    student.network.does = does
+    student.follow(step)
+    return student
+
+
+@pytest.mark.parametrize(
+    ("most", "counts"), [(1280, [10, 20, 40, 80, 160, 320, 640, 1280]), (10, [10]), (25, [10, 20])]
+)
+def test_the_trajectory_of_consistency_training_is_doubled(most, counts):
+    """K' = floor(K / (log2 floor(s1 / s0) + 1)) steps each (arXiv:2310.14189, section 3.4)."""
+    total = 800
+    each = total // len(counts)
+    found = [distilling.curriculum(step, total, most) for step in range(total)]
+    assert found == [counts[step // each] for step in range(total)]
+
+
+@pytest.mark.parametrize("loss", ["huber", "l2"])
+def test_consistency_training_is_by_its_equations(loss):
+    """As arXiv:2310.14189 writes them, sums for each picture alone."""
+    student = training(denoised, 30, loss=loss, huber=0.00054)  # of the second of four stages: N - 1 = 20
+    told = batch() | {"step": 30, "weight": torch.linspace(0.5, 2, SHAPE[0])}
+    found = student.loss(told, "main", seeded(3))["loss"].item()
+
+    generator = seeded(3)
+    torch.rand(len(told["ids"]), generator=generator)  # the scale of guidance
+    drawn = torch.rand(len(told["ids"]), generator=generator)
+    eps = torch.randn(SHAPE, generator=generator)
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    sigmas = [(low + i / 20 * (high - low)) ** 7 for i in range(21)]
+    odds = [
+        math.erf((math.log(b) + 1.1) / (2**0.5 * 2.0)) - math.erf((math.log(a) + 1.1) / (2**0.5 * 2.0))
+        for a, b in itertools.pairwise(sigmas)
+    ]
+
+    def f(x: Tensor, sigma: float) -> Tensor:
+        data = 0.7**2
+        scaled = x / math.sqrt(sigma**2 + data)
+        x0 = denoised(student.base.interpolant, x, torch.tensor(sigma), MEANS[0])
+        says = (x0 - data / (sigma**2 + data) * x) / (sigma * 0.7 / math.sqrt(sigma**2 + data))
+        assert scaled.shape == says.shape
+        return data / ((sigma - 0.002) ** 2 + data) * x + 0.7 * (sigma - 0.002) / math.sqrt(sigma**2 + data) * says
+
+    losses = []
+    for u, x0, z, weight in zip(drawn.tolist(), told["latents"], eps, told["weight"], strict=True):
+        i = next(i for i in range(20) if u < sum(odds[: i + 1]) / sum(odds) or i == 19)
+        gap, d = f(x0 + sigmas[i + 1] * z, sigmas[i + 1]) - f(x0 + sigmas[i] * z, sigmas[i]), x0.numel()
+        c = 0.00054 * math.sqrt(d)
+        far = (gap.square().sum() + c**2).sqrt() - c if loss == "huber" else gap.square().sum()
+        scale = math.sqrt(d) if loss == "huber" else d
+        losses.append(weight * far / scale / (sigmas[i + 1] - sigmas[i]))
+    assert found == pytest.approx(torch.stack(losses).mean().item(), rel=1e-3)
+
+
+def test_consistency_training_ends_where_distillation_does():
+    """The exact consistency function, that a teacher would teach, does not move; what is none does."""
+
+    def slope(does: Any) -> float:
+        student = training(does, 99)
+        for k in range(8):
+            (student.loss(batch() | {"step": 99}, "main", seeded(k))["loss"] / 8).backward()
+        return student.network.bend.grad.norm().item()
+
+    assert slope(ending(1.0)) < 0.1 * slope(denoised)
+
+
+# ------------------------------------------------------------------- progressive distillation
+
+WALKS = [
+    ("flow", "velocity"), (FlowConfig(shift=3.0), "velocity"), (VPConfig(), "v"), (VPConfig(to_zero=True), "x0"),
+    (EDMConfig(data=0.7), "edm"),
+]  # fmt: skip
+
+
+def halving(noise: Any, prediction: str, **how: Any) -> DistillingNetwork:
+    config = DistillationConfig(**{"kind": "progressive", "guidance": (1.0,), "steps": 16, "least": 2} | how)
+    base = base_of(noise, prediction)
+    base.defaults = replace(base.defaults, schedule="uniform")
+    return DistillingNetwork(base, config, "", total=9)
+
+
+@pytest.mark.parametrize(("noise", "prediction"), WALKS)
+def test_one_step_of_what_is_learned_goes_where_two_of_the_teacher_go(noise, prediction):
+    student = halving(noise, prediction)
+    interpolant = student.base.interpolant
+    usual = student.base.defaults
+    sigmas = schedules.plan(*distilling.walked_by(interpolant, usual), 16, interpolant)
+
+    def solved(interpolant: Any, x: Tensor, level: Tensor, mean: Tensor) -> Tensor:
+        """x0 of arXiv:2202.00512, algorithm 2, where a sampler leads in two steps."""
+        rows = []
+        for one, sigma in zip(x.double(), level.flatten().tolist(), strict=True):
+            k = min(range(16), key=lambda k: abs(sigmas[k] - sigma))
+            assert k % 2 == 0
+            denoise = lambda x, s: denoised(interpolant, x, torch.tensor(s, dtype=x.dtype), MEANS[0])  # noqa: E731
+            two = samplers.ddim(denoise, one, sigmas[k : k + 3], interpolant)
+            ratio = sigmas[k + 2] / sigmas[k]
+            x0 = (two - ratio * one) / (interpolant.alpha(sigmas[k + 2]) - ratio * interpolant.alpha(sigmas[k]))
+            again = samplers.euler(lambda x, s, x0=x0: x0, one, [sigmas[k], sigmas[k + 2]], interpolant)
+            assert torch.allclose(again, two, atol=1e-6)
+            rows.append(x0)
+        return torch.stack(rows).float()
+
+    told = {**batch(), "step": 0}
+    wrong = student.loss(told, "main", seeded())["loss"].item()
+    student.network.does = solved
+    assert student.loss(told, "main", seeded())["loss"].item() < 1e-5 * wrong
+
+
+@pytest.mark.parametrize(("noise", "prediction"), WALKS)
+def test_what_is_drawn_walks_the_levels_that_were_learned_and_students_become_teachers(noise, prediction):
+    student = halving(noise, prediction, average=0.5)
+    interpolant, ask, seen = student.base.interpolant, student.student, []
+    last = torch.zeros(2)
+    student.student = lambda x, t, level, *more: seen.append((level, t)) or ask(x, t, level, *more)
+    for step, (steps, teacher) in enumerate([(8, 0), (8, 0), (8, 0), (4, 1), (4, 1), (4, 1), (2, 2), (2, 2), (2, 2)]):
+        with torch.no_grad():
+            student.network.bend.add_(1)
+        before = student.averages.get_buffer("network:bend").clone()
+        student.loss({**batch(), "step": step}, "main", seeded(step))
+        drawn = student.draws
+        assert drawn["steps"] == steps
+        *walked, _ = schedules.plan(drawn["schedule"], drawn["sampler"], steps, interpolant)
+        levels, times = seen.pop()
+        assert sorted(set(levels.flatten().tolist())) == pytest.approx(sorted(walked), rel=1e-4)
+        told = [interpolant.time(min(walked, key=lambda s, v=v: abs(s - v))) for v in levels.flatten().tolist()]
+        assert times.tolist() == pytest.approx(told, abs=1e-4)
+        taught = student.teachers.get_buffer("network:bend")
+        if step in (3, 6):  # of the average, which all begin with
+            average = torch.lerp(before, last + 1, 0.5)
+            assert torch.allclose(taught, average)
+            assert torch.equal(student.network.bend, taught)
+            with student.taught() as network:
+                assert torch.equal(network.bend, taught)
+        assert bool(taught.any()) == bool(teacher)
+        last = student.network.bend.detach().clone()
+
+
+def test_a_guided_teacher_guides_in_the_first_round_alone():
+    student = halving("flow", "velocity", guidance=(2.0,))
+    asked, teacher = [], student.teacher
+    student.teacher = lambda *told: asked.append(told[4] is not None) or teacher(*told)
+    for step in (0, 3):
+        student.loss({**batch(), "step": step}, "main", seeded())
+    assert asked == [True, True, False, False]
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +477,17 @@ def test_a_student_begins_as_its_teacher_and_all_of_it_learns(model, how, adapte
         assert not torch.allclose(says, made.student(x, t, level, cond, torch.tensor([4.0, 2.0])), atol=1e-4)
 
 
+def test_a_student_in_16_bits_is_asked_with_its_own_weights_after_its_averages(tiny_model):
+    student = DistillingNetwork(catalog.load(tiny_model, dtype=torch.float32), DistillationConfig(), str(tiny_model))
+    with torch.no_grad():
+        torch._foreach_mul_(list(student.averages.buffers()), 0.5)
+    told = {"latents": torch.randn(2, 8, 8, 8, generator=seeded()), "captions": ["a", "a"]}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = student.loss(told, "main", seeded())["loss"]
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        assert torch.equal(found, student.loss(told, "main", seeded())["loss"])
+
+
 def test_averages_follow_once_a_step(tiny_model):
     base = catalog.load(tiny_model)
     student = DistillingNetwork(base, DistillationConfig(average=0.75), str(tiny_model))
@@ -301,6 +517,11 @@ def test_averages_follow_once_a_step(tiny_model):
         ({"average": 1.0}, "distillation.average=1"),
         ({"huber": 0.0}, "huber=0"),
         ({"steps": 0}, "distillation.steps=0: give 1 to 1000"),
+        ({"kind": "consistency-training", "guidance": (1.0,)}, "icons-tiny has no preconditioning of EDM's"),
+        ({"kind": "progressive", "steps": 12}, "steps=12, least=1: give steps of least times 2, 4, 8"),
+        ({"kind": "progressive", "steps": 8, "least": 0}, "least=0"),
+        ({"kind": "progressive", "steps": 4, "least": 4}, "steps=4, least=4"),
+        ({"kind": "progressive", "steps": 8}, "steps=1: give one for each of the 3 rounds"),
     ],
 )
 def test_what_cannot_be_is_refused(tiny_model, told, why):
@@ -309,8 +530,16 @@ def test_what_cannot_be_is_refused(tiny_model, told, why):
 
 
 def test_a_model_without_timesteps_or_a_flow_or_told_already_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="timesteps or a flow"):
-        distilling.levels(interpolants.get(EDMConfig()), 50)
+    with pytest.raises(UsageError, match="timesteps, a flow or with EDM's"):
+        distilling.levels(interpolants.get("edm"), 50)
+    with pytest.raises(UsageError, match="no teacher that could be guided"):
+        training(denoised, 0, guidance=(2.0,))
+    with pytest.raises(UsageError, match="steps=9: give 10 to 10000"):
+        training(denoised, 0, steps=9)
+    with pytest.raises(UsageError, match="says eps, which at much noise"):
+        halving(VPConfig(), "eps")
+    with pytest.raises(UsageError, match="steps are halved along timesteps"):
+        halving(SDEConfig(), "v")
     base = catalog.load(flow_models.flux(tmp_path), dtype=torch.float32)
     with pytest.raises(UsageError, match="is told its guidance already"):
         DistillingNetwork(base, DistillationConfig(kind="guidance"), "")
@@ -336,31 +565,34 @@ def distilled(limner, recipe, model, pictures, out, *more):
     return done.out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("recipe", ["lcm", "lcm-lora", "guidance-distillation"])
+@pytest.mark.parametrize("recipe", ["lcm", "lcm-lora", "progressive", "guidance-distillation"])
 def test_a_file_draws_what_the_run_showed(recipe, limner, here, tiny_model, pictures, monkeypatch):
     shown, draw = [], adapting.draw
     monkeypatch.setattr(adapting, "draw", lambda *told: shown.extend(draw(*told)) or shown)
     told = ["distillation.guidance=4", "steps=3", "lr=0.003", 'sample_prompts=["a blue square"]']
     told += ["adapter.rank=2"] if recipe == "lcm-lora" else []
-    file = distilled(limner, recipe, tiny_model, pictures, "run", *told)
+    told += ["distillation.kind=progressive"] if recipe == "progressive" else []
+    file = distilled(limner, {"progressive": "lcm"}.get(recipe, recipe), tiny_model, pictures, "run", *told)
     asked = ["generate", "a blue square", "-s", 0, "-o", "drawn.png"]
     if recipe == "lcm-lora":
         asked += ["-m", tiny_model, "--lora", file, "--sampler", "lcm", "--steps", 4, "--guidance", 1]
     else:
         asked += ["-m", file]
         defaults = catalog.load(file).defaults
-        wanted = (4, 1.0, "lcm") if recipe == "lcm" else (12, 1.0, "euler")
+        wanted = {"lcm": (4, 1.0, "lcm"), "progressive": (1, 1.0, "euler")}.get(recipe, (12, 1.0, "euler"))
         assert (defaults.steps, defaults.guidance, defaults.sampler) == wanted
     assert limner(*asked).code == 0
     assert Image.open("drawn.png").tobytes() == shown[0].tobytes()
     asked = ["generate", "a blue square", "-s", 0, "-m", tiny_model, "--guidance", 1, "-o", "plain.png"]
-    asked += ["--sampler", "lcm", "--steps", 4] if recipe != "guidance-distillation" else []
+    asked += ["--sampler", "lcm", "--steps", 4] if "lcm" in recipe else ["--steps", wanted[0]]
     assert limner(*asked).code == 0
     assert Image.open("plain.png").tobytes() != shown[0].tobytes()
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(limner, here, tiny_model, pictures, monkeypatch):
+    """With averages, and teachers that were students: rounds begin at steps 2 and 4."""
     told = (
+        "distillation.kind=progressive",
         "steps=6",
         "save_every=2",
         "accumulate=2",
@@ -381,6 +613,27 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(limner, here, tiny_model
     assert limner("train", "--resume", "parts", "--device", "cpu").code == 0
     for name in ("final/lcm.safetensors", "checkpoints/step-000006/model.safetensors"):
         assert (here / "parts" / name).read_bytes() == (here / "whole" / name).read_bytes()
+
+
+def test_consistency_is_trained_from_nothing_or_from_a_model_that_is_there(limner, here, monkeypatch):
+    shown, draw = [], adapting.draw
+    monkeypatch.setattr(adapting, "draw", lambda *told: shown.extend(draw(*told)) or shown)
+    few = ("batch_size=2", "steps=2", "log_every=1", "warmup=0", "data.limit=4", 'sample_prompts=["red circle"]')
+    train = ("train", "consistency-training-tiny", "--device", "cpu", *few)
+    assert limner(*train, "-o", "new").code == 0
+    file = here / "new" / "final" / "consistency-training-tiny.safetensors"
+    found = catalog.load(file).defaults
+    assert (found.steps, found.sampler, found.schedule, found.guidance) == (2, "lcm", "lcm", 1.0)
+    assert limner("generate", "red circle", "-s", 0, "-m", "new", "-o", "drawn.png").code == 0
+    assert Image.open("drawn.png").tobytes() == shown[0].tobytes()
+    config = recipes.get("consistency-training-tiny")
+    student = distilling.begun(config, catalog.build(config.system))
+    state.warm_start(student, file, student.opened)  # as init_from
+    saved = load_file(file)
+    assert all(torch.equal(value, saved[name]) for name, value in student.named_parameters())
+    done = limner(*train, "-o", "none", "distillation.kind=consistency")
+    assert (done.code, "has no teacher: leave distillation out" in done.err) == (2, True)
+    assert not (here / "none").exists()
 
 
 def test_a_stable_diffusion_that_is_told_guidance_is_read_and_drawn(limner, here, sd1, pictures):
@@ -416,6 +669,8 @@ def test_what_has_no_teacher_or_another_aim_is_refused(limner, here, tiny_model,
         (("control={}", "data.hints=canny", "distillation.guidance=4"), "leave control out"),
         (('adapter={"text_encoder": true}', "distillation.guidance=4"), "leave adapter.text_encoder out"),
         ((), "give one scale"),
+        (("distillation.kind=progressive", "on_nan=skip"), "on_nan=skip may leave out the step"),
+        (("distillation.kind=progressive", "adapter={}"), "is a whole network: leave adapter out"),
     ):
         done = limner("train", "lcm", "-m", tiny_model, "-d", pictures, "-o", "run", "--device", "cpu", *FEW, *told)
         assert (done.code, why in done.err) == (2, True), done.err

@@ -16,7 +16,7 @@ import torch
 
 from limner import names
 from limner.errors import UnknownName, UsageError
-from limner.sampling.interpolants import EDM, SDE, Discrete, Interpolant, Shifted
+from limner.sampling.interpolants import EDM, SDE, Discrete, Interpolant, Preconditioned, Shifted
 
 Schedule = Callable[[int, Interpolant], list[float]]
 
@@ -151,7 +151,10 @@ AYS_SDXL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.11
 
 def consistency(steps: int, interpolant: Interpolant) -> list[float]:
     """Of the 50 timesteps that consistency models are distilled at, evenly from the noisy end, then 0 (diffusers' LCM
-    and TCD)."""
+    and TCD). With EDM's preconditioning as `karras`, with 0 in place of the lowest level, where nothing is left to do:
+    levels of n steps are every second of those of 2n."""
+    if isinstance(interpolant, Preconditioned):
+        return [*karras(steps + 1, interpolant)[:steps], 0.0]
     sigmas = timed("lcm", interpolant, steps).sigmas
     if steps > 50:
         raise UsageError(f"the schedule 'lcm' has 50 steps at most, not {steps}")

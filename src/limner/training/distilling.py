@@ -1,9 +1,12 @@
 """A model that is there taught to draw in a few steps, or without a second evaluation for guidance.
 
-Consistency distillation (LCM, arXiv:2310.04378; as an adapter, arXiv:2311.05556): the student says of every x on a
-trajectory of the guided teacher where that ends, by learning at one level of noise what it says itself one of the
-teacher's steps below. Guidance distillation (arXiv:2210.03142, stage one): the student says at once what the guided
-teacher says in two evaluations.
+Consistency distillation (arXiv:2303.01469, algorithm 2; LCM, arXiv:2310.04378; as an adapter, arXiv:2311.05556): the
+student says of every x on a trajectory of the guided teacher where that ends, by learning at one level of noise what it
+says itself one of the teacher's steps below. Consistency training (the same, algorithm 3, as improved in
+arXiv:2310.14189) knows no teacher: below x lies the same picture under less of the same noise. Progressive distillation
+(arXiv:2202.00512, algorithm 2): the student does in one step what its teacher does in two, then teaches the next.
+Guidance distillation (arXiv:2210.03142, stage one): the student says at once what the guided teacher says in two
+evaluations.
 
 The student is a copy of the teacher's network, or an adapter on it. Many scales of guidance are for a network that is
 told one: a copy of a U-Net or of a FLUX.1 gets the place for it. All others learn one scale, for good.
@@ -14,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,35 +35,44 @@ from limner.models.flux import Flux
 from limner.models.unet import UNet
 from limner.nn.graphs import compile_blocks
 from limner.nn.initialization import zero
-from limner.sampling.interpolants import Discrete, Flow, Interpolant, Shifted
+from limner.sampling import schedules
+from limner.sampling.interpolants import Discrete, Flow, Interpolant, Preconditioned, Shifted
 from limner.systems.objectives import Objective, counted
 from limner.training import tuning
 from limner.training.adapting import Adapting, Beside
 from limner.training.memory import kept_in
-from limner.types import Conditioning
+from limner.types import Conditioning, Defaults
 
 if TYPE_CHECKING:
     from limner.training.config import TrainConfig
 
 TOLD_WIDTH = 256
 """Of what a U-Net is told of guidance, as in the models that LCM's authors published."""
-STEPS = 4
-"""What a consistency model draws in if nobody says."""
+STEPS, STEPS_OF_EDM = 4, 2
+"""What a consistency model draws in if nobody says, and one with EDM's preconditioning."""
 DATA, TIME_SCALE = 0.5, 10.0
-"""Of the boundary scalings: the deviation of data, and how many times as long as it is a time counts."""
+"""Of the boundary scalings of timesteps: the deviation of data, and how many times as long as it is a time counts."""
+FIRST = 10
+"""Steps of the trajectory that consistency training begins with (arXiv:2310.14189, table 1)."""
+MEAN, STD = -1.1, 2.0
+"""Of the logarithm of the sigmas that it draws (the same)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """`kind` is what is learned: to draw in few steps (`consistency`), or without a second evaluation for guidance.
-    `guidance` is one scale, 1 for none, or the least and the most of many that the student is told. Of `consistency`
-    alone: the teacher's trajectory has so many `steps`; the `loss` of a difference d is sqrt(d^2 + `huber`^2) - huber,
-    or d^2; the target is said by the student's average, which keeps `average` of itself a step, or with 0 by the
-    student."""
+    """`kind` is what is learned: to draw in few steps, by a teacher (consistency) or without one
+    (consistency-training), or in fewer and fewer (progressive); or without a second evaluation for guidance.
+    `guidance` is one scale, 1 for none, or the least and the most of many that the student is told. The trajectory
+    has so many `steps`, of consistency-training so many at last, of progressive those of the first teacher; these are
+    halved until `least` are left. Of consistency alone: the `loss` of a difference d, of a pixel or with EDM's
+    preconditioning the root of its mean square over a picture, is sqrt(d^2 + `huber`^2) - huber, or d^2. What the
+    student's average keeps of itself a step is `average`, which says the target of consistency and is the next teacher
+    of progressive; with 0 the student itself is."""
 
-    kind: Literal["consistency", "guidance"] = "consistency"
+    kind: Literal["consistency", "consistency-training", "progressive", "guidance"] = "consistency"
     guidance: tuple[float, ...] = (3.0,)
     steps: int = 50
+    least: int = 1
     loss: Literal["huber", "l2"] = "huber"
     huber: float = 0.001
     average: float = 0.95
@@ -77,16 +89,26 @@ class Distilling(Beside):
     """Of its parameters, under their names with : for each dot."""
     followed = -1
     """The step at which the averages were moved last."""
+    total = 1
+    """Steps of the whole run."""
 
     def begin(self, how: DistillationConfig) -> None:
         """To be called when the parameters are there. Raises UsageError for what cannot be distilled so."""
         check(self.base, how, self.told is not None)
         self.how, self.averages = how, None
-        if how.kind == "consistency" and how.average:
-            averages = nn.Module()
-            for name, p in self.named_parameters():
-                averages.register_buffer(name.replace(".", ":"), p.detach().clone())
-            self.averages = averages
+        self.rows: dict[Any, tuple[Tensor, ...]] = {}
+        if how.kind in ("consistency", "progressive") and how.average:
+            self.averages = copied(self.named_parameters())
+
+    def train(self, mode: bool = True) -> Any:
+        """Nothing is dropped out: what is compared would have lost different parts (arXiv:2303.01469, table 3)."""
+        return super().train(False)
+
+    def table(self, key: Any, device: torch.device, make: Callable[[], Iterable[list[float]]]) -> tuple[Tensor, ...]:
+        """Rows of numbers on a device, made and sent there once."""
+        if (key, device) not in self.rows:
+            self.rows[key, device] = tuple(torch.tensor(row, device=device) for row in make())
+        return self.rows[key, device]
 
     def student(self, x: Tensor, t: Tensor, level: Tensor, cond: Any, scale: Tensor) -> Tensor:
         """What the student's network says."""
@@ -113,10 +135,11 @@ class Distilling(Beside):
 
     @torch.no_grad()
     def teacher(self, x: Tensor, t: Tensor, level: Tensor, cond: Any, nothing: Any, scale: Tensor) -> Tensor:
-        """What the guided teacher says: uncond + scale * (cond - uncond), or what it says when it is told the scale."""
+        """What the guided teacher says: uncond + scale * (cond - uncond), or what it says when it is told the scale, or
+        of `cond` alone where there is `nothing` to lead away from."""
         base: Any = self.base
         with self.taught() as network:
-            if base.told_guidance is not None:
+            if base.told_guidance is not None or nothing is None:
                 return self.ask(network, x, t, level, cond, base.told_guidance, scale)
             both, (xx, tt, levels) = Conditioning.cat([nothing, cond]), (torch.cat([v, v]) for v in (x, t, level))
             unwanted, wanted = self.ask(network, xx, tt, levels, both, None, scale).chunk(2)
@@ -137,19 +160,37 @@ class Distilling(Beside):
             self.follow(batch["step"])
         x0 = batch["latents"] if "latents" in batch else self.base.encode(batch["images"])
         cond, nothing = self.read(batch["captions"], x0), None
-        if self.base.told_guidance is None:
+        if self.base.told_guidance is None and self.guides:
             nothing = self.read([""], x0, 2.5).map(lambda v: v.expand(len(x0), *v.shape[1:]))
         low, high = self.how.guidance[0], self.how.guidance[-1]
         scale = low + (high - low) * torch.rand(len(x0), generator=generator, device=x0.device)
         counts = batch.get("mask"), batch.get("weight")
         if self.how.kind == "guidance":
             return {"loss": self.guided(x0, cond, nothing, scale, generator, *counts)}
-        error = self.inconsistency(x0, cond, nothing, scale, generator)
-        if self.how.loss == "huber":
-            error = (error.square() + self.how.huber**2).sqrt() - self.how.huber
+        if self.how.kind == "progressive":
+            return {"loss": self.halved(x0, cond, nothing, scale, generator, *counts)}
+        if self.how.kind == "consistency-training":
+            error, worth = self.untaught(x0, cond, scale, generator)
+            counts = counts[0], worth if counts[1] is None else worth * counts[1]
         else:
-            error = error.square()
-        return {"loss": counted(error, *counts).mean()}
+            error = self.inconsistency(x0, cond, nothing, scale, generator)
+        return {"loss": self.judged(error, *counts)}
+
+    @property
+    def guides(self) -> bool:
+        """Whether the teacher is guided, and not told so."""
+        return self.how.guidance != (1.0,)
+
+    def judged(self, error: Tensor, mask: Tensor | None, weight: Tensor | None) -> Tensor:
+        """The loss of differences (b, c, h, w); a picture's as one is the pseudo-Huber metric of arXiv:2310.14189,
+        section 3.3, over the root of its dimensions. LPIPS, which consistency distillation was published with besides,
+        is not among them: its weights do not ship."""
+        error, huber = error.square(), self.how.huber
+        if self.how.loss == "huber":
+            if isinstance(self.base.interpolant, Preconditioned):
+                error, mask = counted(error, mask, None).mean((1, 2, 3), keepdim=True), None
+            error = (error + huber**2).sqrt() - huber
+        return counted(error, mask, weight).mean()
 
     def guided(
         self, x0: Tensor, cond: Any, nothing: Any, scale: Tensor, generator: torch.Generator, *counts: Tensor | None
@@ -166,10 +207,11 @@ class Distilling(Beside):
 
     def inconsistency(self, x0: Tensor, cond: Any, nothing: Any, scale: Tensor, generator: torch.Generator) -> Tensor:
         """How far what the student says of x lies from what it says, or its average, of where one step of the guided
-        teacher leads from x (arXiv:2310.04378, equation 16; the step is DDIM's, which for a flow is Euler's)."""
+        teacher leads from x (arXiv:2310.04378, equation 16; the step is DDIM's, which for a flow is Euler's, and with
+        EDM's preconditioning Heun's, arXiv:2303.01469, section 6.1)."""
         base: Any = self.base
-        interpolant = base.interpolant.sized(x0.shape[2] * x0.shape[3] // 4)
-        times, sigmas = (torch.tensor(row, device=x0.device) for row in levels(interpolant, self.how.steps))
+        interpolant, steps = base.interpolant.sized(x0.shape[2] * x0.shape[3] // 4), self.how.steps
+        times, sigmas = self.table((interpolant, steps), x0.device, lambda: levels(interpolant, steps))
         place = torch.randint(1, len(times), (len(x0),), generator=generator, device=x0.device)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         (t, level), (end, below) = ((times[k], sigmas[k][:, None, None, None]) for k in (place, place - 1))
@@ -179,16 +221,53 @@ class Distilling(Beside):
             says = self.teacher(x, t, level, cond, nothing, scale)
             guess = base.prediction.to_x0(says, x, alpha, level)
             lower = interpolant.alpha(below) * guess + below / level * (x - alpha * guess)
+            if isinstance(interpolant, Preconditioned):
+                says = self.teacher(lower, end, below, cond, nothing, scale)
+                slopes = (x - guess) / level + (lower - base.prediction.to_x0(says, lower, 1.0, below)) / below
+                lower = x + (below - level) * slopes / 2
             with self.averaged():
                 target = self.consistent(lower, end, below, cond, scale)
         return self.consistent(x, t, level, cond, scale) - target
 
+    def untaught(self, x0: Tensor, cond: Any, scale: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """How far what the student says of x lies from what it says of the same picture under the same noise, one level
+        below (arXiv:2303.01469, equation 10, with the student itself for its average), and what that counts, one over
+        the distance of the levels (arXiv:2310.14189, section 3.1)."""
+        base: Any = self.base
+        steps = curriculum(max(self.followed, 0), self.total, self.how.steps)
+        times, sigmas, shares = self.table(steps, x0.device, lambda: weighed(base.interpolant, steps))
+        drawn = torch.rand(len(x0), generator=generator, device=x0.device)
+        place = torch.searchsorted(shares, drawn, right=True).clamp(max=steps - 1)
+        eps = torch.randn(x0.shape, generator=generator, device=x0.device)
+        (t, level), (end, below) = ((times[k], sigmas[k][:, None, None, None]) for k in (place + 1, place))
+        says = self.consistent(x0 + level * eps, t, level, cond, scale)
+        with torch.no_grad():
+            target = self.consistent(x0 + below * eps, end, below, cond, scale)
+        return says - target, 1 / (level - below)[:, 0, 0, 0]
+
+    def halved(
+        self, x0: Tensor, cond: Any, nothing: Any, scale: Tensor, generator: torch.Generator, *counts: Tensor | None
+    ) -> Tensor:
+        """The error of the student's x0, where that is right which leads in one step to where two of the teacher's lead
+        (arXiv:2202.00512, algorithm 2), at what it is worth there: max(SNR, 1), section 4."""
+        raise AssertionError("what is halved is a whole network")
+
     def consistent(self, x: Tensor, t: Tensor, level: Tensor, cond: Any, scale: Tensor) -> Tensor:
         """Where the trajectory through x ends, as the student says: of a flow x0 = x - sigma * v, which at sigma = 0 is
-        x by itself, of timesteps a mixture of x and x0 that is x at the first (equation 9)."""
+        x by itself, of timesteps a mixture of x and x0 that is x at the first (equation 9).
+
+        With EDM's preconditioning c_skip * x + c_out * F, which is x at the lowest level, eps (arXiv:2303.01469,
+        appendix C): c_skip = data^2 / ((sigma - eps)^2 + data^2), c_out = (sigma - eps) * data / sqrt(sigma^2 +
+        data^2). Drawn is EDM's own D, where eps is 0. At any sigma that moves a pixel by no more than eps times the sum
+        of |F| and of |x| as the network sees it, which with eps = 0.002 is within rounding to 256 greys: so a file need
+        not say that it is of a consistency model."""
         base: Any = self.base
         alpha = base.interpolant.alpha(level)
         x0 = base.prediction.to_x0(self.student(x, t, level, cond, scale), x, alpha, level)
+        if isinstance(base.interpolant, Preconditioned):
+            data, low = base.interpolant.data**2, base.interpolant.ratio_min
+            rest = (1 - low / level) * (x0 - data / (level**2 + data) * x)
+            return data / ((level - low) ** 2 + data) * x + rest
         if not isinstance(base.interpolant, Discrete):
             return torch.where(level > 0, x0, x)
         time = TIME_SCALE * t[:, None, None, None].float()
@@ -197,10 +276,12 @@ class Distilling(Beside):
 
     def follow(self, step: int) -> None:
         """Move the averages, once a step, towards what the step before left."""
-        if self.averages is None or step == self.followed:
+        if step == self.followed:
+            return
+        self.followed = step
+        if self.averages is None:
             return
         keep = self.how.average if step else 0.0  # what training begins with may have been put in since
-        self.followed = step
         with torch.no_grad():
             torch._foreach_lerp_(list(self.averages.buffers()), list(self.parameters()), 1 - keep)
 
@@ -210,15 +291,8 @@ class Distilling(Beside):
         if self.averages is None:
             yield
             return
-        parameters = list(self.parameters())
-        own = [p.data for p in parameters]
-        try:
-            for p, average in zip(parameters, self.averages.buffers(), strict=True):
-                p.data = average
+        with holding(self.parameters(), self.averages):
             yield
-        finally:
-            for p, data in zip(parameters, own, strict=True):
-                p.data = data
 
     @property
     def draws(self) -> dict[str, Any]:
@@ -230,8 +304,9 @@ class Distilling(Beside):
         plain: dict[str, Any] = {"guidance": guidance, "guidance_kind": "cfg", "guidance_rescale": 0.0}
         if how.kind == "guidance":
             return plain
-        timed = isinstance(self.base.interpolant, Discrete)
-        return {**plain, "steps": STEPS, "sampler": "lcm", "schedule": "lcm" if timed else usual.schedule}
+        timed = isinstance(self.base.interpolant, Discrete | Preconditioned)
+        steps = STEPS_OF_EDM if isinstance(self.base.interpolant, Preconditioned) else STEPS
+        return {**plain, "steps": steps, "sampler": "lcm", "schedule": "lcm" if timed else usual.schedule}
 
     @contextmanager
     def by_default(self) -> Iterator[Any]:
@@ -251,11 +326,11 @@ class Distilling(Beside):
 
 
 class DistillingAdapter(Distilling, Adapting):
-    """An adapter that has the teacher's network do what the student does."""
+    """An adapter that has the teacher's network do what the student does; the run has `total` steps."""
 
-    def __init__(self, base: Any, how: DistillationConfig, adapter: AdapterConfig, seed: int) -> None:
+    def __init__(self, base: Any, how: DistillationConfig, adapter: AdapterConfig, seed: int, total: int = 1) -> None:
         Adapting.__init__(self, base, adapter, seed)
-        self.told = base.told_guidance
+        self.told, self.total = base.told_guidance, total
         self.begin(how)
 
     @property
@@ -272,20 +347,97 @@ class DistillingAdapter(Distilling, Adapting):
 
 
 class DistillingNetwork(Distilling):
-    """A copy of the teacher's network, in float32, and told of guidance if it is to know many scales of it."""
+    """A copy of the teacher's network, in float32, and told of guidance if it is to know many scales of it. `source` is
+    where the model is from, or the system that it is new of; the run has `total` steps."""
 
-    def __init__(self, base: Any, how: DistillationConfig, source: str) -> None:
+    walked: Tensor
+    """In how many steps the student of this round draws."""
+
+    def __init__(self, base: Any, how: DistillationConfig, source: str | catalog.SystemConfig, total: int = 1) -> None:
         super().__init__(base)
-        self.source = source
+        self.source, self.total = source, total
         self.told = base.told_guidance
         self.network: Any = copy.deepcopy(base.network).float().requires_grad_(True)
         if self.told is None and len(how.guidance) > 1:
             self.told = grow(self.network)
         self.begin(how)
+        self.teachers: nn.Module | None = None
+        if how.kind == "progressive":
+            self.rounds = (how.steps // how.least).bit_length() - 1
+            if total < self.rounds:
+                raise UsageError(f"steps={total}: give one for each of the {self.rounds} rounds at least")
+            self.teachers = copied(self.named_parameters())
+            self.now = how.steps // 2
+            self.register_buffer("walked", torch.tensor(self.now))
 
     @property
     def learning(self) -> Any:
         return self.network
+
+    @property
+    def guides(self) -> bool:
+        """A teacher that was a student before has learned its guidance."""
+        return super().guides and (self.teachers is None or self.now == self.how.steps // 2)
+
+    @contextmanager
+    def taught(self) -> Iterator[Any]:
+        if self.teachers is None:
+            yield self.base.network
+            return
+        with holding(self.base.network.parameters(), self.teachers):
+            yield self.base.network
+
+    def follow(self, step: int) -> None:
+        """As for all, and at the end of a round its student becomes the teacher of the next, which begins as that."""
+        before = self.followed
+        super().follow(step)
+        if self.teachers is None or step == before:
+            return
+        done = step * self.rounds // self.total
+        if step and done > (step - 1) * self.rounds // self.total:
+            with torch.no_grad():
+                last = list(self.parameters() if self.averages is None else self.averages.buffers())
+                torch._foreach_copy_(list(self.teachers.buffers()), last)
+                if self.averages is not None:
+                    torch._foreach_copy_(list(self.parameters()), last)
+        self.now = self.how.steps >> (done + 1)
+        self.walked.fill_(self.now)
+
+    def halved(
+        self, x0: Tensor, cond: Any, nothing: Any, scale: Tensor, generator: torch.Generator, *counts: Tensor | None
+    ) -> Tensor:
+        base: Any = self.base
+        interpolant = base.interpolant.sized(x0.shape[2] * x0.shape[3] // 4)
+        times, sigmas = self.table(
+            (interpolant, self.now), x0.device, lambda: walk(interpolant, 2 * self.now, base.defaults)
+        )
+        place = 2 * torch.randint(self.now, (len(x0),), generator=generator, device=x0.device)
+        (t, level), (half, middle), (_, below) = (
+            (times[k], sigmas[k][:, None, None, None]) for k in (place, place + 1, place + 2)
+        )
+        alpha = interpolant.alpha(level)
+        x = alpha * x0 + level * torch.randn(x0.shape, generator=generator, device=x0.device)
+
+        def said(output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+            found = base.prediction.to_x0(output, x, interpolant.alpha(sigma), sigma)
+            return found.clamp(-1, 1) if base.clip else found
+
+        with torch.no_grad():
+            first = said(self.teacher(x, t, level, cond, nothing, scale), x, level)
+            between = interpolant.alpha(middle) * first + middle / level * (x - alpha * first)
+            second = said(self.teacher(between, half, middle, cond, nothing, scale), between, middle)
+            target = torch.lerp(first, second, share(interpolant, level, middle, below))
+        found = base.prediction.to_x0(self.student(x, t, level, cond, scale), x, alpha, level)
+        worth = (alpha / level).square().clamp(min=1)
+        return counted(worth * (found - target).square(), *counts).mean()
+
+    @property
+    def draws(self) -> dict[str, Any]:
+        found = super().draws
+        if self.teachers is None:
+            return found
+        schedule, sampler = walked_by(self.base.interpolant, self.base.defaults)
+        return {**found, "steps": int(self.walked), "sampler": sampler, "schedule": schedule}
 
     @property
     def passed(self) -> list[nn.Module]:
@@ -299,7 +451,7 @@ class DistillingNetwork(Distilling):
     def notes(self) -> list[str]:
         """What there is to tell of a run."""
         told = self.how.kind == "guidance" and self.told is not None and isinstance(self.network, UNet)
-        if not told or catalog.recognise(catalog.find(self.source)) is None:
+        if not told or not isinstance(self.source, str) or catalog.recognise(catalog.find(self.source)) is None:
             return []
         return [
             "its file will pass for a consistency model, as all U-Nets do that are told guidance: draw with --sampler "
@@ -319,7 +471,10 @@ class DistillingNetwork(Distilling):
 
     def write(self, path: Path) -> None:
         with self.as_drawn("") as model:
-            tuning.write(model, self.source, path)
+            if isinstance(self.source, str):
+                tuning.write(model, self.source, path)
+            else:
+                catalog.save(model, replace(self.source, defaults=model.defaults), path)
 
     @contextmanager
     def as_drawn(self, name: str) -> Iterator[Any]:
@@ -336,6 +491,30 @@ class DistillingNetwork(Distilling):
 
 def loaded(config: TrainConfig, device: torch.device) -> Distilling:
     """The student of `config.model`, and with it that. Raises UsageError, FileProblem."""
+    how = checked(config)
+    dtype = kept_in(config, device, casts=True)
+    if config.adapter is not None:
+        base = catalog.load(config.model, device, dtype=dtype)
+        return DistillingAdapter(base, how, config.adapter, config.seed, config.steps)
+    tuning.check_kept(dtype)
+    base = catalog.load(config.model, device, dtype=torch.float32)
+    student = DistillingNetwork(base, how, config.model, config.steps)
+    tuning.check_name(config, student.base)
+    student.base.network.to(dtype)
+    return student
+
+
+def begun(config: TrainConfig, system: Any) -> Distilling:
+    """The student that a new system is, where it learns without a teacher. Raises UsageError."""
+    how = checked(config)
+    if how.kind != "consistency-training":
+        raise UsageError(f"{config.name} trains a system of its own, which has no teacher: leave distillation out")
+    assert config.system is not None
+    return DistillingNetwork(system, how, config.system, config.steps)
+
+
+def checked(config: TrainConfig) -> DistillationConfig:
+    """Raises UsageError for what a run cannot be told besides."""
     how = config.distillation
     assert how is not None
     if config.word is not None:
@@ -346,17 +525,13 @@ def loaded(config: TrainConfig, device: torch.device) -> Distilling:
         raise UsageError(f"{config.name} reads words as its teacher does: leave adapter.text_encoder out")
     if config.sharding == "fsdp":
         raise UsageError("sharding=fsdp is for networks that learn alone: leave it out, or distillation")
-    if how.kind == "consistency" and config.loss != Objective():
+    if how.kind == "progressive" and config.adapter is not None:
+        raise UsageError("a student that becomes a teacher is a whole network: leave adapter out, or progressive")
+    if how.kind == "progressive" and config.on_nan == "skip":
+        raise UsageError("on_nan=skip may leave out the step at which a student becomes the teacher: give stop")
+    if how.kind != "guidance" and config.loss != Objective():
         raise UsageError("loss.… is of what learns from noise, a consistency model has distillation.loss: leave it out")
-    dtype = kept_in(config, device, casts=True)
-    if config.adapter is not None:
-        base = catalog.load(config.model, device, dtype=dtype)
-        return DistillingAdapter(base, how, config.adapter, config.seed)
-    tuning.check_kept(dtype)
-    student = DistillingNetwork(catalog.load(config.model, device, dtype=torch.float32), how, config.model)
-    tuning.check_name(config, student.base)
-    student.base.network.to(dtype)
-    return student
+    return how
 
 
 def check(base: Any, how: DistillationConfig, told: bool) -> None:
@@ -368,7 +543,7 @@ def check(base: Any, how: DistillationConfig, told: bool) -> None:
         raise UsageError(
             f"distillation.guidance={scales}: give one scale from 1 to 100, or the least and the most of many"
         )
-    if len(scales) > 1 and not told:
+    if len(scales) > 1 and (not told or how.kind == "progressive"):
         raise UsageError(
             f"distillation.guidance={scales[0]:g},{scales[1]:g} is for a student that is told its guidance, which "
             f"this one of {base.name} is not: give one scale"
@@ -379,22 +554,118 @@ def check(base: Any, how: DistillationConfig, told: bool) -> None:
         return
     if not 0 <= how.average < 1 or not (0 < how.huber < math.inf):
         raise UsageError(f"distillation.average={how.average:g}, huber={how.huber:g}: give 0 to below 1, and above 0")
+    if how.kind == "progressive":
+        check_walk(base, how)
+        return
+    if how.kind == "consistency-training":
+        if not isinstance(base.interpolant, Preconditioned):
+            raise UsageError(f"{base.name} has no preconditioning of EDM's, with which alone consistency is trained")
+        if scales != (1.0,):
+            raise UsageError("consistency-training has no teacher that could be guided: give distillation.guidance=1")
+        if how.steps < FIRST:
+            raise UsageError(f"distillation.steps={how.steps}: give {FIRST} to 10000")
     levels(base.interpolant, how.steps)
+
+
+def check_walk(base: Any, how: DistillationConfig) -> None:
+    """Raises UsageError where steps cannot be halved, or an x0 not be said."""
+    if base.prediction.name == "eps":
+        raise UsageError(
+            f"{base.name} says eps, which at much noise says nothing of x0: progressive distillation is of models that "
+            "predict x0, v, velocity or as EDM"
+        )
+    most, rest = divmod(how.steps, max(how.least, 1))
+    if how.least < 1 or rest or most < 2 or most & (most - 1) or how.steps > 1024:
+        raise UsageError(
+            f"distillation.steps={how.steps}, least={how.least}: give steps of least times 2, 4, 8, ..., 1024 at most"
+        )
+    walk(base.interpolant, how.steps, base.defaults)
+
+
+def copied(parameters: Iterable[tuple[str, Tensor]]) -> nn.Module:
+    """Buffers of what these are now, under their names with : for each dot."""
+    made = nn.Module()
+    for name, p in parameters:
+        made.register_buffer(name.replace(".", ":"), p.detach().float().clone())
+    return made
+
+
+@contextmanager
+def holding(parameters: Iterable[Tensor], values: nn.Module) -> Iterator[None]:
+    """Parameters with what the buffers of `values` are, in their order, in place of what they are."""
+    parameters = list(parameters)
+    own = [p.data for p in parameters]
+    torch.clear_autocast_cache()  # which knows a parameter in 16 bits by its place, whatever is there
+    try:
+        for p, value in zip(parameters, values.buffers(), strict=True):
+            p.data = value
+        yield
+    finally:
+        for p, data in zip(parameters, own, strict=True):
+            p.data = data
+        torch.clear_autocast_cache()
+
+
+def walked_by(interpolant: Interpolant, usual: Defaults) -> tuple[str, str]:
+    """The schedule and the sampler of a student of progressive distillation: such that the levels of n steps are every
+    second of those of 2n. Raises UsageError where there are none."""
+    if isinstance(interpolant, Flow):
+        return ("shifted" if isinstance(interpolant, Shifted) or usual.schedule == "shifted" else "uniform"), "euler"
+    if not isinstance(interpolant, Discrete | Preconditioned):
+        raise UsageError("steps are halved along timesteps, a flow or with EDM's preconditioning: this model has none")
+    return ("trailing" if isinstance(interpolant, Discrete) else "lcm"), "ddim"
+
+
+def walk(interpolant: Interpolant, steps: int, usual: Defaults) -> tuple[list[float], list[float]]:
+    """Times and sigmas, falling, of what is drawn in so many steps by `walked_by`; that of no noise has no time.
+    Raises UsageError."""
+    sigmas = schedules.plan(*walked_by(interpolant, usual), steps, interpolant)
+    return [interpolant.time(sigma) if sigma else 0.0 for sigma in sigmas], sigmas
+
+
+def share(interpolant: Interpolant, level: Tensor, middle: Tensor, below: Tensor) -> Tensor:
+    """How much of the x0 of the second of two steps of DDIM, from `level` over `middle` to `below`, is in that x0 with
+    which one step comes to the same place; the rest is of the first. It is the target of arXiv:2202.00512, algorithm 2
+    and appendix G, written so that no two x are subtracted that hardly differ."""
+    alpha: Any = interpolant.alpha
+    return (alpha(below) - below / middle * alpha(middle)) / (alpha(below) - below / level * alpha(level))
+
+
+def curriculum(step: int, total: int, most: int) -> int:
+    """Steps of the trajectory of consistency training at a `step` of `total`: `FIRST`, then twice as many for as long
+    again, until `most` (arXiv:2310.14189, section 3.4)."""
+    stage = max(1, int(total / (math.log2(most // FIRST) + 1)))
+    return min(FIRST * 2 ** min(step // stage, 20), most)
+
+
+def weighed(interpolant: Interpolant, steps: int) -> tuple[list[float], list[float], list[float]]:
+    """`levels`, and how often the lower end of a step is one of the first so many: sigmas are log-normal
+    (arXiv:2310.14189, section 3.5)."""
+    times, sigmas = levels(interpolant, steps)
+    places = [math.erf((math.log(sigma) - MEAN) / (math.sqrt(2) * STD)) for sigma in sigmas]
+    return times, sigmas, [(place - places[0]) / (places[-1] - places[0]) for place in places[1:]]
 
 
 def levels(interpolant: Interpolant, steps: int) -> tuple[list[float], list[float]]:
     """Times and sigmas of the teacher's trajectory, rising from its end: of timesteps the first and every so many-th,
-    as LCM has them, of a flow evenly spaced ones, shifted as its schedules are. Raises UsageError."""
-    if not 1 <= steps <= 1000:
-        raise UsageError(f"distillation.steps={steps}: give 1 to 1000")
+    as LCM has them, of a flow evenly spaced ones, shifted as its schedules are, with EDM's preconditioning Karras'
+    (N of arXiv:2303.01469 is one more than `steps`). Raises UsageError."""
+    most = 10_000 if isinstance(interpolant, Preconditioned) else 1000
+    if not 1 <= steps <= most:
+        raise UsageError(f"distillation.steps={steps}: give 1 to {most}")
     if isinstance(interpolant, Discrete):
         count = len(interpolant.sigmas)
         if 2 * steps > count:
             raise UsageError(f"distillation.steps={steps}: give {count // 2} at most, this model has {count} timesteps")
         places = [max(0, round(count * k / steps) - 1) for k in range(steps + 1)]
         return [float(k) for k in places], [interpolant.sigmas[k] for k in places]
+    if isinstance(interpolant, Preconditioned):
+        sigmas = schedules.karras(steps + 1, interpolant)[-2::-1]
+        return [interpolant.time(sigma) for sigma in sigmas], sigmas
     if not isinstance(interpolant, Flow):
-        raise UsageError("consistency is learned along timesteps or a flow, and this model has neither")
+        raise UsageError(
+            "consistency is learned along timesteps, a flow or with EDM's preconditioning: this model has none"
+        )
     sigmas = [k / steps for k in range(steps + 1)]
     if isinstance(interpolant, Shifted):
         sigmas = [interpolant.at(1000 * sigma) for sigma in sigmas]

@@ -90,8 +90,6 @@ def train(
         raise UsageError(f"{config.name} trains a system of its own: leave model out")
     if len(beside := [name for name in ("adapter", "word", "control") if getattr(config, name)]) > 1:
         raise UsageError(f"{config.name} trains {' and '.join(beside)}: leave all but one of them out")
-    if config.system and config.distillation:
-        raise UsageError(f"{config.name} trains a system of its own, which has no teacher: leave distillation out")
     if config.system and config.reflow:
         raise UsageError(f"{config.name} trains a system of its own, which makes no pairs yet: leave reflow out")
     prior.check(config)
@@ -184,7 +182,8 @@ def built(config: TrainConfig, processes: Processes) -> Any:
     assert config.system is not None
     check_pretrained(config)
     check_parameters(config, processes.device, processes.world if config.sharding == "fsdp" else 1)
-    return catalog.build(config.system)
+    system = catalog.build(config.system)
+    return distilling.begun(config, system.to(processes.device)) if config.distillation else system
 
 
 def loaded(config: TrainConfig, device: torch.device) -> Any:
@@ -305,11 +304,14 @@ def vain(config: TrainConfig, side: int) -> list[str]:
     if config.ema_half_life == 0 and config.ema_warmup != TrainConfig.ema_warmup:
         told.append(f"ema_warmup={config.ema_warmup:g} has no effect with ema_half_life=0")
     if (how := config.distillation) is not None:
-        idle = ("steps", "loss", "huber", "average") if how.kind == "guidance" else ("huber",) * (how.loss == "l2")
-        of = "kind=guidance" if how.kind == "guidance" else "loss=l2"
+        idle = {
+            "guidance": ("steps", "least", "loss", "huber", "average"), "progressive": ("loss", "huber"),
+            "consistency-training": ("least", "average"), "consistency": ("least",),
+        }[how.kind]  # fmt: skip
+        of = dict.fromkeys(idle, f"kind={how.kind}") | ({"huber": "loss=l2"} if how.loss == "l2" else {})
         told += [
-            f"distillation.{name}={getattr(how, name)} has no effect with distillation.{of}"
-            for name in idle
+            f"distillation.{name}={getattr(how, name)} has no effect with distillation.{why}"
+            for name, why in of.items()
             if getattr(how, name) != getattr(type(how), name)
         ]
     times = config.loss.times
