@@ -191,12 +191,13 @@ class Request:
     `guidance_kind`, `_rescale` and `_mimic` are `way`, `rescale` and `mimic` of
     `limner.sampling.guidance.Guidance`. `variation` is how much of the first noise is that of `variation_seed` +
     place; all pictures have the same seed then. `pag_scale` is `push` there, away from a network whose pixels
-    attend to themselves alone in `pag_layers`. `hires` times the size is what is drawn in the end: over what was
-    drawn first, with a strength and steps of its own. `switch_at` is the share of the noise after which a refiner
-    takes over. `noise_level` is the timestep whose noise an upscaler puts over the picture first. `compat` is a
-    program of `limner.sampling.compat` to do as, `noise_delta` A1111's number of the name, `place` that of the
-    first picture in a batch of ComfyUI's. `tile` is the side in pixels of what the network sees at once, `vae_tile`
-    that of what the autoencoder does; 0 is all of it, None what the size asks for."""
+    attend to themselves alone in `pag_layers`. `classifier_scale` is `scale` of `limner.sampling.guidance.classified`,
+    where a classifier leads. `hires` times the size is what is drawn in the end: over what was drawn first, with a
+    strength and steps of its own. `switch_at` is the share of the noise after which a refiner takes over. `noise_level`
+    is the timestep whose noise an upscaler puts over the picture first. `compat` is a program of
+    `limner.sampling.compat` to do as, `noise_delta` A1111's number of the name, `place` that of the first picture in a
+    batch of ComfyUI's. `tile` is the side in pixels of what the network sees at once, `vae_tile` that of what the
+    autoencoder does; 0 is all of it, None what the size asks for."""
 
     prompt: str
     negative: str
@@ -222,6 +223,7 @@ class Request:
     guidance_interval: tuple[float, float] | None = None
     pag_scale: float = 0.0
     pag_layers: tuple[str, ...] = ("mid_block",)
+    classifier_scale: float = 1.0
     variation: float = 0.0
     variation_seed: int = 0
     switch_at: float = 0.8

@@ -15,8 +15,9 @@ SHARED = (
     "compat", "noise_delta", "wildcards", "strength", "mask", "mask_blur", "only_masked", "padding", "depth",
     "image_guidance", "variation", "variation_seed", "guidance_kind", "guidance_rescale", "guidance_mimic",
     "guidance_interval", "pag_scale", "pag_layers", "lora", "embedding", "control", "ip_adapter", "image_encoder",
-    "adapter_folder", "tile", "vae_tile", "dtype", "refiner", "switch_at", "guide_model", "offload", "compile", "vae",
-    "text_encoder", "clip_l", "clip_g", "t5", "strict", "prediction", "device", "preview", "as_json", "dry_run",
+    "adapter_folder", "tile", "vae_tile", "dtype", "refiner", "switch_at", "guide_model", "classifier",
+    "classifier_scale", "offload", "compile", "vae", "text_encoder", "clip_l", "clip_g", "t5", "strict", "prediction",
+    "device", "preview", "as_json", "dry_run",
 )  # fmt: skip
 OWN: dict[str, tuple[Any, Any]] = {
     "image": (Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or WebP.")], inspect.Parameter.empty),
