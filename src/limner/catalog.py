@@ -1366,7 +1366,7 @@ def find(source: str | Path) -> Path:
         row = CATALOG[str(source)]
         if row.weights == "needed":
             use = "-m RUN" if row.task != AutoencodingSystem.task else "-m RUN -i IMAGE, which gives the picture back"
-            use = "--classifier RUN, to what draws" if row.task == ClassifyingSystem.task else use
+            use = "--classifier RUN beside a model that draws" if row.task == ClassifyingSystem.task else use
             train = f"train them with `limner train {row.recipe or row.name} --out RUN` and give {use}; or "
             train = "" if row.recipe is None else train
             ours = row.family.endswith(("transformer", "autoencoder", " diffusion", "classifier"))

@@ -29,6 +29,7 @@ class ClassifierConfig:
 
     type: Literal["classifier"] = "classifier"
     num_classes: int = 1000
+    """Of the classes that it tells."""
     size: int = 64
     """Pixels a side."""
     widths: tuple[int, ...] = (128, 256, 384, 512)

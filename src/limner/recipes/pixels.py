@@ -118,7 +118,7 @@ def tiny(full: TrainConfig) -> TrainConfig:
 
 
 def adm_classifier_tiny() -> TrainConfig:
-    return replace(tiny(adm_classifier()), sample_prompts=())
+    return replace(tiny(adm_classifier()), batch_size=32, lr=1e-3, sample_prompts=())
 
 
 def sohl_dickstein_tiny() -> TrainConfig:
