@@ -1155,7 +1155,8 @@ def load_classifier(source: str | Path, device: torch.device | str = "cpu") -> C
     """A classifier of noisy pictures by the file or folder of a run, or a file of guided_diffusion, in float32. Raises
     UnknownName, FileProblem, CheckpointMismatch; warns (Assumed) of what a file does not tell."""
     path = find(source)
-    found = pixels.classifier(path, files.read(path)[0]) if path.is_file() else None
+    tensors = files.read(path)[0] if path.is_file() else {}
+    found = pixels.classifier(path, tensors)
     if found is None:
         system = load(path, device)
         if not isinstance(system, ClassifyingSystem):
@@ -1167,11 +1168,10 @@ def load_classifier(source: str | Path, device: torch.device | str = "cpu") -> C
     warnings.warn(f"{path}: {sentence}", Assumed, stacklevel=2)
     labels = LabelsConfig(num_classes=network.num_classes)
     config = replace(_classifier(path.stem[:200], labels, network), interpolant=noise)
-    bare, tensors = _bare(config, path), files.read(path)[0]
+    bare, name = _bare(config, path), files.digest(path)
     assert isinstance(bare, ClassifyingSystem)
     layouts.fit(layout, bare.state_dict(), tensors, f"{path}, read as a classifier of ADM")
     files.assign(bare, _cast(layouts.read(layout, tensors, path), torch.float32), path)
-    name = files.digest(path)
     bare.weights_hash = lambda: name
     return bare.requires_grad_(False).eval().to(device)
 

@@ -216,8 +216,8 @@ def classified(
     """And towards what a classifier takes for its class (classifier guidance, arXiv:2105.05233, equation 14):
     eps - scale * sigma * the gradient of log p(y | x), or x0 + scale * sigma^2 / alpha * the gradient, in any
     coordinates. A step of the sampler ddpm whose variance is the larger moves its mean by the variance times the
-    gradient, as algorithm 1 does. `most` is the largest sigma / alpha that the classifier knows, and it is taken for
-    larger ones, where x0 would move by infinity times nothing."""
+    gradient, as algorithm 1 does, but for a root of 1 - beta. `most` is the largest sigma / alpha that the classifier
+    knows, and it is taken for larger ones, where x0 would move by infinity times nothing."""
 
     def guided(x: Tensor, sigma: float) -> Tensor:
         x0, alpha = denoise(x, sigma), interpolant.alpha(sigma)

@@ -496,7 +496,8 @@ class DiffusionSystem(nn.Module):
             raise UsageError(f"{classifier.name} does not lead a refiner: leave one of them out")
         if not all(map(str.strip, request.prompts)):
             raise UsageError(f"the prompt is empty: name the class that {classifier.name} leads to")
-        if (request.width, request.height) != 2 * (size := classifier.network.config.size,):
+        size = classifier.network.config.size
+        if (request.width, request.height) != (size, size):
             raise UsageError(
                 f"{request.width} x {request.height} pixels, but {classifier.name} sees {size} x {size}: draw that size"
             )
