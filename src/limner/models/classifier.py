@@ -58,7 +58,7 @@ class ClassifierConfig:
         )  # fmt: skip
 
 
-ADM_CLASSIFIER_64 = ClassifierConfig()  # 66M, ImageNet
+ADM_CLASSIFIER_64 = ClassifierConfig()  # 65M, ImageNet
 ADM_CLASSIFIER_128 = ClassifierConfig(size=128, widths=(128, 128, 256, 384, 512), num_blocks=2, depths=(0, 0, 1, 1, 1))
 ADM_CLASSIFIER_256 = ClassifierConfig(
     size=256, widths=(128, 128, 256, 256, 512, 512), num_blocks=2, depths=(0, 0, 0, 1, 1, 1)
