@@ -4,6 +4,7 @@
     python theory.py measure REFERENCE MODEL OUT [FIELD=VALUE ...] ...
                                                          a JSON line to OUT for the model as it draws by default, or
                                                          for each further argument, such as "steps=10 sampler=ddim"
+                                                         or "classifier=RUN classifier_scale=2"
     python theory.py sheet MODEL OUT.png [FIELD=VALUE ...]
     python theory.py straightness REFERENCE MODEL OUT    a JSON line to OUT: how straight the paths of a flow are
     python theory.py bits DATA CACHE MODEL OUT           a JSON line to OUT for each way there is: bits per dimension of
@@ -13,7 +14,8 @@
 COUNT (5,000) pictures of styles as frequent as in the data. FD is the Frechet distance of EffLite0's features to those
 of all training pictures: its floor is that of COUNT training pictures to the others, its ceilings those of the same
 blurred and of noise. "style" is the share of pictures that a linear probe of the same features takes for their style
-(of held-out pictures it knows what `reference` says). "ms" is of a picture, in batches of BATCH (500).
+(of held-out pictures it knows what `reference` says). "ms" is of a picture, in batches of BATCH (500). NFE counts
+the network, not a classifier, which is asked as often and once back.
 Straightness is of paths of STEPS (100) steps. Bits are those of the variational bound, with all timesteps or, for EVERY
 n, one of n for what it stands for, and of the flow, by dopri5 within TOLERANCE (1e-4) and one draw of signs for each
 picture; all unguided, with the standard error over pictures.
@@ -34,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from limner import evaluation, pipeline
+from limner import catalog, evaluation, pipeline
 from limner.catalog import STYLES
 from limner.data.batches import DataConfig, open_images
 from limner.metrics.distances import frechet, precision_recall
@@ -120,6 +122,15 @@ def parsed(settings: str) -> dict[str, Any]:
     return {name: value(text) for name, text in (word.split("=", 1) for word in settings.split())}
 
 
+def led(system: Any, settings: str) -> dict[str, Any]:
+    """What is asked by settings, with their classifier, or none, on the system."""
+    asked = parsed(settings)
+    system.__dict__.pop("classifier", None)
+    if (source := asked.pop("classifier", None)) is not None:
+        catalog.put_classifier(system, source, DEVICE)
+    return asked
+
+
 def measure(source: str, model: str, out: str, *settings: str) -> None:
     known = torch.load(source)
     pipe, features = pipeline.load(model, DEVICE), EffLite0(DEVICE)
@@ -127,7 +138,7 @@ def measure(source: str, model: str, out: str, *settings: str) -> None:
     chosen = random.Random(0).choices(known["labels"].tolist(), k=COUNT)
     prompts = [STYLES.names[k] for k in chosen]
     for words in settings or ("",):
-        asked = 0
+        asked, told = 0, led(pipe.system, words)
         hook = pipe.system.network.register_forward_pre_hook(lambda *_: count())
 
         def count() -> None:
@@ -135,7 +146,7 @@ def measure(source: str, model: str, out: str, *settings: str) -> None:
             asked += 1
 
         begun = time.monotonic()
-        drawn = evaluation.draw(pipe.system, prompts, list(range(COUNT)), BATCH, **parsed(words))
+        drawn = evaluation.draw(pipe.system, prompts, list(range(COUNT)), BATCH, **told)
         took = time.monotonic() - begun
         hook.remove()
         drawn = drawn if drawn.shape[1] == 4 else torch.cat([drawn, torch.full_like(drawn[:, :1], 255)], 1)
@@ -220,7 +231,7 @@ def bits(data: str, cache: str, model: str, out: str) -> None:
 def sheet(model: str, out: str, settings: str = "") -> None:
     pipe = pipeline.load(model, DEVICE)
     prompts = [name for name in STYLES.names for _ in range(8)]
-    drawn = evaluation.draw(pipe.system, prompts, list(range(len(prompts))), BATCH, **parsed(settings))
+    drawn = evaluation.draw(pipe.system, prompts, list(range(len(prompts))), BATCH, **led(pipe.system, settings))
     drawn = drawn if drawn.shape[1] == 4 else torch.cat([drawn, torch.full_like(drawn[:, :1], 255)], 1)
     evaluation.draw_grid(drawn, columns=16, gap=4).save(out)
 

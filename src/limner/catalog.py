@@ -35,6 +35,7 @@ from limner.models.autoencoder import (
     VQAutoencoder,
     VQConfig,
 )
+from limner.models.classifier import CLASSIFIER_32, CLASSIFIER_TINY, Classifier, ClassifierConfig
 from limner.models.dcae import DCAE, DCAE_ICONS, DCAE_TINY, DCAEConfig
 from limner.models.dit import DIT_32, DIT_TINY, DIT_XL_2, DIT_XL_2_512, SIT_XL_2, DiT, DiTConfig
 from limner.models.flux import FLUX_CONTROL, FLUX_DEV, FLUX_FILL, FLUX_SCHNELL, FLUX_TINY, Flux, FluxConfig
@@ -63,6 +64,7 @@ from limner.sampling import interpolants, predictions
 from limner.sampling.interpolants import SMALL_NOISE, EDMConfig, FlowConfig, SDEConfig, VPConfig, discrete
 from limner.systems import previews
 from limner.systems.autoencoding import AdversarialAutoencodingSystem, AdversarialConfig, AutoencodingSystem
+from limner.systems.classifying import ClassifyingSystem
 from limner.systems.diffusion import DiffusionSystem
 from limner.systems.nonequilibrium import NonequilibriumSystem
 from limner.text import bpe
@@ -164,6 +166,9 @@ _PIXELS = Defaults(
 )
 
 
+_CLASSIFIED = Defaults(width=32, height=32, steps=1, guidance=1.0, min_size=16, max_size=512, prompted=False)
+
+
 @dataclass(frozen=True, kw_only=True)
 class NonequilibriumConfig:
     """See `limner.systems.nonequilibrium.NonequilibriumSystem`."""
@@ -189,8 +194,27 @@ class NonequilibriumConfig:
     defaults: Defaults = _PIXELS
 
 
-SystemConfig = Annotated[AutoencodingConfig | DiffusionConfig | NonequilibriumConfig, Field(discriminator="kind")]
-AnySystem = AutoencodingSystem | DiffusionSystem | NonequilibriumSystem
+@dataclass(frozen=True, kw_only=True)
+class ClassifyingConfig:
+    """See `limner.systems.classifying.ClassifyingSystem`."""
+
+    kind: Literal["classifying"] = "classifying"
+    name: SystemName = "adm-classifier"
+    """What pictures remember it by."""
+    family: str = "noise-aware classifier"
+    """What kind of system it is, in words."""
+    network: ClassifierConfig = CLASSIFIER_32
+    text_encoder: LabelsConfig
+    """Whose classes it tells."""
+    interpolant: VPConfig
+    """The noise that its pictures are under."""
+    defaults: Defaults = _CLASSIFIED
+
+
+SystemConfig = Annotated[
+    AutoencodingConfig | DiffusionConfig | NonequilibriumConfig | ClassifyingConfig, Field(discriminator="kind")
+]
+AnySystem = AutoencodingSystem | DiffusionSystem | NonequilibriumSystem | ClassifyingSystem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +355,14 @@ def _pixels(name: str, family: str, what: str, **changes: Any) -> tuple[Entry, E
         Entry(config=row, task=DiffusionSystem.task, summary=f"icons in 32 px by their style: {what}"),
         Entry(config=tiny, task=DiffusionSystem.task, summary="coloured shapes, 16 px: the same, trained in a minute"),
     )
+
+
+def _classifier(name: str, classes: LabelsConfig, network: ClassifierConfig = CLASSIFIER_32) -> ClassifyingConfig:
+    """Of pictures under the noise of DDPM."""
+    return ClassifyingConfig(
+        name=name, network=replace(network, num_classes=classes.num_classes), text_encoder=classes,
+        interpolant=DDPM_NOISE, defaults=replace(_CLASSIFIED, width=network.size, height=network.size),
+    )  # fmt: skip
 
 
 _SD2 = {"family": "Stable Diffusion 2", "network": SD2, "text_encoder": SD2_TEXT}
@@ -494,6 +526,16 @@ CATALOG = {
             },
             tiny={"depths": (0, 1), "head_width": 24},
             learned_variance=True,
+        ),
+        Entry(
+            config=_classifier("adm-classifier", STYLES),
+            task=ClassifyingSystem.task,
+            summary="the style of icons in 32 px under noise: leads those that draw them (--classifier)",
+        ),
+        Entry(
+            config=_classifier("adm-classifier-tiny", _SHAPES, CLASSIFIER_TINY),
+            task=ClassifyingSystem.task,
+            summary="coloured shapes, 16 px: the same, trained in a minute",
         ),
         *_pixels(
             "edm",
@@ -754,6 +796,8 @@ def build(config: SystemConfig, tokenizers: Sequence[CLIPTokenizer | T5Tokenizer
             Multiscale(config.network), config.defaults, config.name, config.family, config.trajectory,
             config.first_beta, config.mean, config.std, config.learned_schedule, config.repeats,
         )  # fmt: skip
+    if isinstance(config, ClassifyingConfig):
+        return _classifying(config)
     kinds: dict[str, Any] = {"dcae": DCAE, "kl": KLAutoencoder, "vq": VQAutoencoder, "pixels": Pixels}
     autoencoder = kinds[config.autoencoder.type](config.autoencoder)
     if isinstance(config, AutoencodingConfig):
@@ -800,6 +844,18 @@ def _autoencoding(config: AutoencodingConfig, autoencoder: nn.Module) -> Autoenc
     if isinstance(loss, LossConfig):
         return AutoencodingSystem(*told, loss.kl_weight, loss.gradient_weight, loss.scale_weight)
     return AdversarialAutoencodingSystem(*told, loss, _perceptual(loss.perceptual_from))
+
+
+def _classifying(config: ClassifyingConfig) -> ClassifyingSystem:
+    if config.network.num_classes != config.text_encoder.num_classes:
+        raise UsageError(
+            f"network.num_classes={config.network.num_classes} are not the {config.text_encoder.num_classes} classes "
+            "of text_encoder"
+        )
+    return ClassifyingSystem(
+        Classifier(config.network), Labels(config.text_encoder), discrete(config.interpolant), config.defaults,
+        config.name, config.family,
+    )  # fmt: skip
 
 
 def _perceptual(source: str) -> lpips.LPIPS | None:
@@ -905,7 +961,7 @@ def settled(config: SystemConfig) -> SystemConfig:
     if files.CONFIG_KEY not in metadata:
         return config
     held = parse(files.config_in(metadata, path), path)
-    if isinstance(held, NonequilibriumConfig):
+    if isinstance(held, NonequilibriumConfig | ClassifyingConfig):
         raise CheckpointMismatch(f"{path} is of {held.name}, which has no autoencoder: name another file")
     found = held.autoencoder
     scaled = not isinstance(found, DCAEConfig) or not isinstance(config.autoencoder, DCAEConfig)
@@ -1006,7 +1062,7 @@ def load(
         _rest(system, device)
     else:
         system.to(device)
-    if device.type == "cuda" and isinstance(network := getattr(system, "network", None), UNet):
+    if device.type == "cuda" and isinstance(network := getattr(system, "network", None), UNet | Classifier):
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # docs/speed.md
     if codec is not None:
         if found is None or not any(name.startswith(f"{codec}/") for name in layouts.names(found.layout)):
@@ -1099,6 +1155,39 @@ def put_guide(system: AnySystem, source: str | Path, device: torch.device, dtype
     first.guided_by(guide)
 
 
+def put_classifier(system: AnySystem, source: str | Path, device: torch.device | str) -> None:
+    """Let a classifier of noisy pictures lead what is drawn. Raises what `load_classifier` does, and CheckpointMismatch
+    for one of other pictures or classes."""
+    if not isinstance(system, DiffusionSystem):
+        raise CheckpointMismatch(f"{system.name} draws nothing that a classifier could lead")
+    system.led_by(load_classifier(source, device))
+
+
+def load_classifier(source: str | Path, device: torch.device | str = "cpu") -> ClassifyingSystem:
+    """A classifier of noisy pictures by the file or folder of a run, or a file of guided_diffusion, in float32. Raises
+    UnknownName, FileProblem, CheckpointMismatch; warns (Assumed) of what a file does not tell."""
+    path = find(source)
+    tensors = files.read(path)[0] if path.is_file() else {}
+    found = pixels.classifier(path, tensors)
+    if found is None:
+        system = load(path, device)
+        if not isinstance(system, ClassifyingSystem):
+            raise CheckpointMismatch(
+                f"{source} is of {system.family}, which draws: give a classifier of noisy pictures"
+            )
+        return system
+    network, noise, layout, sentence = found
+    warnings.warn(f"{path}: {sentence}", Assumed, stacklevel=2)
+    labels = LabelsConfig(num_classes=network.num_classes)
+    config = replace(_classifier(path.stem[:200], labels, network), interpolant=noise)
+    bare, name = _bare(config, path), files.digest(path)
+    assert isinstance(bare, ClassifyingSystem)
+    layouts.fit(layout, bare.state_dict(), tensors, f"{path}, read as a classifier of ADM")
+    files.assign(bare, _cast(layouts.read(layout, tensors, path), torch.float32), path)
+    bare.weights_hash = lambda: name
+    return bare.requires_grad_(False).eval().to(device)
+
+
 def _pair(
     system: AnySystem,
     source: str | Path,
@@ -1112,7 +1201,8 @@ def _pair(
         raise CheckpointMismatch(f"{system.name} draws nothing that {would}")
     other = load(source, device, dtype=dtype)
     if not isinstance(other, DiffusionSystem):
-        raise CheckpointMismatch(f"{source} is an autoencoder, not a model that {does}")
+        what = "a classifier" if isinstance(other, ClassifyingSystem) else "an autoencoder"
+        raise CheckpointMismatch(f"{source} is {what}, not a model that {does}")
     return system, other
 
 
@@ -1288,9 +1378,10 @@ def find(source: str | Path) -> Path:
         row = CATALOG[str(source)]
         if row.weights == "needed":
             use = "-m RUN" if row.task != AutoencodingSystem.task else "-m RUN -i IMAGE, which gives the picture back"
+            use = "--classifier RUN beside a model that draws" if row.task == ClassifyingSystem.task else use
             train = f"train them with `limner train {row.recipe or row.name} --out RUN` and give {use}; or "
             train = "" if row.recipe is None else train
-            ours = row.family.endswith(("transformer", "autoencoder", " diffusion"))
+            ours = row.family.endswith(("transformer", "autoencoder", " diffusion", "classifier"))
             raise FileProblem(
                 f"the model {row.name!r} has no weights here: {train}give the path of a .safetensors file"
                 f"{'' if ours else ' or of a diffusers folder'} with -m"

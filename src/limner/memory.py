@@ -98,6 +98,8 @@ def plan(system: System, request: Request, count: int) -> Plan:
         return Plan(weights_of(system, request), (*found, decoding))
     others = joined(system)
     ghost.__dict__ |= {name: without_data(other) for name, other in others.items()}
+    if (classifier := system.classifier) is not None:
+        ghost.__dict__["classifier"] = without_data(classifier)
     controls = [f"control {k}" for k, _ in enumerate(request.control, 1)]
     plain: dict[str, Any] = {"start": 0.0, "end": 1.0, "maker": "", "finder": None}
     told = tuple(replace(one, network=ghost_of(one.network), **plain) for one in request.control)
@@ -126,7 +128,8 @@ def plan(system: System, request: Request, count: int) -> Plan:
         look = lambda: shown.extend(ghost.shown(one, request) for one in told if one.weight)  # noqa: E731
         stages.append(stage("the pictures of controls", ("autoencoder",), look))
         ghost.__dict__["shown"] = lambda *_: shown.pop(0)  # and not again in a step
-    stages.append(stage("a step", ("network", *guide, *controls), step))
+    leads = ("classifier",) if classifier is not None else ()
+    stages.append(stage("a step", ("network", *guide, *leads, *controls), step))
     if "refiner" in others:
         stages.append(Stage("a step of the refiner", ("refiner",), stages[-1].made))
     return Plan(weights_of(system, request), (*stages, decoding), passing_of(system))
@@ -142,6 +145,7 @@ def weights_of(system: Any, request: Request) -> dict[str, int]:
     if not isinstance(system, DiffusionSystem):
         return {part: bytes_of(getattr(system, part)) for part in PARTS if hasattr(system, part)}
     parts = {part: getattr(system, part) for part in PARTS} | joined(system)
+    parts |= {} if system.classifier is None else {"classifier": system.classifier}
     parts |= {f"control {k}": one.network for k, one in enumerate(request.control, 1)}
     return {name: bytes_of(part) for name, part in parts.items()}
 

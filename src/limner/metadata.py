@@ -63,6 +63,9 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "pag_layers": (list, 1, 100),
     "guide_model": (str, 1, 200),
     "guide_model_hash": (str, 0, 64),
+    "classifier": (str, 1, 200),
+    "classifier_hash": (str, 0, 64),
+    "classifier_scale": (float, 0, 100),
     "variation": (float, 0, 1),
     "variation_seed": (int, 0, 2**63 - 1),
     "variation_image_hash": (str, 1, 64),  # of the picture turned to

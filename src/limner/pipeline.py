@@ -160,6 +160,7 @@ def load(
     vae: str | Path | None = None,
     refiner: str | Path | None = None,
     guide_model: str | Path | None = None,
+    classifier: str | Path | None = None,
     text_encoder: str | Path | Sequence[str | Path] = (),
     offload: Literal["auto", "never", "always"] = "auto",
     compile: bool = False,
@@ -169,8 +170,9 @@ def load(
     is what the network computes in, by default what is fastest on the device without harm; with "fp8" matrices of
     transformers and of T5 are kept in 8 bits, half the memory, and expanded when they are multiplied; `vae` is
     a file or folder with another autoencoder, `refiner` a model that does the last steps, `guide_model` a weaker one
-    that guidance leads away from in place of the negative prompt (autoguidance), `text_encoder` one or several files
-    with other text towers, in any order. A file with a network alone needs `vae` and `text_encoder`, such as
+    that guidance leads away from in place of the negative prompt (autoguidance), `classifier` one of noisy pictures
+    that leads models of pixels to the class of the prompt, `text_encoder` one or several files with other text towers,
+    in any order. A file with a network alone needs `vae` and `text_encoder`, such as
     `load("flux1-dev.safetensors", vae="ae.safetensors", text_encoder=["clip_l.safetensors", "t5xxl.safetensors"])`.
     `offload` says whether the parts of a model take turns on a GPU and rest on the CPU: "auto" if it cannot hold them
     and what a drawing makes. `compile` has torch compile the network's layers when it first draws, which takes seconds
@@ -194,6 +196,8 @@ def load(
         catalog.put_refiner(system, refiner, find_device(device), told)
     if guide_model is not None:
         catalog.put_guide(system, guide_model, find_device(device), told)
+    if classifier is not None:
+        catalog.put_classifier(system, classifier, find_device(device))
     if isinstance(system, DiffusionSystem):
         system.stays = offload == "never"
         if system.works_on is not None:
@@ -244,16 +248,16 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     ("a1111", "comfyui", "plain"), clip_skip from 1, wildcards (folder of .txt files), guidance_kind ("cfg", "apg",
     "cfg_zero"), guidance_rescale 0 to 1, guidance_mimic (a scale), guidance_interval (low, high, of the noise),
     pag_scale (perturbed attention guidance, beside the other or alone; 3 is usual) with pag_layers (blocks,
-    "mid_block" without), variation 0 to 1 towards the noise of variation_seed, or a pair of them between which the
-    pictures of a batch lie, invert (what image shows: the noise is that from which it comes back, by DDIM inversion;
-    variation is then towards that of the picture variation_image), compat ("a1111", "a1111-cpu",
-    "comfyui") to do as these do, with noise_delta and place, switch_at (0 to 1, where a refiner takes over), hires (a
-    factor above 1) with hires_strength and hires_steps, on_step(done, total, preview), told after each step,
-    where preview() gives small pictures of what is being drawn, made only if it is called; with a Pipeline also lora
-    and embedding (files, or (file, weight), for this time only), adapter_folder, where `<lora:name:weight>` of the
-    prompt is looked for, control (ControlNets and T2I-Adapters, each what --control takes, keywords of
-    `limner.adapters.control.open_control`, or its file, image and weight), ip_adapter (the same of IP-Adapters and
-    Redux) and image_encoder. What is left out is the model's default.
+    "mid_block" without), classifier_scale (how much a classifier leads, 1 without), variation 0 to 1 towards the noise
+    of variation_seed, or a pair of them between which the pictures of a batch lie, invert (what image shows: the noise
+    is that from which it comes back, by DDIM inversion; variation is then towards that of the picture variation_image),
+    compat ("a1111", "a1111-cpu", "comfyui") to do as these do, with noise_delta and place, switch_at (0 to 1, where a
+    refiner takes over), hires (a factor above 1) with hires_strength and hires_steps, on_step(done, total, preview),
+    told after each step, where preview() gives small pictures of what is being drawn, made only if it is called; with a
+    Pipeline also lora and embedding (files, or (file, weight), for this time only), adapter_folder, where
+    `<lora:name:weight>` of the prompt is looked for, control (ControlNets and T2I-Adapters, each what --control takes,
+    keywords of `limner.adapters.control.open_control`, or its file, image and weight), ip_adapter (the same of
+    IP-Adapters and Redux) and image_encoder. What is left out is the model's default.
 
     Raises UsageError, UnknownName, FileProblem, ImageProblem; warns (Ignored) of what will not show.
     """
@@ -605,6 +609,7 @@ def check(
     guidance_interval: tuple[float, float] | None = None,
     pag_scale: float | None = None,
     pag_layers: str | Sequence[str] | None = None,
+    classifier_scale: float | None = None,
     variation: float | tuple[float, float] | None = None,
     variation_seed: int | None = None,
     variation_image: str | Path | Image.Image | None = None,
@@ -760,6 +765,7 @@ def check(
         guidance_interval=None if guidance_interval is None else _interval(guidance_interval),
         pag_scale=_number("pag_scale", pag_scale or 0, 0, 100),
         pag_layers=tuple(layer.strip() for layer in layers),
+        classifier_scale=_number("classifier_scale", 1 if classifier_scale is None else classifier_scale, 0, 100),
         variation=share,
         shares=shares,
         invert=invert,
@@ -838,7 +844,9 @@ def ignored(system: System, request: Request) -> list[str]:
     plain = request.guidance == 1 == request.image_guidance
     kinds = [name for name in SELDOM if "guidance" in name and getattr(request, name) != _usual(system, name)]
     kinds = [name for name in kinds if told_guidance or name != "image_guidance"]
-    if request.pag_scale and (told_guidance or plain):  # which is guidance of its own
+    classifier = getattr(system, "classifier", None)
+    leads = classifier is not None and request.classifier_scale > 0
+    if (request.pag_scale or leads) and (told_guidance or plain):  # which is guidance of its own
         kinds = [name for name in kinds if name != "guidance_interval"]
     if told_guidance and (kinds or request.negative.strip()):
         idle = " and ".join([*kinds, *(["the negative prompt"] if request.negative.strip() else [])])
@@ -851,6 +859,10 @@ def ignored(system: System, request: Request) -> list[str]:
         told.append("ComfyUI knows no variations: they are A1111's")
     if request.switch_at != SWITCH_AT and getattr(system, "refiner", None) is None:
         told.append("switch_at has no effect without a refiner: add --refiner FILE")
+    if classifier is None and request.classifier_scale != 1:
+        told.append("classifier_scale has no effect without a classifier: add --classifier FILE")
+    elif classifier is not None and not leads:
+        told.append(f"{classifier.name} leads nowhere at classifier_scale 0")
     guide = getattr(system, "guide", None)
     if guide is not None and (request.guidance == 1 or told_guidance):
         why = f"as {system.name} is told its guidance" if told_guidance else "at guidance 1: ask for more guidance"
@@ -939,6 +951,9 @@ def describe(system: System, request: Request, place: int = 0) -> dict[str, Any]
         settings |= {"refiner": refiner.name, "refiner_hash": refiner.model_hash, "switch_at": request.switch_at}
     if (guide := getattr(system, "guide", None)) is not None:
         settings |= {"guide_model": guide.name, "guide_model_hash": guide.model_hash}
+    if (classifier := getattr(system, "classifier", None)) is not None:
+        settings |= {"classifier": classifier.name, "classifier_hash": classifier.model_hash}
+        settings["classifier_scale"] = request.classifier_scale
     if getattr(system, "enlarges", 1) > 1:
         settings["noise_level"] = request.noise_level
     if request.image is not None:

@@ -193,7 +193,8 @@ class Request:
     place, or, where they have `shares` of their own, of `variation_seed` alone; all pictures have the same seed then.
     `invert` says what `image` shows: what is drawn begins with the noise from which that comes back, turned by the
     `shares` to that of `variation_image`. `pag_scale` is `push` there, away from a network whose pixels
-    attend to themselves alone in `pag_layers`. `hires` times the size is what is drawn in the end: over what was
+    attend to themselves alone in `pag_layers`. `classifier_scale` is `scale` of `limner.sampling.guidance.classified`,
+    where a classifier leads. `hires` times the size is what is drawn in the end: over what was
     drawn first, with a strength and steps of its own. `switch_at` is the share of the noise after which a refiner
     takes over. `noise_level` is the timestep whose noise an upscaler puts over the picture first. `compat` is a
     program of `limner.sampling.compat` to do as, `noise_delta` A1111's number of the name, `place` that of the
@@ -224,6 +225,7 @@ class Request:
     guidance_interval: tuple[float, float] | None = None
     pag_scale: float = 0.0
     pag_layers: tuple[str, ...] = ("mid_block",)
+    classifier_scale: float = 1.0
     variation: float = 0.0
     variation_seed: int = 0
     shares: tuple[float, ...] = ()

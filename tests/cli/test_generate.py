@@ -86,6 +86,7 @@ def test_the_drawing_is_that_of_the_pipeline(limner, here, tiny_model):
     others |= {"hires", "hires_strength", "hires_steps", "vae", "vae_hash", "text_encoder", "text_encoder_hash"}
     others |= {"refiner", "refiner_hash", "switch_at", "control", "ip_adapter", "guide_model", "guide_model_hash"}
     others |= {"depth_hash", "prediction", "padding", "variation_image_hash"}
+    others |= {"classifier", "classifier_hash", "classifier_scale"}
     assert metadata.SETTINGS.keys() - image.settings.keys() == others | pipeline.SELDOM.keys()
 
 

@@ -321,7 +321,10 @@ def test_every_tiny_recipe_is_trained_and_draws_by_commands_alone(here, name):
     final = limner("train", name, "--out", "run").splitlines()[-1]
     assert final == f"run/final/{name}.safetensors"
     losses = [json.loads(line)["loss"] for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    draws = catalog.entry(name).task != "classification"
+    assert sum(losses[-5:]) < (0.6 if draws else 0.9) * sum(losses[:5])  # of much noise no class can be told
+    if not draws:
+        return
     disc = Image.new("RGBA", (32, 32))
     ImageDraw.Draw(disc).ellipse((6, 6, 26, 26), fill=(225, 40, 45, 255))
     disc.save("disc.png")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
@@ -12,6 +14,7 @@ from limner.errors import UnknownName, UsageError
 from limner.sampling import interpolants
 from limner.sampling.guidance import (
     Guidance,
+    classified,
     classifier_free,
     combining,
     composed,
@@ -21,7 +24,7 @@ from limner.sampling.guidance import (
     rescaled,
     zero_star,
 )
-from limner.sampling.interpolants import VPConfig
+from limner.sampling.interpolants import EDMConfig, SDEConfig, VPConfig
 from limner.sampling.predictions import PREDICTIONS
 
 VP = interpolants.get(VPConfig())
@@ -116,3 +119,78 @@ def test_unknown_ways_and_absurd_amounts_are_refused():
     for wrong in ({"rescale": 1.5}, {"rescale": float("nan")}, {"mimic": -1.0}):
         with pytest.raises(UsageError, match="give 0 to 1 and 0 to 100"):
             Guidance(**wrong)
+
+
+MEANS, SPREADS, SHARES = torch.tensor([[-0.8, 0.5, 0.6], [0.2, 0.4, 0.1], [0.5, 0.3, 0.2]], dtype=torch.float64)
+"""Of a mixture of Gaussians, whose components are the classes of its values."""
+
+
+def of_mixture(alpha: float, sigma: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean and variance of x in each class, and the gain by which x0 follows from x there."""
+    variance = (alpha * SPREADS) ** 2 + sigma**2
+    return alpha * MEANS, variance, alpha * SPREADS**2 / variance
+
+
+def log_odds(x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
+    """log p(y | x) of values x (b, c, h, w) that are each of a class, in a last axis."""
+    mean, variance, _ = of_mixture(alpha, sigma)
+    return (SHARES.log() - variance.log() / 2 - (x[..., None] - mean) ** 2 / (2 * variance)).log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    "interpolant",
+    [VP, interpolants.get(EDMConfig()), FLOW, interpolants.get(SDEConfig(kind="ve"))],
+    ids=lambda i: i.name,
+)
+def test_a_classifier_makes_the_denoiser_of_all_that_of_its_class(interpolant):
+    """Exactly, at scale 1, where both are known (Bayes)."""
+
+    def denoise(x: torch.Tensor, sigma: float, of: int | None = None) -> torch.Tensor:
+        alpha = interpolant.alpha(sigma)
+        mean, _, gain = of_mixture(alpha, sigma)
+        each = MEANS + gain * (x[..., None] - mean)
+        return each[..., of] if of is not None else (log_odds(x, alpha, sigma).exp() * each).sum(-1)
+
+    def likelihood(x: torch.Tensor, ratio: float) -> torch.Tensor:
+        norm = math.hypot(1, ratio)
+        return log_odds(x, 1 / norm, ratio / norm)[..., 1].sum((1, 2, 3))
+
+    (x,) = latents(1)
+    for ratio in (0.05, 0.6, 3.0, 40.0):
+        sigma = interpolant.from_ratio(ratio)
+        with torch.inference_mode():
+            led = classified(denoise, likelihood, 1.0, interpolant, 100.0)(x, sigma)
+            half = classified(denoise, likelihood, 0.5, interpolant, 100.0)(x, sigma)
+        assert (led - (wanted := denoise(x, sigma, 1))).abs().max() < 1e-9
+        assert (half - (wanted + denoise(x, sigma)) / 2).abs().max() < 1e-9
+        assert (wanted - denoise(x, sigma)).abs().max() > 0.01
+
+
+def test_where_nothing_is_left_of_the_picture_a_classifier_still_leads():
+    """At the noisy end of a flow, as at the largest ratio that it knows; towards the mean of the class."""
+    (x,) = latents(2)
+    asked: list[float] = []
+
+    def likelihood(x: torch.Tensor, ratio: float) -> torch.Tensor:
+        asked.append(ratio)
+        norm = math.hypot(1, ratio)
+        return log_odds(x, 1 / norm, ratio / norm)[..., 1].sum((1, 2, 3))
+
+    mean = (SHARES * MEANS).sum()
+    led = classified(lambda x, sigma: mean.expand_as(x), likelihood, 1.0, FLOW, 1000.0)(x, 1.0)
+    assert asked == [1000.0]
+    assert (led - MEANS[1]).abs().max() < 0.01
+
+
+def test_a_step_of_ddpm_moves_its_mean_by_the_variance_times_the_gradient():
+    """Algorithm 1 of arXiv:2105.05233, with the larger variance, but for a root of 1 - beta."""
+    (x,) = latents(3)
+    high, low = 700, 699
+    sigma, below = VP.sigmas[high], VP.sigmas[low]
+    kept, before = 1 / (1 + sigma**2), 1 / (1 + below**2)
+    beta = 1 - kept / before
+    x0 = torch.zeros_like(x)
+    slope = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+    led = classified(lambda x, sigma: x0, lambda x, ratio: (slope * x).sum((1, 2, 3)), 2.0, VP, 1e3)(x, sigma)
+    moved = before**0.5 * beta / (1 - kept) * led
+    assert torch.allclose(moved, 2 * beta * slope / (1 - beta) ** 0.5)

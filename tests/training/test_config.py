@@ -117,7 +117,10 @@ def test_json_gives_the_same_config_back():
         ({"steps": -1}, "of this version: steps=-1: give more than 0"),
         ({"colour": "red"}, "colour='red': there is no such field"),
         ({"data": {"source": "icons", "sise": 3}}, "data.sise"),
-        ({"system": {"kind": "painting"}}, "system: give 'autoencoding', 'diffusion', 'nonequilibrium' as its 'kind'"),
+        (
+            {"system": {"kind": "painting"}},
+            "system: give 'autoencoding', 'diffusion', 'nonequilibrium', 'classifying' as its 'kind'",
+        ),
         ({"system": {}}, "system: give its 'kind'"),
         ({"data": 3}, "data=3: give a section of fields"),
     ],

@@ -82,6 +82,10 @@ MARKS: list[tuple[Component, Callable[[Collection[str]], bool]]] = [  # the firs
         _ending("blocks.0.adaLN_modulation.1.weight"),
     ),
     (Component("VAR"), _with("pos_1LC")),
+    (
+        Component("classifier of ADM", "a model that draws pixels (--classifier FILE)"),
+        _with("out.2.positional_embedding"),
+    ),
 ]
 UNETS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL", 1280: "XL's refiner"}
 USES = {4: "", 5: ", told of depth", 7: ", for enlarging", 8: ", for editing", 9: ", for inpainting"}

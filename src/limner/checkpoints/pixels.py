@@ -8,6 +8,7 @@ said. Of a variance that was learned, the channels after the first three, the ne
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from limner.checkpoints.folders import INDEX, Settings
 from limner.checkpoints.foreign import Foreign
 from limner.checkpoints.layouts import Place, prefixed
 from limner.errors import CheckpointMismatch, UsageError
+from limner.models.classifier import ClassifierConfig
 from limner.models.pixels import PixelsConfig
 from limner.models.unet import DDPM_CIFAR, UNetConfig, check
 from limner.sampling.interpolants import EDMConfig, VPConfig
@@ -39,6 +41,11 @@ ASSUMED_DDPM = "no name of a tensor tells noise and size: betas of 0.0001 to 0.0
 ASSUMED_OPENAI = (
     "no name of a tensor tells noise, heads and size: those published with its kind are taken, {betas} betas of "
     "{steps} timesteps, {heads}{order} and {size} px"
+)
+CLASSIFIER_MARKS = {"input_blocks.0.0.weight", "time_embed.0.weight", "out.2.positional_embedding"}
+ASSUMED_CLASSIFIER = (
+    "no name of a tensor tells noise and heads: those published with its kind are taken, {betas} betas of {steps} "
+    "timesteps, heads 64 wide"
 )
 THREE = "names do not tell it from a consistency model, which would draw nothing like a picture"
 CLIPPED = "diffusers' DDIM would go on with the noise of what it foresaw, ours does with that of what was kept of it"
@@ -141,11 +148,7 @@ def openai_config(shapes: Mapping[str, Sequence[int]]) -> UNetConfig:
     blocks = any(f"output_blocks.{ends[0]}.{k}.in_layers.2.weight" in shapes for k in (1, 2))
     starts = [1 + i * (ends[0] + 1) for i in range(len(ends) + 1)]
     widths = tuple(shapes[f"input_blocks.{n}.0.in_layers.2.weight"][0] for n in starts)
-    told = shapes["time_embed.0.weight"][1]
-    if told != widths[0]:
-        raise UsageError(
-            f"its time is told in {told} numbers, but its first level is {widths[0]} wide, as in ADM's 512"
-        )
+    _told(shapes, widths[0])
     scale_shift = shapes["input_blocks.1.0.emb_layers.1.weight"][0] == 2 * widths[0]
     heads = 4 if len(widths) == 5 or (not blocks and scale_shift) else 0 if blocks else 1
     return UNetConfig(
@@ -162,14 +165,58 @@ def openai_config(shapes: Mapping[str, Sequence[int]]) -> UNetConfig:
     )
 
 
+def classifier(
+    path: Path, tensors: Mapping[str, Tensor]
+) -> tuple[ClassifierConfig, VPConfig, dict[str, Place], str] | None:
+    """The classifier of guided_diffusion whose tensors these are, the noise that it was published for, the places of
+    its tensors and what was assumed of it; None for another file. Raises CheckpointMismatch."""
+    if not tensors.keys() >= CLASSIFIER_MARKS:
+        return None
+    with parts.whole(str(path), "a classifier of ADM"):
+        config = classifier_config({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        check(config.unet)
+    noise = COSINE if config.size <= 64 else NOISE
+    sentence = ASSUMED_CLASSIFIER.format(betas=noise.betas, steps=noise.steps)
+    return config, noise, prefixed(unet.classifier_layout(config.unet), "network.", ""), sentence
+
+
+def classifier_config(shapes: Mapping[str, Sequence[int]]) -> ClassifierConfig:
+    """That of these names and shapes. A block that halves the picture has no attention, and nothing else tells it from
+    the others: the first after attention is one. Raises KeyError for a name that every one has, UsageError."""
+    blocks = 1 + _count(shapes, "input_blocks.{}.0.in_layers.2.weight", 1)
+    attended = [n for n in range(blocks) if f"input_blocks.{n}.1.qkv.weight" in shapes]
+    if not attended:
+        raise UsageError("no level of it has attention")
+    num_blocks = next(n for n in range(attended[0], blocks + 1) if n not in attended) - attended[0]
+    levels, rest = divmod(blocks, num_blocks + 1)
+    starts = [1 + i * (num_blocks + 1) for i in range(levels)]
+    if rest or not set(attended) & set(starts):
+        raise UsageError(f"{blocks} blocks are not levels of {num_blocks}, each with one that halves the picture")
+    widths = tuple(shapes[f"input_blocks.{n}.0.in_layers.2.weight"][0] for n in starts)
+    _told(shapes, widths[0])
+    return ClassifierConfig(
+        num_classes=shapes["out.2.c_proj.weight"][0],
+        size=math.isqrt(shapes["out.2.positional_embedding"][1] - 1) << (levels - 1),
+        widths=widths,
+        num_blocks=num_blocks,
+        depths=tuple(int(n in attended) for n in starts),
+    )
+
+
+def _told(shapes: Mapping[str, Sequence[int]], width: int) -> None:
+    """Raises UsageError where the time is told in other numbers than those of a first level of this width."""
+    if (told := shapes["time_embed.0.weight"][1]) != width:
+        raise UsageError(f"its time is told in {told} numbers, but its first level is {width} wide, as in ADM's 512")
+
+
 def _doubles(shapes: Mapping[str, Sequence[int]], n: int) -> bool:
     """Whether a block of the way up ends its level."""
     last = itertools.product((1, 2), ("conv", "in_layers.2"))
     return any(f"output_blocks.{n}.{k}.{name}.weight" in shapes for k, name in last)
 
 
-def _count(shapes: Mapping[str, Sequence[int]], name: str) -> int:
-    return next(i for i in itertools.count() if name.format(i) not in shapes)
+def _count(shapes: Mapping[str, Sequence[int]], name: str, first: int = 0) -> int:
+    return next(n for n, i in enumerate(itertools.count(first)) if name.format(i) not in shapes)
 
 
 def _published(network: UNetConfig, size: int) -> tuple[UNetConfig, VPConfig, dict[str, Place], str]:

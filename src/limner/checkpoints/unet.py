@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from limner.checkpoints.layouts import Place, early_diffusers
 from limner.models.unet import UNetConfig
@@ -112,6 +113,22 @@ def ldm_layout(config: UNetConfig, *, by_head: bool = True) -> dict[str, Place]:
     put("conv_norm_out", "out.0")
     put("conv_out", "out.2")
     return layout
+
+
+def classifier_layout(config: UNetConfig) -> dict[str, Place]:
+    """Our name -> place in a file of guided_diffusion of a `limner.models.classifier.Classifier` whose first part is
+    that of such a U-Net. Its attention goes head by head, but the pooling has all queries first."""
+    layout = {f"encoder.{name}": place for name, place in ldm_layout(config).items() if not name.startswith(ENDS)}
+    for tensor in ("weight", "bias"):
+        kept: Any = "1" if tensor == "weight" else "as it is"
+        layout[f"norm_out.{tensor}"] = Place(f"out.0.{tensor}")
+        for part, name in enumerate(("to_q", "to_k", "to_v")):
+            layout[f"pool.{name}.{tensor}"] = Place(f"out.2.qkv_proj.{tensor}", part, 3, kept=kept)
+        layout[f"pool.to_out.{tensor}"] = Place(f"out.2.c_proj.{tensor}", kept=kept)
+    return layout | {"pool.positional_embedding": Place("out.2.positional_embedding")}
+
+
+ENDS = ("up_blocks.", "conv_norm_out.", "conv_out.")
 
 
 def ldm_config(shapes: Mapping[str, Sequence[int]]) -> UNetConfig:

@@ -264,6 +264,15 @@ def paint(
         str | None,
         typer.Option("--guide-model", help="A weaker model, to guide away from in place of the negative prompt."),
     ] = None,
+    classifier: Annotated[
+        str | None,
+        typer.Option(
+            "--classifier", help="A classifier of noisy pictures, to lead a model of pixels to the prompt's class."
+        ),
+    ] = None,
+    classifier_scale: Annotated[
+        float | None, typer.Option("--classifier-scale", help="How much it leads; 0 is not at all. [default: 1]")
+    ] = None,
     offload: Annotated[
         str | None,
         typer.Option(
@@ -344,6 +353,7 @@ def paint(
         "guidance_interval": guidance_interval,
         "pag_scale": pag_scale,
         "pag_layers": pag_layers,
+        "classifier_scale": classifier_scale,
         "prompt_dialect": dialect,
         "clip_skip": clip_skip,
         "noise_level": noise_level,
@@ -389,6 +399,7 @@ def paint(
         "vae": ("autoencoder", vae, "--vae FILE"),
         "refiner": ("refiner", refiner, "--refiner FILE"),
         "guide_model": ("guide", guide_model, "--guide-model FILE"),
+        "classifier": ("classifier", classifier, "--classifier FILE"),
         "text_encoder": ("text encoders", text_encoder, "--text-encoder FILE, or --clip-l, --clip-g and --t5"),
     }
     hashes = {part: asked.pop(f"{part}_hash", None) for part in parts}
@@ -398,12 +409,13 @@ def paint(
         raise UsageError(f"{str(settings)!r} was painted with {needs}")
     predicted = asked.pop("prediction", None)
     prediction = prediction or _predicted(predicted, painted_with, name, vae, text_encoder)
-    pipe = _load(name, device, prediction, dtype, vae, refiner, guide_model, text_encoder, offload, compile, tell)
+    others = {"vae": vae, "refiner": refiner, "guide_model": guide_model, "classifier": classifier}
+    pipe = _load(name, device, prediction, dtype, others, text_encoder, offload, compile, tell)
     system: Any = pipe.system
     if bare and system.defaults.prompted:
         raise UsageError(unsaid)
     for part, wanted in hashes.items():
-        joined = {"refiner": "refiner", "guide_model": "guide"}.get(part)
+        joined = {"refiner": "refiner", "guide_model": "guide", "classifier": "classifier"}.get(part)
         if wanted and wanted != (getattr(system, joined).model_hash if joined else system.vae[f"{part}_hash"]):
             tell(f"{settings} was painted with another {parts[part][0]} (hash {wanted}): expect another picture")
     from limner import pictures, pipeline
@@ -646,9 +658,7 @@ def _load(
     device: str,
     prediction: str | None,
     dtype: str,
-    vae: Path | None,
-    refiner: str | None,
-    guide_model: str | None,
+    others: dict[str, Any],
     text_encoder: list[Path],
     offload: str | None,
     compile: bool,
@@ -663,9 +673,7 @@ def _load(
 
         with warnings.catch_warnings(record=True, action="always", category=Assumed) as assumed:
             how: Any = {"prediction": prediction, "dtype": dtype, "offload": offload or "auto", "compile": compile}
-            pipe = pipeline.load(
-                name, device, vae=vae, refiner=refiner, guide_model=guide_model, text_encoder=text_encoder, **how
-            )
+            pipe = pipeline.load(name, device, text_encoder=text_encoder, **others, **how)
         for warning in assumed:
             tell(str(warning.message))
         return pipe

@@ -238,6 +238,16 @@ class DownPath(nn.Module):
         self.mid_block = Middle(config)
         self.resblocks = resblocks_of(self)
 
+    def reset_parameters(self) -> None:
+        """Every residual branch starts at zero (Ho et al.'s code; ADM, Latent Diffusion)."""
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                zero(module.conv2)
+            elif isinstance(module, SpatialTransformer):
+                zero(module.proj_out)
+            elif isinstance(module, SpatialAttention):
+                zero(module.to_out[0])
+
     def down(
         self, x: Tensor, told: Told, cond: Conditioning, added: Sequence[Tensor] = ()
     ) -> tuple[Tensor, list[Tensor]]:
@@ -306,14 +316,8 @@ class UNet(DownPath):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Every residual branch starts at zero, and so does the output (Ho et al.'s code; ADM, Latent Diffusion)."""
-        for module in self.modules():
-            if isinstance(module, ResBlock):
-                zero(module.conv2)
-            elif isinstance(module, SpatialTransformer):
-                zero(module.proj_out)
-            elif isinstance(module, SpatialAttention):
-                zero(module.to_out[0])
+        """And so does the output."""
+        super().reset_parameters()
         zero(self.conv_out)
 
     def tell(self, cond: Conditioning) -> None:

@@ -29,6 +29,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "iddpm-tiny": lambda: pixels.tiny(pixels.iddpm()),
     "adm": pixels.adm,
     "adm-tiny": lambda: pixels.tiny(pixels.adm()),
+    "adm-classifier": pixels.adm_classifier,
+    "adm-classifier-tiny": pixels.adm_classifier_tiny,
     "edm": pixels.edm,
     "edm-tiny": lambda: pixels.tiny(pixels.edm()),
     "flow-matching": pixels.flow_matching,

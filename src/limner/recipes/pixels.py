@@ -68,6 +68,13 @@ def adm() -> TrainConfig:
     return replace(iddpm(), name="adm", system=catalog.entry("adm").config)
 
 
+def adm_classifier() -> TrainConfig:
+    """What leads `adm` and its like (arXiv:2105.05233, section 4): the same pictures at every timestep of its noise,
+    and their style as class, with the paper's batch, learning rate and decay of weights."""
+    config = catalog.entry("adm-classifier").config
+    return replace(ddpm(), name="adm-classifier", system=config, lr=3e-4, weight_decay=0.05, sample_prompts=())
+
+
 def edm() -> TrainConfig:
     """The same network inside EDM's preconditioning, at a log-normal sigma (arXiv:2206.00364)."""
     return replace(ddpm(), name="edm", system=catalog.entry("edm").config)
@@ -124,6 +131,10 @@ def tiny(full: TrainConfig) -> TrainConfig:
         sample_every=0,
         sample_prompts=("red circle", "blue square", "green triangle", "yellow cross"),
     )
+
+
+def adm_classifier_tiny() -> TrainConfig:
+    return replace(tiny(adm_classifier()), batch_size=32, lr=1e-3, sample_prompts=())
 
 
 def sohl_dickstein_tiny() -> TrainConfig:

@@ -5,6 +5,7 @@ A `Combine` is a function of them, a denoiser that uses it is again a denoiser, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +25,9 @@ Combine = Callable[..., Tensor]
 """(cond, uncond, x, sigma) -> x0, all (b, c, h, w), and after sigma what is said without the picture where `pictured`
 reads it, and what a spoilt network says where `pushed` does.
 Some remember what they were given before: one for each drawing."""
+Likelihood = Callable[[Tensor, float], Tensor]
+"""(x, sigma / alpha) -> log p(y | x) of each row (b,), where x is scaled to alpha^2 + sigma^2 = 1, from one pass of a
+classifier of noisy pictures."""
 WAYS = ("cfg", "apg", "cfg_zero")
 
 
@@ -204,3 +208,24 @@ def within(interval: tuple[float, float], guided: Denoise, plain: Denoise, inter
         return guided(x, sigma) if low < level <= high else plain(x, sigma)
 
     return denoise
+
+
+def classified(
+    denoise: Denoise, likelihood: Likelihood, scale: float, interpolant: Interpolant, most: float
+) -> Denoise:
+    """And towards what a classifier takes for its class (classifier guidance, arXiv:2105.05233, equation 14):
+    eps - scale * sigma * the gradient of log p(y | x), or x0 + scale * sigma^2 / alpha * the gradient, in any
+    coordinates. A step of the sampler ddpm whose variance is the larger moves its mean by the variance times the
+    gradient, as algorithm 1 does, but for a root of 1 - beta. `most` is the largest sigma / alpha that the classifier
+    knows, and it is taken for larger ones, where x0 would move by infinity times nothing."""
+
+    def guided(x: Tensor, sigma: float) -> Tensor:
+        x0, alpha = denoise(x, sigma), interpolant.alpha(sigma)
+        ratio = sigma / alpha if sigma < most * alpha else most
+        norm = math.hypot(alpha, sigma) ** -1
+        with torch.inference_mode(False), torch.enable_grad():
+            seen = (norm * x).detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(likelihood(seen, ratio).sum(), seen)
+        return x0 + scale * sigma * ratio * norm * gradient
+
+    return guided

@@ -20,13 +20,25 @@ from torch.utils._pytree import tree_map_only
 from limner import hints, pictures
 from limner.errors import CheckpointMismatch, UsageError
 from limner.models import flux, ip_adapter, tiling, unet
+from limner.models.pixels import Pixels
 from limner.models.unet import Residuals, UNet, UNetConfig, micro_conditioning
 from limner.nn.graphs import Graphs, compile_blocks
 from limner.sampling import bounds, compat, samplers, schedules
-from limner.sampling.guidance import Combine, Guidance, classifier_free, combining, composed, guided, on_first, within
+from limner.sampling.guidance import (
+    Combine,
+    Guidance,
+    classified,
+    classifier_free,
+    combining,
+    composed,
+    guided,
+    on_first,
+    within,
+)
 from limner.sampling.interpolants import Discrete, Interpolant, Preconditioned
 from limner.sampling.predictions import Prediction
 from limner.systems import previews
+from limner.systems.classifying import ClassifyingSystem
 from limner.systems.objectives import Objective
 from limner.text.labels import Labels
 from limner.text.prompts import Dialect, Part, Text, parse, refuse, unescaped, unreached
@@ -108,6 +120,8 @@ class Prompts:
     weights: tuple[tuple[float, ...], ...]
     uncond: Conditioning
     guide: Prompts | None = None
+    labels: Tensor | None = None
+    """The class of every picture (b,), which a classifier leads to."""
     kept: dict[Any, Any] = field(default_factory=dict, compare=False)
     """What `ready` gave."""
 
@@ -200,6 +214,8 @@ class DiffusionSystem(nn.Module):
     refiner: DiffusionSystem | None = None
     guide: DiffusionSystem | None = None
     """A weaker model, which guidance leads away from in place of the negative prompt."""
+    classifier: ClassifyingSystem | None = None
+    """Leads every step to the class of the prompt."""
     refuses = True
     """Whether a prompt may not ask for adapters that are not here: what another model knows, a refiner need not."""
     latent_rgb: Tensor | None = None
@@ -435,12 +451,15 @@ class DiffusionSystem(nn.Module):
                 f"{self.name} draws after a depth map, but none was given: add --depth IMAGE, near is white"
             )
         if isinstance(self.text_encoder, Labels):
-            self.text_encoder.classes([*request.prompts, *request.negatives, request.invert or ""])
+            words = self.text_encoder if self.classifier is None else self.classifier.text_encoder
+            words.classes([*request.prompts, *request.negatives, request.invert or ""])
             if not self.unguided(request) and not (self.defaults.prompted and self.knows_none):
                 raise UsageError(
                     f"guidance is {request.guidance:g}, but {self.name} has no class for none, to lead away from: "
                     "give 1"
                 )
+        if self.classifier is not None:
+            self.check_classified(request, self.classifier)
         seen: int = self.unit * getattr(self.network.config, "pos_embed_max", 0)
         longest = max(min(n, request.tile or n) for n in (request.width, request.height))
         if seen and longest > seen:
@@ -477,6 +496,17 @@ class DiffusionSystem(nn.Module):
             self.guide.check(replace(request, control=(), pag_scale=0.0))  # it is not perturbed
         if self.refiner is not None:
             self.refiner.check(replace(request, clip_skip=None))
+
+    def check_classified(self, request: Request, classifier: ClassifyingSystem) -> None:
+        if self.refiner is not None:
+            raise UsageError(f"{classifier.name} does not lead a refiner: leave one of them out")
+        if not all(map(str.strip, request.prompts)):
+            raise UsageError(f"the prompt is empty: name the class that {classifier.name} leads to")
+        size = classifier.network.config.size
+        if (request.width, request.height) != (size, size):
+            raise UsageError(
+                f"{request.width} x {request.height} pixels, but {classifier.name} sees {size} x {size}: draw that size"
+            )
 
     def check_small(self, request: Request) -> None:
         if request.image is None:
@@ -530,6 +560,11 @@ class DiffusionSystem(nn.Module):
         weights = tuple(tuple(p[k].weight if k < len(p) else 0.0 for p in said) for k in range(most))
 
         def told(system: DiffusionSystem, turn: tuple[tuple[Text, ...], ...]) -> Prompts:
+            labels = None
+            if self.classifier is not None:
+                labels = self.classifier.text_encoder.read(tuple(row[:1] for row in turn), "plain", None).labels
+                if not system.defaults.prompted:  # the classifier alone reads
+                    turn = tuple(tuple(() for _ in row) for row in turn)
             empty = {"zero": False} if request.compat == "comfyui" else {}
             each = 1 if most == 1 and system.unguided(request) else most + 1  # nobody asks for the negative prompt then
             with system.at_work("text_encoder"):
@@ -547,7 +582,7 @@ class DiffusionSystem(nn.Module):
             width, height = (min(n, request.tile or n) for n in (request.width, request.height))
             guide = None if system.guide is None else told(system.guide, turn)
             sized = tuple(system.sized(part, width, height) for part in parts)
-            return Prompts(sized, weights, system.sized(uncond, width, height, score=2.5), guide)
+            return Prompts(sized, weights, system.sized(uncond, width, height, score=2.5), guide, labels)
 
         known = lru_cache(maxsize=MOST_KNOWN)(told)  # a long prompt that changes at every step would fill the memory
         mine: Turns = [(end, partial(known, self, turn), self) for end, turn in turns.items()]
@@ -586,6 +621,24 @@ class DiffusionSystem(nn.Module):
         self.alike(guide, "guide what", "draws")
         guide.refuses = False
         self.__dict__["guide"] = guide
+
+    def led_by(self, classifier: ClassifyingSystem) -> None:
+        """Let a classifier of noisy pictures lead every step to the class of the prompt (arXiv:2105.05233, section 4),
+        which a network that is told no class draws then, too. Raises CheckpointMismatch for one of other pictures or
+        classes."""
+        mine, its = self.text_encoder, classifier.text_encoder
+        if not isinstance(mine, Labels) or not isinstance(self.autoencoder, Pixels) or self.autoencoder.channels != 3:
+            raise CheckpointMismatch(
+                f"{classifier.name} knows classes of pixels, but {self.name} draws otherwise: it leads models of "
+                "pixels that are told a class or nothing"
+            )
+        names = [words.known for words in (mine, its) if words.known]
+        if mine.config.num_classes and (mine.config.num_classes != its.config.num_classes or names[1:] != names[:-1]):
+            raise CheckpointMismatch(
+                f"the {its.config.num_classes} classes of {classifier.name} are not the {mine.config.num_classes} of "
+                f"{self.name}: give a classifier that learned the same"
+            )
+        self.__dict__["classifier"] = classifier  # not a part of this module
 
     def alike(self, other: DiffusionSystem, does: str, that: str) -> None:
         """Raises CheckpointMismatch unless the two can take turns with the same latents."""
@@ -749,7 +802,7 @@ class DiffusionSystem(nn.Module):
     def inverted(self, request: Request) -> Latents:
         """The x (1, c, h, w) at the first of its levels from which the picture of a request comes back, told what
         `request.invert` says and not guided (DDIM inversion, arXiv:2010.02502, section 4.3)."""
-        told = replace(request, guidance=1.0, image_guidance=1.0, pag_scale=0.0)
+        told = replace(request, guidance=1.0, image_guidance=1.0, pag_scale=0.0, classifier_scale=0.0)
         given = self.given(told, 1)
         given.pop("paint", None)
         cond = self.condition([request.invert or ""], told, [""])
@@ -877,11 +930,23 @@ class DiffusionSystem(nn.Module):
             if request.on_step is not None:
                 request.on_step(done, total, partial(self.preview, newest))
 
-        def denoise(x: Tensor, sigma: float) -> Tensor:
-            nonlocal newest
+        def foreseen(x: Tensor, sigma: float) -> Tensor:
             turn = next(k for k, (until, *_) in enumerate(cond) if steps < until)
             x0 = tiling.blended(lambda tile, part: denoiser(turn, tile)(part, sigma), x, side, overlap)
-            x0 = x0.clamp(-1, 1) if self.clip else x0
+            return x0.clamp(-1, 1) if self.clip else x0
+
+        led: Denoise = foreseen
+        if (classifier := self.classifier) is not None and request.classifier_scale:
+            with torch.inference_mode(False):  # a tensor of its mode could not be differentiated with
+                labels = cond[0][1]().labels.clone()  # type: ignore[union-attr]
+            likelihood = partial(classifier.likelihood, labels=labels)
+            most = classifier.interpolant.ratio_max
+            led = classified(foreseen, likelihood, request.classifier_scale, self.interpolant, most)
+            led = within(interval, led, foreseen, self.interpolant)
+
+        def denoise(x: Tensor, sigma: float) -> Tensor:
+            nonlocal newest
+            x0 = led(x, sigma)
             newest = x0 if paint is None else torch.lerp(start, x0, paint)  # type: ignore[arg-type]
             return newest
 

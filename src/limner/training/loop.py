@@ -62,8 +62,12 @@ from limner.training.validation import parted, validate
 
 MOST_PIXELS = 4096
 """A side of a picture to learn from."""
-NOUNS = {"autoencoding": "an autoencoder", "nonequilibrium": "a model of pixels"}
-"""What learns from pictures alone, not from words or latents, by the kind of system."""
+NOUNS = {
+    "autoencoding": "an autoencoder",
+    "nonequilibrium": "a model of pixels",
+    "classifying": "a classifier",
+}
+"""What learns from pictures themselves, not from latents, by a loss of its own, by the kind of system."""
 Draw = Callable[[Any, TrainConfig], list[Image.Image]]
 """(system, config) -> one picture for each of config.sample_prompts."""
 Export = Callable[[Any, TrainConfig, Path], object]
