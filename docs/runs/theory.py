@@ -10,12 +10,15 @@
     python theory.py bits DATA CACHE MODEL OUT           a JSON line to OUT for each way there is: bits per dimension of
                                                          COUNT held-out pictures on white
     python theory.py table FOLDER                        FOLDER/*/measured.jsonl -> FOLDER/theory.md
+    python theory.py figure FOLDER OUT.png               of the same and FOLDER/theory.json, which `reference` printed;
+                                                         needs matplotlib
 
 COUNT (5,000) pictures of styles as frequent as in the data. FD is the Frechet distance of EffLite0's features to those
 of all training pictures: its floor is that of COUNT training pictures to the others, its ceilings those of the same
 blurred and of noise. "style" is the share of pictures that a linear probe of the same features takes for their style
-(of held-out pictures it knows what `reference` says). "ms" is of a picture, in batches of BATCH (500). NFE counts
-the network, not a classifier, which is asked as often and once back.
+(of held-out pictures it knows what `reference` says). "ms" is of a picture, in batches of BATCH (500). NFE counts what
+a sampler asks: guidance asks the network for twice the rows, and a classifier as often and once back. Networks are in
+bfloat16 on a GPU.
 Straightness is of paths of STEPS (100) steps. Bits are those of the variational bound, with all timesteps or, for EVERY
 n, one of n for what it stands for, and of the flow, by dopri5 within TOLERANCE (1e-4) and one draw of signs for each
 picture; all unguided, with the standard error over pictures.
@@ -29,6 +32,8 @@ import random
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +49,7 @@ from limner.metrics.features import EffLite0
 from limner.metrics.likelihood import flow_bits, variational_bits
 from limner.metrics.straightness import straightness
 from limner.models.pixels import PixelsConfig
+from limner.sampling import samplers
 from limner.sampling.interpolants import EDM, Discrete
 from limner.types import Denoise
 
@@ -122,6 +128,10 @@ def parsed(settings: str) -> dict[str, Any]:
     return {name: value(text) for name, text in (word.split("=", 1) for word in settings.split())}
 
 
+def opened(model: str) -> Any:
+    return pipeline.load(model, DEVICE, dtype="bf16" if DEVICE == "cuda" else "auto")
+
+
 def led(system: Any, settings: str) -> dict[str, Any]:
     """What is asked by settings, with their classifier, or none, on the system."""
     asked = parsed(settings)
@@ -131,29 +141,46 @@ def led(system: Any, settings: str) -> dict[str, Any]:
     return asked
 
 
+@contextmanager
+def counted() -> Iterator[list[float]]:
+    """The sigmas that samplers ask at, while this lasts."""
+    asked: list[float] = []
+    find = samplers.get
+
+    def get(name: str) -> samplers.Sampler:
+        def sampler(denoise: Denoise, *told: Any, **more: Any) -> Tensor:
+            def noted(x: Tensor, sigma: float) -> Tensor:
+                asked.append(sigma)
+                return denoise(x, sigma)
+
+            return find(name)(noted, *told, **more)
+
+        return sampler
+
+    samplers.get = get
+    try:
+        yield asked
+    finally:
+        samplers.get = find
+
+
 def measure(source: str, model: str, out: str, *settings: str) -> None:
     known = torch.load(source)
-    pipe, features = pipeline.load(model, DEVICE), EffLite0(DEVICE)
+    pipe, features = opened(model), EffLite0(DEVICE)
     real = known["features"].to(DEVICE)
     chosen = random.Random(0).choices(known["labels"].tolist(), k=COUNT)
     prompts = [STYLES.names[k] for k in chosen]
     for words in settings or ("",):
-        asked, told = 0, led(pipe.system, words)
-        hook = pipe.system.network.register_forward_pre_hook(lambda *_: count())
-
-        def count() -> None:
-            nonlocal asked
-            asked += 1
-
-        begun = time.monotonic()
-        drawn = evaluation.draw(pipe.system, prompts, list(range(COUNT)), BATCH, **told)
-        took = time.monotonic() - begun
-        hook.remove()
+        told = led(pipe.system, words)
+        with counted() as asked:
+            begun = time.monotonic()
+            drawn = evaluation.draw(pipe.system, prompts, list(range(COUNT)), BATCH, **told)
+            took = time.monotonic() - begun
         drawn = drawn if drawn.shape[1] == 4 else torch.cat([drawn, torch.full_like(drawn[:, :1], 255)], 1)
         x = features(drawn).final
         precision, recall = precision_recall(real[:: max(1, len(real) // COUNT)], x.to(DEVICE))
         row = {
-            "model": Path(model).name, "settings": words, "NFE": asked / -(-COUNT // BATCH),
+            "model": Path(model).name, "settings": words, "NFE": len(asked) / -(-COUNT // BATCH),
             "FD": frechet(x.to(DEVICE), real), "precision": precision, "recall": recall,
             "style": float((classes(known["probe"], x) == torch.tensor(chosen)).float().mean()),
             "ms": 1000 * took / COUNT, "pictures": COUNT,
@@ -182,7 +209,7 @@ def of(model: str, figures: Tensor) -> dict[str, Any]:
 
 
 def bent(source: str, model: str, out: str) -> None:
-    system, known = pipeline.load(model, DEVICE).system, torch.load(source)
+    system, known = opened(model).system, torch.load(source)
     prompts = [STYLES.names[k] for k in random.Random(0).choices(known["labels"].tolist(), k=COUNT)]
     draws, found = torch.Generator().manual_seed(0), []
     side = system.defaults.width // system.grid
@@ -194,7 +221,7 @@ def bent(source: str, model: str, out: str) -> None:
 
 
 def bits(data: str, cache: str, model: str, out: str) -> None:
-    system = pipeline.load(model, DEVICE).system
+    system = opened(model).system
     if not isinstance(system.autoencoder.config, PixelsConfig):
         sys.exit(f"{model} draws latents: bits are of pixels")
     config = DataConfig(source="icons", folder=data, cache=cache, split="val", size=32, caption_from="style")
@@ -229,17 +256,56 @@ def bits(data: str, cache: str, model: str, out: str) -> None:
 
 
 def sheet(model: str, out: str, settings: str = "") -> None:
-    pipe = pipeline.load(model, DEVICE)
-    prompts = [name for name in STYLES.names for _ in range(8)]
+    pipe = opened(model)
+    prompts = [name for name in STYLES.names for _ in range(4)]
     drawn = evaluation.draw(pipe.system, prompts, list(range(len(prompts))), BATCH, **led(pipe.system, settings))
     drawn = drawn if drawn.shape[1] == 4 else torch.cat([drawn, torch.full_like(drawn[:, :1], 255)], 1)
     evaluation.draw_grid(drawn, columns=16, gap=4).save(out)
 
 
-def table(folder: str) -> None:
+def measured(folder: str) -> list[dict[str, Any]]:
     rows = []
     for file in sorted(Path(folder).glob("*/measured.jsonl")):
         rows += [{"run": file.parent.name} | json.loads(line) for line in file.read_text().splitlines()]
+    return rows
+
+
+def figure(folder: str, out: str) -> None:
+    from matplotlib import pyplot
+
+    lines: dict[str, list[tuple[float, float]]] = {}
+    led: dict[str, list[tuple[float, float, float]]] = {}
+    for row in measured(folder):
+        asked = parsed(row["settings"])
+        scale = {"classifier": asked.get("classifier_scale"), "classifier-free": asked.get("guidance")}
+        for how in [how for how, value in scale.items() if value is not None]:
+            led.setdefault(f"{row['run']}, {how}", []).append((scale[how], row["FD"], row["style"]))
+        if not any(scale.values()):
+            name = " ".join([row["run"], *(str(asked[k]) for k in ("sampler", "schedule") if k in asked)])
+            lines.setdefault(name, []).append((row["NFE"], row["FD"]))
+    _, (left, middle, right) = pyplot.subplots(1, 3, figsize=(16, 5.5), layout="constrained")
+    for name, points in lines.items():
+        left.loglog(*zip(*sorted(points), strict=True), "o-", label=name, markersize=4)
+    real = json.loads(Path(folder, "theory.json").read_text())
+    for name in ("floor", "blurred"):
+        left.axhline(real[name], color="grey", linestyle=":")
+        left.text(
+            1, 1.03 * real[name], f"real pictures, {name}" if name == "blurred" else "real pictures", color="grey"
+        )
+    left.set(xlabel="evaluations of the network", ylabel="Fréchet distance")
+    for name, found in led.items():
+        scales, distances, styles = zip(*sorted(found), strict=True)
+        middle.plot(scales, distances, "o-", label=name, markersize=4)
+        right.plot(scales, styles, "o-", label=name, markersize=4)
+    middle.set(xlabel="scale of guidance", ylabel="Fréchet distance")
+    right.set(xlabel="scale of guidance", ylabel="share of drawings in their style")
+    for axis in (left, middle, right):
+        axis.legend(fontsize="small")
+    pyplot.savefig(out, dpi=90)
+
+
+def table(folder: str) -> None:
+    rows = measured(folder)
     lines = ["| run | settings | NFE | FD | precision | recall | style | ms |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
         lines.append(
@@ -252,4 +318,5 @@ def table(folder: str) -> None:
 if __name__ == "__main__":
     {
         "reference": reference, "measure": measure, "sheet": sheet, "straightness": bent, "bits": bits, "table": table,
+        "figure": figure,
     }[sys.argv[1]](*sys.argv[2:])  # fmt: skip

@@ -1,8 +1,7 @@
 #!/bin/sh
 # The theory line, trained alike and measured, on one GPU: sh docs/runs/theory.sh DATA MNIST WORK [RUN ...]
 # DATA is the icon pack, MNIST the folder of mnist.npz, WORK a folder, RUN some of those below. STEPS (4000) of 256 pictures,
-# JOBS (3) runs at once; measured one after another. What is left: WORK/NAME, a run each with its log, WORK/NAME.jsonl
-# with its figures and WORK/NAME.png with its drawings.
+# JOBS (1) runs at once (three are slower in all: one fills the GPU). What is left: WORK/NAME, a run each with its log.
 set -eu
 data=$1 mnist=$2 work=$3
 shift 3
@@ -26,4 +25,4 @@ one() {
 if [ "${ONE:-}" ]; then one "$ONE"; exit; fi
 [ -f "$work/reference.pt" ] || python3 "$here/theory.py" reference "$data" "$work/cache" "$work/reference.pt" \
     >"$work/reference.json"
-printf '%s\n' "${@:-ddpm}" | xargs -P "${JOBS:-3}" -I{} env ONE={} sh "$0" "$data" "$mnist" "$work"
+printf '%s\n' "${@:-ddpm}" | xargs -P "${JOBS:-1}" -I{} env ONE={} sh "$0" "$data" "$mnist" "$work"
