@@ -13,7 +13,12 @@ from limner.data.batches import open_batches
 from limner.systems import diffusion
 
 TINY = [name for name in catalog.names() if name.endswith("-tiny")]
-TILED = [name for name in TINY if catalog.entry(name).task != "unconditional"]  # which refuse tiles
+TILED = [
+    name
+    for name in TINY
+    if catalog.entry(name).task != "unconditional"  # which refuse tiles
+    and not name.endswith("sde-tiny")  # of ddpm-tiny's network, with a sampler that asks twice
+]
 
 
 def noisy(name: str):
