@@ -35,6 +35,8 @@ MAX_SEED = 2**63 - 1
 MASK_BLUR = 4.0
 PADDING = 32
 SWITCH_AT = 0.8
+INVERTED_STEPS = 50
+"""At least, if nobody says: inversion is right to first order."""
 NOISE_LEVEL = 20
 FACTOR, UPSCALE_STRENGTH = 2.0, 0.5
 MOST_SEEN = 2
@@ -715,7 +717,8 @@ def check(
     if not isinstance(layers, str) and not listed:
         raise UsageError(f"pag_layers is {layers!r:.80}: give names of blocks, such as 'mid_block,up_blocks.1'")
     layers = layers.split(",") if isinstance(layers, str) else layers
-    steps = _whole("steps", defaults.steps if steps is None else steps, 1, 1000)
+    usual_steps = defaults.steps if invert is None else max(defaults.steps, INVERTED_STEPS)
+    steps = _whole("steps", usual_steps if steps is None else steps, 1, 1000)
     kind = defaults.guidance_kind if guidance_kind is None else guidance_kind
     rescale = defaults.guidance_rescale if guidance_rescale is None else guidance_rescale
     if kind not in WAYS:

@@ -14,7 +14,11 @@ from limner.systems import diffusion
 
 TINY = [name for name in catalog.names() if name.endswith("-tiny")]
 DRAWS = [name for name in TINY if catalog.entry(name).task != "classification"]
-TILED = [name for name in DRAWS if catalog.entry(name).task != "unconditional"]  # which refuse tiles
+TILED = [
+    pytest.param(name, marks=[pytest.mark.slow] * name.endswith("sde-tiny"))  # a sampler that asks twice
+    for name in DRAWS
+    if catalog.entry(name).task != "unconditional"  # which refuse tiles
+]
 
 
 def noisy(name: str):
