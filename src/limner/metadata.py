@@ -59,6 +59,8 @@ SETTINGS: dict[str, tuple[type, float, float]] = {
     "image_guidance": (float, 0, 100),
     "depth_hash": (str, 1, 64),  # of the depth map given
     "guidance_interval": (list, 2, 2),
+    "eta": (float, 0, 1),
+    "churn": (float, 0, 1000),
     "pag_scale": (float, 0, 100),
     "pag_layers": (list, 1, 100),
     "guide_model": (str, 1, 200),

@@ -49,7 +49,7 @@ CHUNK = 8
 SELDOM: dict[str, Any] = {
     "guidance_kind": "cfg", "guidance_rescale": 0.0, "guidance_mimic": 0.0, "guidance_interval": None,
     "image_guidance": 1.0, "variation": 0.0, "invert": None,
-    "pag_scale": 0.0, "pag_layers": ("mid_block",),
+    "eta": None, "churn": 0.0, "pag_scale": 0.0, "pag_layers": ("mid_block",),
     "compat": "", "noise_delta": 0, "place": 0, "only_masked": False, "tile": 0, "vae_tile": None,
 }  # fmt: skip
 """What a picture remembers only where it was asked for, and what is said by leaving it out."""
@@ -249,7 +249,8 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     near, for models told of it), image_guidance (how closely models that edit keep to image), prompt_dialect
     ("a1111", "comfyui", "plain"), clip_skip from 1, wildcards (folder of .txt files), guidance_kind ("cfg", "apg",
     "cfg_zero"), guidance_rescale 0 to 1, guidance_mimic (a scale), guidance_interval (low, high, of the noise),
-    pag_scale (perturbed attention guidance, beside the other or alone; 3 is usual) with pag_layers (blocks,
+    eta (0 to 1 of DDPM's noise in each step, for samplers that add some, and ddim), churn (S_churn of EDM, for euler
+    and heun), pag_scale (perturbed attention guidance, beside the other or alone; 3 is usual) with pag_layers (blocks,
     "mid_block" without), classifier_scale (how much a classifier leads, 1 without), variation 0 to 1 towards the noise
     of variation_seed, or a pair of them between which the pictures of a batch lie, invert (what image shows: the noise
     is that from which it comes back, by DDIM inversion; variation is then towards that of the picture variation_image),
@@ -609,6 +610,8 @@ def check(
     guidance_rescale: float | None = None,
     guidance_mimic: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    eta: float | None = None,
+    churn: float | None = None,
     pag_scale: float | None = None,
     pag_layers: str | Sequence[str] | None = None,
     classifier_scale: float | None = None,
@@ -673,6 +676,11 @@ def check(
         _check_inverted(image, compat, sampler)
     if sampler == "dopri5":
         odes.require()
+    for option, value in (("eta", eta), ("churn", churn or None)):
+        if value is not None and (compat or invert is not None or not samplers.takes(sampler, option)):
+            others = ", ".join(name for name in samplers.SAMPLERS if samplers.takes(name, option))
+            why = f"compat {compat}" if compat else "invert" if invert is not None else f"the sampler {sampler!r}"
+            raise UsageError(f"{why} takes no {option}: it is for {others}")
     if compat and compat not in programs.PROGRAMS:
         raise UnknownName("program", str(compat), programs.PROGRAMS)
     if noise_delta and not (compat or "").startswith("a1111"):
@@ -766,6 +774,8 @@ def check(
         guidance_rescale=_number("guidance_rescale", rescale, 0, 1),
         guidance_mimic=_number("guidance_mimic", guidance_mimic or 0, 0, 100),
         guidance_interval=None if guidance_interval is None else _interval(guidance_interval),
+        eta=None if eta is None else _number("eta", eta, 0, 1),
+        churn=_number("churn", churn or 0, 0, 1000),
         pag_scale=_number("pag_scale", pag_scale or 0, 0, 100),
         pag_layers=tuple(layer.strip() for layer in layers),
         classifier_scale=_number("classifier_scale", 1 if classifier_scale is None else classifier_scale, 0, 100),

@@ -192,7 +192,8 @@ class Request:
     `limner.sampling.guidance.Guidance`. `variation` is how much of the first noise is that of `variation_seed` +
     place, or, where they have `shares` of their own, of `variation_seed` alone; all pictures have the same seed then.
     `invert` says what `image` shows: what is drawn begins with the noise from which that comes back, turned by the
-    `shares` to that of `variation_image`. `pag_scale` is `push` there, away from a network whose pixels
+    `shares` to that of `variation_image`. `eta` and `churn` are those of samplers that
+    take them. `pag_scale` is `push` there, away from a network whose pixels
     attend to themselves alone in `pag_layers`. `classifier_scale` is `scale` of `limner.sampling.guidance.classified`,
     where a classifier leads. `hires` times the size is what is drawn in the end: over what was
     drawn first, with a strength and steps of its own. `switch_at` is the share of the noise after which a refiner
@@ -223,6 +224,8 @@ class Request:
     guidance_rescale: float = 0.0
     guidance_mimic: float = 0.0
     guidance_interval: tuple[float, float] | None = None
+    eta: float | None = None
+    churn: float = 0.0
     pag_scale: float = 0.0
     pag_layers: tuple[str, ...] = ("mid_block",)
     classifier_scale: float = 1.0

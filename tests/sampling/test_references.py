@@ -57,6 +57,21 @@ def test_a_solver_is_k_diffusions(name):
     assert end[[0, 4, 8]].tolist() == pytest.approx(K_DIFFUSION[name], abs=1e-11)
 
 
+CHURNED = {
+    ("euler", 3.0): (-0.117246806435, 0.345605395077, 0.802724508134),
+    ("heun", 3.0): (-0.765421897626, 0.430924465460, 0.824413148837),
+    ("heun", 9.0): (-0.678242232766, 0.414936618848, 0.729573798887),  # more than the root of 2 allows
+}
+
+
+@pytest.mark.parametrize(("name", "churn"), CHURNED)
+def test_churn_is_k_diffusions(name, churn):
+    """As above, with `s_churn`."""
+    sigmas = schedules.karras(10, VP)
+    end = samplers.get(name)(mixture_denoiser(VP), begin(VP, sigmas[0]), sigmas, VP, noise=noise(), churn=churn)
+    assert end[[0, 4, 8]].tolist() == pytest.approx(CHURNED[name, churn], abs=1e-11)
+
+
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 DIFFUSERS = {
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import ImageChops
 
 from limner import catalog, pipeline
 from limner.data.batches import DataConfig, open_images
@@ -18,6 +19,7 @@ from limner.systems import previews
 from limner.systems.objectives import Objective
 
 from .test_catalogue import noisy
+from .test_inverting import built as known
 
 DDPM: Any = catalog.entry("ddpm-tiny").config
 
@@ -34,6 +36,24 @@ def test_pixels_are_their_own_latents_and_previews():
     assert torch.equal(system.decode(system.encode(x)), x)
     shown = previews.show(x, previews.of(system.autoencoder))
     assert torch.equal(torch.tensor(shown[1].get_flattened_data())[5], ((x[1, :, 0, 5] + 1) * 127.5).round().long())
+
+
+def test_noise_added_on_the_way_is_asked_for_and_remembered():
+    pipe = pipeline.Pipeline(known("ddpm-tiny"), "ddpm-tiny")
+    asked: Any = {"steps": 4, "seed": 0, "schedule": "trailing"}
+    draw = lambda **more: pipe.generate("red circle", **asked, **more)[0]  # noqa: E731
+    some, none, most = (draw(sampler="ddim", eta=eta) for eta in (0.5, 0.0, 1.0))
+    assert ImageChops.difference(most.image, draw(sampler="ddpm").image).getextrema()[0][1] <= 1
+    assert ImageChops.difference(most.image, some.image).getextrema()[0][1] > 8
+    assert none.image.tobytes() == draw(sampler="ddim").image.tobytes() != some.image.tobytes()
+    assert some.settings["eta"] == 0.5
+    churned = draw(sampler="euler", churn=2.0)
+    assert churned.image.tobytes() != draw(sampler="euler").image.tobytes()
+    assert churned.settings["churn"] == 2.0
+    with pytest.raises(UsageError, match="the sampler 'heun' takes no eta: it is for euler_a, "):
+        draw(sampler="heun", eta=0.5)
+    with pytest.raises(UsageError, match="the sampler 'ddim' takes no churn: it is for euler, heun, flow_euler"):
+        draw(sampler="ddim", churn=1.0)
 
 
 def test_tiles_of_an_autoencoder_that_is_none_are_told():

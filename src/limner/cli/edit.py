@@ -11,13 +11,13 @@ import typer
 from limner.cli.generate import as_paint, paint
 
 SHARED = (
-    "output", "model", "negative", "steps", "guidance", "seed", "sampler", "schedule", "batch", "dialect",
-    "clip_skip", "compat", "noise_delta", "wildcards", "strength", "mask", "mask_blur", "only_masked", "padding",
-    "depth", "image_guidance", "invert", "variation", "variation_seed", "variation_image", "guidance_kind",
-    "guidance_rescale", "guidance_mimic", "guidance_interval", "pag_scale", "pag_layers", "lora", "embedding",
-    "control", "ip_adapter", "image_encoder", "adapter_folder", "tile", "vae_tile", "dtype", "refiner", "switch_at",
-    "guide_model", "classifier", "classifier_scale", "offload", "compile", "vae", "text_encoder",
-    "clip_l", "clip_g", "t5", "strict", "prediction", "device", "preview", "as_json", "dry_run",
+    "output", "model", "negative", "steps", "guidance", "seed", "sampler", "schedule", "batch", "dialect", "clip_skip",
+    "compat", "noise_delta", "wildcards", "strength", "mask", "mask_blur", "only_masked", "padding", "depth",
+    "image_guidance", "invert", "variation", "variation_seed", "variation_image", "guidance_kind", "guidance_rescale",
+    "guidance_mimic", "guidance_interval", "eta", "churn", "pag_scale", "pag_layers", "lora", "embedding", "control",
+    "ip_adapter", "image_encoder", "adapter_folder", "tile", "vae_tile", "dtype", "refiner", "switch_at", "guide_model",
+    "classifier", "classifier_scale", "offload", "compile", "vae", "text_encoder", "clip_l", "clip_g", "t5", "strict",
+    "prediction", "device", "preview", "as_json", "dry_run",
 )  # fmt: skip
 OWN: dict[str, tuple[Any, Any]] = {
     "image": (Annotated[Path, typer.Argument(help="The picture: PNG, JPEG or WebP.")], inspect.Parameter.empty),

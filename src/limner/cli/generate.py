@@ -187,6 +187,14 @@ def paint(
         tuple[float, float] | None,
         typer.Option("--guidance-interval", metavar="LOW HIGH", help="Guide only at these levels of noise, 0 to 1."),
     ] = None,
+    eta: Annotated[
+        float | None,
+        typer.Option("--eta", help="How much of DDPM's noise a step adds, 0 to 1, of ddim and samplers that add some."),
+    ] = None,
+    churn: Annotated[
+        float | None,
+        typer.Option("--churn", help="How far euler and heun go back into noise at each step, in all: EDM's S_churn."),
+    ] = None,
     pag_scale: Annotated[
         float | None,
         typer.Option("--pag-scale", help="Perturbed attention guidance, beside the other: 3 is usual. U-Nets only."),
@@ -351,6 +359,8 @@ def paint(
         "guidance_rescale": guidance_rescale,
         "guidance_mimic": guidance_mimic,
         "guidance_interval": guidance_interval,
+        "eta": eta,
+        "churn": churn,
         "pag_scale": pag_scale,
         "pag_layers": pag_layers,
         "classifier_scale": classifier_scale,

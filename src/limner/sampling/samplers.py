@@ -10,6 +10,7 @@ the coordinate: `heun` is second order in sigma, `dpmpp_2m` in lambda.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -41,18 +42,36 @@ class Told(TypedDict, total=False):
 # ------------------------------------------------------------------------------------------------- in sigma
 
 
-def euler(denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, **told: Unpack[Told]) -> Tensor:
-    """Euler's method on dx/dsigma = (x - x0) / sigma (EDM, arXiv:2206.00364, algorithm 1 without correction)."""
+def euler(
+    denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, churn: float = 0.0, **told: Unpack[Told]
+) -> Tensor:
+    """Euler's method on dx/dsigma = (x - x0) / sigma (EDM, arXiv:2206.00364, algorithm 2 without correction)."""
     for sigma, following in _steps(sigmas, told):
-        x = x + (following - sigma) * (x - denoise(x, sigma)) / sigma
+        x, level = _churned(x, sigma, churn / (len(sigmas) - 1), interpolant, told)
+        x = x + (following - level) * (x - denoise(x, level)) / level
     return x
 
 
-def heun(denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, **told: Unpack[Told]) -> Tensor:
-    """Heun's method, second order in sigma; the step to 0 is Euler's (EDM, arXiv:2206.00364, algorithm 1)."""
+def heun(
+    denoise: Denoise, x: Tensor, sigmas: list[float], interpolant: Interpolant, churn: float = 0.0, **told: Unpack[Told]
+) -> Tensor:
+    """Heun's method, second order in sigma; the step to 0 is Euler's (EDM, arXiv:2206.00364, algorithm 1; with `churn`,
+    S_churn there, algorithm 2, which goes back into noise a little before each step)."""
     for sigma, following in _steps(sigmas, told):
-        x = _heun(denoise, x, sigma, following)
+        x, level = _churned(x, sigma, churn / (len(sigmas) - 1), interpolant, told)
+        x = _heun(denoise, x, level, following)
     return x
+
+
+def _churned(x: Tensor, sigma: float, share: float, interpolant: Interpolant, told: Told) -> tuple[Tensor, float]:
+    """x further into noise, and its sigma: sigma / alpha grows by `share`, to no more than the root of 2 times what it
+    is (EDM, algorithm 2, lines 4 to 6, with S_noise 1, at all sigmas). Pure noise stays what it is."""
+    alpha = interpolant.alpha(sigma)
+    if share == 0 or alpha == 0:
+        return x, sigma
+    level = interpolant.from_ratio(sigma / alpha * (1 + min(share, math.sqrt(2) - 1)))
+    scale = interpolant.alpha(level) / alpha
+    return _noised(scale * x, math.sqrt(max(0.0, level**2 - (scale * sigma) ** 2)), told), level
 
 
 def _heun(denoise: Denoise, x: Tensor, sigma: float, following: float) -> Tensor:
@@ -556,6 +575,11 @@ def find(name: str) -> str:
 
 def get(name: str) -> Sampler:
     return SAMPLERS[find(name)]
+
+
+def takes(name: str, option: str) -> bool:
+    """Whether a sampler may be told `option`, "eta" or "churn"."""
+    return option in inspect.signature(get(name)).parameters
 
 
 # -------------------------------------------------------------------------------------------------- a step

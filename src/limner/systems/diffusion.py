@@ -860,7 +860,10 @@ class DiffusionSystem(nn.Module):
         else:
             x = self.interpolant.mix(over, eps, sigmas[0])
         sampler = compat.solver(request.compat, request.sampler) if request.compat else samplers.get(request.sampler)
-        sampler = samplers.invert if upward else sampler
+        stirred = {
+            name: value for name, value in (("eta", request.eta), ("churn", request.churn or None)) if value is not None
+        }
+        sampler = samplers.invert if upward else partial(sampler, **stirred)
         linear = request.schedule == "linspace" and not request.compat
         times = {sigma: self.interpolant.time(sigma, linear) for sigma in sigmas if sigma}
         interval = request.guidance_interval or self.defaults.guidance_interval

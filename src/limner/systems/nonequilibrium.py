@@ -239,7 +239,7 @@ class NonequilibriumSystem(Wordless, nn.Module):
             name: getattr(self.defaults, name) for name in ("steps", "guidance", "sampler", "schedule")
         }
         usual |= {"guidance_kind": "cfg", "guidance_rescale": 0, "guidance_mimic": 0, "guidance_interval": None}
-        usual |= {"pag_scale": 0, "tile": 0, "vae_tile": None, "control": (), "ip_adapter": ()}
+        usual |= {"eta": None, "churn": 0, "pag_scale": 0, "tile": 0, "vae_tile": None, "control": (), "ip_adapter": ()}
         if vain := [name for name, value in usual.items() if getattr(request, name) != value]:
             raise UsageError(
                 f"{self.name} walks all of its {self.steps} steps back, and nothing leads it: leave "
