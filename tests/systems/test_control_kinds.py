@@ -455,7 +455,9 @@ def test_all_of_them_compute_in_half_precision(systems, union, adapter):
         assert 0 < apart.mean() < 16
 
 
-@pytest.mark.parametrize("kind", ["union", "t2i", "light", "ldm", "lora"])
+@pytest.mark.parametrize(
+    "kind", ["t2i", "light", "lora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("union", "ldm"))]
+)
 def test_tensors_of_other_shapes_are_refused_in_a_line(systems, union, adapter, tiny, kind):
     base, path = systems["sdxl" if kind == "union" else "sd1"][1].system.network.config, Path("file")
     own, _, written, ours = tiny

@@ -217,7 +217,9 @@ def test_what_other_weights_predict_is_not_asked_of_a_picture(sdxl_file, sd1_fol
 # ------------------------------------------------------------------- Playground 2.5 and CosXL
 
 
-@pytest.mark.parametrize("cls", ["EDMDPMSolverMultistepScheduler", "EDMEulerScheduler"])
+@pytest.mark.parametrize(
+    "cls", ["EDMDPMSolverMultistepScheduler", pytest.param("EDMEulerScheduler", marks=pytest.mark.slow)]
+)
 def test_playground_draws_what_diffusers_draws(tmp_path, cls):
     folder = stable_diffusion.playground(tmp_path, _class_name=cls)
     sampler = "euler" if cls == "EDMEulerScheduler" else "dpmpp_2m"

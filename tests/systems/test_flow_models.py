@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from limner import catalog, exchange, metadata, pipeline
 from limner.errors import Assumed, CheckpointMismatch, FileProblem, Ignored, UsageError
+from sweeps import sweep
 
 from . import flow_models, stable_diffusion
 
@@ -97,7 +98,7 @@ NAMES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, fast=lambda name: name in ("sd3", "sd3.5 medium", "dev")))
 def test_a_folder_draws_what_diffusers_draws(folders, theirs, name):
     system = catalog.load(folders(name), dtype=torch.float32)
     assert system.name == NAMES[name]

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from limner import catalog, memory
 from limner.nn.graphs import MOST, Graphs, Recording
 from limner.types import Conditioning
+from sweeps import sweep
 
 from .test_kept import LONG, WAYS, drawn, made, pipelines  # noqa: F401 (a fixture)
 
@@ -55,7 +56,10 @@ def systems(made: dict[str, Any]) -> list[Any]:  # noqa: F811
     return [*(made[kind].system for kind in ("sd1", "sdxl", "lcm", "refined")), made["refined"].system.refiner]
 
 
-@pytest.mark.parametrize("way", WAYS)
+ALIKE = ("tiles", "turns of a batch", "sizes", "perturbed", "chunks", "two calls a step")
+
+
+@pytest.mark.parametrize("way", sweep(WAYS, fast=lambda way: way not in ALIKE))
 @pytest.mark.filterwarnings("ignore")
 def test_replays_change_no_bit(made, way, recorded):  # noqa: F811
     again = [drawn(made, way), drawn(made, way)]

@@ -13,6 +13,7 @@ from limner import pipeline
 from limner.models.ip_adapter import IPAdapter, attentions
 from limner.models.unet import DownPath
 from limner.types import Conditioning, Reference
+from sweeps import sweep
 
 from . import stable_diffusion
 from .test_control import picture, theirs
@@ -72,6 +73,9 @@ WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+ALIKE = ("unguided", "at some levels", "taking turns", "guesses", "sizes of the refiner", "second pass")
+
+
 def drawn(made: dict[str, Any], way: str) -> list[bytes]:
     kind, prompt, told = WAYS[way]
     told = dict(told)
@@ -85,7 +89,7 @@ def drawn(made: dict[str, Any], way: str) -> list[bytes]:
     return [one.image.tobytes() for one in made[kind].generate(prompt, **asked | told)]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", sweep(WAYS, fast=lambda way: way not in ALIKE))
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_kept_changes_no_bit(made, way, monkeypatch):
     calls: list[int] = []

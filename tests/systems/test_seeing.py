@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from limner import catalog, exchange, metadata, pictures, pipeline
 from limner.checkpoints import single_files
 from limner.errors import CheckpointMismatch, Ignored, ImageProblem, UsageError
+from sweeps import sweep
 
 from . import stable_diffusion
 
@@ -337,7 +338,7 @@ def test_what_they_are_is_told_from_folder_and_file(models, name):
         assert ("problem" in told, told["assumed"]) == (False, [])
 
 
-@pytest.mark.parametrize("name", [*EDITS, DEPTH])
+@pytest.mark.parametrize("name", sweep([*EDITS, DEPTH], fast=lambda name: name in ("instruct_pix2pix", "cosxl_edit")))
 def test_diffusers_loads_what_is_written(models, name, tmp_path):
     model = models(name)
     folder, _ = exchange.convert(model.file, tmp_path / "again")

@@ -663,7 +663,7 @@ def test_a_flux_that_is_told_guidance_is_read(limner, here, pictures, tmp_path):
 
 def test_what_has_no_teacher_or_another_aim_is_refused(limner, here, tiny_model, pictures):
     for told, why in (
-        (("loss.min_snr_gamma=5", "distillation.guidance=4"), "distillation.loss: leave it out"),
+        (("loss.min_snr_gamma=5", "distillation.guidance=4"), "lcm has a loss of its own: leave it out"),
         (("sharding=fsdp", "distillation.guidance=4"), "sharding=fsdp is for networks that learn alone"),
         (("keep_model_in=fp8", "distillation.guidance=4"), "keep_model_in=fp8 is for adapters"),
         (("control={}", "data.hints=canny", "distillation.guidance=4"), "leave control out"),

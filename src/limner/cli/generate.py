@@ -165,7 +165,9 @@ def paint(
     variation_seed: Annotated[int | None, typer.Option("--variation-seed", help="Which of them. [default: 0]")] = None,
     variation_image: Annotated[
         Path | None,
-        typer.Option("--variation-image", metavar="IMAGE", help="With --invert: the picture to go to, in its place."),
+        typer.Option(
+            "--variation-image", metavar="IMAGE", help="With --invert: the other picture, which --variation goes to."
+        ),
     ] = None,
     hires: Annotated[
         float | None, typer.Option("--hires", help="Then draw so many times larger over it, such as 2.")

@@ -192,7 +192,7 @@ def _lined(
 ) -> Tensor:
     b, c, h, w = x.shape
     out = torch.empty_like(x)
-    grid = (b, -(-c // CHANNELS), -(-h * w // PIXELS))
+    grid = (-(-h * w // PIXELS), -(-c // CHANNELS), b)  # the first may be the longest
     kernels().lined[grid](x, dy, slope, shift, by, to, out, h * w, c, SILU=silu, BACK=back, P=PIXELS, C=CHANNELS)
     return out
 

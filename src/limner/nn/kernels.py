@@ -165,9 +165,9 @@ def lined(  # type: ignore[no-untyped-def]
     C: tl.constexpr,
 ):  # fmt: skip
     """y = silu(u), u = slope * x + shift, of x (b, pixels, c); or, BACK, from the derivative by it that by x."""
-    batch = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
     at = tl.program_id(1) * C + tl.arange(0, C)
-    pixel = tl.program_id(2) * P + tl.arange(0, P)
+    pixel = tl.program_id(0) * P + tl.arange(0, P)
     there = at < c
     place = (batch * pixels + pixel)[:, None] * c + at[None, :]
     known = (pixel < pixels)[:, None] & there[None, :]

@@ -94,9 +94,10 @@ class FlowConfig:
 @dataclass(frozen=True, kw_only=True)
 class SDEConfig:
     """The noise of a stochastic differential equation in a continuous time t from 0 to 1 (score SDE, arXiv:2011.13456,
-    equation 29 and appendix C): `vp` and `subvp` of beta(t) even from `beta_min` to `beta_max`, whose integral B leaves
-    e^(-B/2) of x0 under noise of which 1 - e^-B is the variance or, of a `subvp`, the deviation; `ve` of sigma(t) from
-    `sigma_min` to `sigma_max`, geometrically (published for pixels in [0, 1]: those of ours want twice as much).
+    equation 29 and appendix C), of a `kind`: `vp` and `subvp` of beta(t) even from `beta_min` to `beta_max`, whose
+    integral B leaves e^(-B/2) of x0 under noise of which 1 - e^-B is the variance or, of a `subvp`, the deviation; `ve`
+    of sigma(t) from `sigma_min` to `sigma_max`, geometrically (published for pixels in [0, 1]: those of ours want twice
+    as much).
     Nothing is learned or drawn at times below `floor`: published as 1e-5 to learn, and 1e-3 to draw a `vp`."""
 
     type: Literal["sde"] = "sde"

@@ -281,6 +281,8 @@ def settle(name: str, sampler: str, interpolant: Interpolant | None = None) -> s
     """Our name of a schedule, by any spelling; "auto" is what is usual for `sampler` or, of a model without timesteps,
     for its noise. Raises UnknownName."""
     ours = find(name)
+    if sampler in CONSISTENT and isinstance(interpolant, Preconditioned) and ours in ("auto", untimed(interpolant)):
+        return "lcm"
     if ours == "auto" and interpolant is not None and not isinstance(interpolant, Discrete | Shifted):
         return untimed(interpolant)
     if sampler in CONSISTENT and ours in ("auto", *SPACINGS):

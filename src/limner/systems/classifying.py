@@ -69,7 +69,8 @@ class ClassifyingSystem(Wordless, nn.Module):
 
     def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
         """Cross-entropy of the captions' classes, and how often the likeliest is right: of all, and by quarter of the
-        timesteps. `batch` has "captions" and "images" (b, 4, size, size). Raises UsageError for a caption that is no
+        timesteps. A batch may have more or fewer than a quarter of its pictures there, so that only means of many are
+        shares. `batch` has "captions" and "images" (b, 4, size, size). Raises UsageError for a caption that is no
         class."""
         return self.error(self.examples(batch, generator))
 

@@ -498,6 +498,8 @@ class DiffusionSystem(nn.Module):
             self.refiner.check(replace(request, clip_skip=None))
 
     def check_classified(self, request: Request, classifier: ClassifyingSystem) -> None:
+        if not request.classifier_scale:
+            return
         if self.refiner is not None:
             raise UsageError(f"{classifier.name} does not lead a refiner: leave one of them out")
         if not all(map(str.strip, request.prompts)):

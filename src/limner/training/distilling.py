@@ -530,7 +530,7 @@ def checked(config: TrainConfig) -> DistillationConfig:
     if how.kind == "progressive" and config.on_nan == "skip":
         raise UsageError("on_nan=skip may leave out the step at which a student becomes the teacher: give stop")
     if how.kind != "guidance" and config.loss != Objective():
-        raise UsageError("loss.… is of what learns from noise, a consistency model has distillation.loss: leave it out")
+        raise UsageError(f"loss.… is of what learns from noise, and {config.name} has a loss of its own: leave it out")
     return how
 
 

@@ -108,8 +108,9 @@ class Pairs:
     """Batches of {"noise", "latents" (b, c, h, w), "captions", "ids"} of what the teacher of a student makes of noise;
     see `limner.data.images.Batches`.
 
-    They are made now, each process its own share, from (seed, rank) alone, so that a run that goes on has them again;
-    in float32, or float16 where they are many, on the device if they fit in a third of its free memory.
+    They are made now, each process its own share, from its seed, its rank and `at_once`, so that a run that goes on
+    with as many processes on the same kind of device has them again, and another has others; in float32, or float16
+    where they are many, on the device if they fit in a third of its free memory.
     """
 
     def __init__(self, student: Reflowing, images: ImageBatches | Stream, config: TrainConfig, processes: Processes):
@@ -134,7 +135,8 @@ class Pairs:
             if processes.first and (time.monotonic() - told > 10 or some.stop == count):
                 told = time.monotonic()
                 took = f"{told - begun:.0f} s"
-                print(f"{base.name} makes pairs: {processes.world * some.stop} of {how.pairs} in {took}", flush=True)
+                made = min(processes.world * some.stop, how.pairs)
+                print(f"{base.name} makes pairs: {made} of {how.pairs} in {took}", flush=True)
         if not self.latents.isfinite().all():
             raise UsageError(
                 f"{base.name} makes what is not finite of noise: give keep_model_in=fp32, or another model"
@@ -168,8 +170,9 @@ def ends(base: Any, how: ReflowConfig, captions: list[str], eps: Tensor) -> Tens
     """Where the flow leads from noise eps (b, c, h, w). Raises UsageError."""
     height, width = (base.grid * side for side in eps.shape[2:])
     dialect = {"prompt_dialect": "plain"} if "plain" in base.dialects else {}
+    said = min(filter(str.strip, captions), key=len, default="anything")  # a caption may be what no prompt may
     request = pipeline.prepare(
-        base, prompt=max(captions, key=len), width=width, height=height, steps=how.steps, sampler=how.sampler,
+        base, prompt=said, width=width, height=height, steps=how.steps, sampler=how.sampler,
         guidance=how.guidance, **dialect,
     )  # fmt: skip
     return base.sample(base.condition(captions, request), request, lambda shape: eps)
@@ -211,7 +214,9 @@ def loaded(config: TrainConfig, device: torch.device) -> Reflowing:
 
 def check(base: Any) -> None:
     """Raises UsageError for a model that is no flow along straight paths, or draws from more than words."""
-    if not hasattr(base, "network") or base.sees or base.small_noise is not None or base.told_guidance is not None:
+    if getattr(base, "told_guidance", None) is not None:
+        raise UsageError(f"{base.name} is told its guidance: reflow is for models that are not")
+    if not hasattr(base, "network") or base.sees or base.small_noise is not None:
         raise UsageError(f"{base.name} draws from more than words: reflow is for models that draw from words alone")
     if not isinstance(base.interpolant, Flow) or base.prediction.name != "velocity":
         raise UsageError(
