@@ -2,13 +2,13 @@
 
     python theory.py reference DATA CACHE OUT            what real pictures are like: OUT, a .pt
     python theory.py measure REFERENCE MODEL OUT [FIELD=VALUE ...] ...
-                                                         a JSON line to OUT for the model as it draws by default, or
-                                                         for each further argument, such as "steps=10 sampler=ddim"
-                                                         or "classifier=RUN classifier_scale=2"
+                                                         a JSON line to OUT for each further argument, such as
+                                                         "steps=10 sampler=ddim" or "classifier=RUN classifier_scale=2",
+                                                         or for each of FIGURES for a run of the name of OUT
     python theory.py sheet MODEL OUT.png [FIELD=VALUE ...]
     python theory.py straightness REFERENCE MODEL OUT    a JSON line to OUT: how straight the paths of a flow are
     python theory.py bits DATA CACHE MODEL OUT           a JSON line to OUT for each way there is: bits per dimension of
-                                                         COUNT held-out pictures on white
+                                                         COUNT held-out pictures on white, or of the digits in DATA
     python theory.py table FOLDER                        FOLDER/*/measured.jsonl -> FOLDER/theory.md
     python theory.py figure FOLDER OUT.png               of the same and FOLDER/theory.json, which `reference` printed;
                                                          needs matplotlib
@@ -44,6 +44,8 @@ from torch.nn import functional as F
 from limner import catalog, evaluation, pipeline
 from limner.catalog import STYLES
 from limner.data.batches import DataConfig, open_images
+from limner.data.classics import open_classic
+from limner.data.images import to_float
 from limner.metrics.distances import frechet, precision_recall
 from limner.metrics.features import EffLite0
 from limner.metrics.likelihood import flow_bits, variational_bits
@@ -56,6 +58,25 @@ from limner.types import Denoise
 COUNT, BATCH = int(os.environ.get("COUNT", "5000")), int(os.environ.get("BATCH", "500"))
 STEPS, EVERY = int(os.environ.get("STEPS", "100")), int(os.environ.get("EVERY", "1"))
 TOLERANCE = float(os.environ.get("TOLERANCE", "1e-4"))
+FEW = [f"steps={n}" for n in (1, 2, 4)]
+LED = "sampler=ddim steps=50"
+EULER = [f"sampler=euler steps={n}" for n in (1, 2, 5, 10, 50)]
+FLOW = ["", *EULER, "sampler=dopri5 steps=1"]
+SCALES = (1.5, 2, 3, 5)
+FIGURES = {
+    "ddpm": ["", *(f"sampler=ddim steps={n}" for n in (5, 10, 20, 50, 100)), "sampler=ddim steps=10 eta=0.5",
+             "sampler=ddim steps=10 eta=1", f"{LED} eta=0.5", f"{LED} eta=1", "steps=1000",
+             "sampler=ddpm_large steps=1000", "sampler=ddim steps=1000"],
+    "iddpm": ["", LED, "steps=50"],
+    "adm": ["", LED, *(f"{LED} guidance={s}" for s in SCALES),
+            *(f"{LED} classifier={{}}/adm-classifier classifier_scale={s}" for s in (0.5, 1, 2, 4))],
+    "edm": ["", "steps=9", "steps=40", "churn=10", "steps=40 churn=20"],
+    "dit-32": ["", LED], "vp-sde": ["", "sampler=dopri5 steps=1"], "subvp-sde": ["", "sampler=dopri5 steps=1"],
+    "ve-sde": ["", "sampler=dopri5 steps=1"],
+    **dict.fromkeys(("flow-matching", "ot-flow-matching", "sit-32", "reflow", "reflow-2"), FLOW),
+    "one-step": [""], "consistency": FEW, "consistency-training": FEW, "progressive": [""],
+}  # fmt: skip
+"""Settings to measure a run with; {} is the folder that it is in."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 warnings.simplefilter("ignore")
 
@@ -170,7 +191,8 @@ def measure(source: str, model: str, out: str, *settings: str) -> None:
     real = known["features"].to(DEVICE)
     chosen = random.Random(0).choices(known["labels"].tolist(), k=COUNT)
     prompts = [STYLES.names[k] for k in chosen]
-    for words in settings or ("",):
+    folder = str(Path(out).parent)
+    for words in settings or [words.format(folder) for words in FIGURES.get(Path(out).stem, [""])]:
         told = led(pipe.system, words)
         evaluation.draw(
             pipe.system, prompts[:BATCH], list(range(min(BATCH, COUNT))), BATCH, **told | {"steps": 2}
@@ -224,8 +246,27 @@ def bent(source: str, model: str, out: str) -> None:
     note(out, of(model, torch.cat(found)) | {"figure": "straightness", "steps": STEPS})
 
 
+@torch.no_grad()
+def of_digits(system: Any, data: str) -> dict[str, Tensor]:
+    """The bound of the system of 2015 for each 100 digits that it did not learn from, and the Gaussian's beside it."""
+    images = open_classic("mnist", Path(data), "test").images.to(DEVICE)
+    draws = torch.Generator(DEVICE).manual_seed(0)
+    found = [
+        system.loss({"images": to_float(some)}, "main", draws)
+        for _ in range(10)
+        for some in images[torch.randperm(len(images), generator=draws, device=DEVICE)].split(100)
+    ]
+    return {
+        name: torch.stack([one[key] for one in found]) for name, key in (("bound", "loss"), ("Gaussian", "gaussian"))
+    }
+
+
 def bits(data: str, cache: str, model: str, out: str) -> None:
     system = opened(model, "fp32").system
+    if system.task == "unconditional":
+        for figure, found in of_digits(system, data).items():
+            note(out, of(model, found) | {"figure": figure, "each of": 100})
+        return
     if not isinstance(system.autoencoder.config, PixelsConfig):
         sys.exit(f"{model} draws latents: bits are of pixels")
     config = DataConfig(source="icons", folder=data, cache=cache, split="val", size=32, caption_from="style")
@@ -261,7 +302,7 @@ def bits(data: str, cache: str, model: str, out: str) -> None:
 
 def sheet(model: str, out: str, settings: str = "") -> None:
     pipe = opened(model)
-    prompts = [name for name in STYLES.names for _ in range(4)]
+    prompts = [name if pipe.system.task == "text-to-image" else "" for name in STYLES.names for _ in range(4)]
     drawn = evaluation.draw(pipe.system, prompts, list(range(len(prompts))), BATCH, **led(pipe.system, settings))
     drawn = drawn if drawn.shape[1] == 4 else torch.cat([drawn, torch.full_like(drawn[:, :1], 255)], 1)
     evaluation.draw_grid(drawn, columns=16, gap=4).save(out)

@@ -1,9 +1,9 @@
 #!/bin/sh
 # The theory line, trained alike, measured and drawn, on one GPU: sh docs/runs/theory.sh DATA MNIST WORK RUN ...
 # DATA is the icon pack, MNIST the folder of mnist.npz, WORK a folder; the RUNs go one after another, as those that begin
-# with others want, or are told by WORK/NAME.safetensors, which was there. Runs from nothing have STEPS (4000) of 256
-# pictures. DO (learn figures sheet) is what is done. What is left: WORK/NAME, a run with its log, WORK/NAME.jsonl with
-# figures, WORK/NAME.bits.jsonl and WORK/NAME.png. Several at once are slower in all: one fills the GPU.
+# with others want; weights that are there are WORK/NAME.safetensors. Runs from nothing have STEPS (4000) of 256 pictures.
+# DO (learn sheet figures bits) is what is done. What is left: WORK/NAME, a run with its log, WORK/NAME.png, WORK/NAME.jsonl
+# and WORK/NAME.bits.jsonl. Several at once are slower in all: one fills the GPU.
 set -eu
 data=$1 mnist=$2 work=$3
 shift 3
@@ -32,28 +32,28 @@ learn() { # RUN: its recipe, what it begins with, and what is said of it besides
     python3 -m limner train "$@" --out "$work/$name" >"$work/$name.log" 2>&1
 }
 
-measured() { # RUN, settings
-    name=$1
-    shift
-    python3 "$here/theory.py" measure "$work/reference.pt" "$(of "$name")" "$work/$name.jsonl" "$@"
+figures() { # but of digits
+    case $1 in sohl*) return ;; esac
+    python3 "$here/theory.py" measure "$work/reference.pt" "$(of "$1")" "$work/$1.jsonl"
 }
 
-bits() { python3 "$here/theory.py" bits "$data" "$work/cache" "$(of "$1")" "$work/$1.bits.jsonl"; }
-
-straight() { python3 "$here/theory.py" straightness "$work/reference.pt" "$(of "$1")" "$work/$1.bits.jsonl"; }
-
-figures() {
-    led="sampler=ddim steps=50"
-    case $1 in
-    ddpm)
-        measured "$1" "" steps=1000 "steps=1000 sampler=ddpm_large" "$led eta=0.5" "$led eta=1" \
-            "sampler=ddim steps=10 eta=0.5" "sampler=ddim steps=10 eta=1" \
-            $(for n in 5 10 20 50 100 1000; do echo "sampler=ddim#steps=$n"; done | tr '#' '\037') ;;
+bits() { # and straightness, of flows
+    pictures=$data
+    case $1 in sohl*) pictures=$mnist ;; esac
+    python3 "$here/theory.py" bits "$pictures" "$work/cache" "$(of "$1")" "$work/$1.bits.jsonl"
+    case $1 in *flow* | one-step | sit-32)
+        python3 "$here/theory.py" straightness "$work/reference.pt" "$(of "$1")" "$work/$1.bits.jsonl" ;;
     esac
 }
 
+sheet() {
+    python3 "$here/theory.py" sheet "$(of "$1")" "$work/$1.png"
+}
+
+[ -f "$work/reference.pt" ] ||
+    python3 "$here/theory.py" reference "$data" "$work/cache" "$work/reference.pt" >"$work/theory.json"
 for run in "$@"; do
-    for what in ${DO:-learn figures sheet}; do
+    for what in ${DO:-learn sheet figures bits}; do
         echo "$(date +%T) $run: $what"
         "$what" "$run" || echo "$run: $what failed"
     done
