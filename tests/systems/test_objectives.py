@@ -157,3 +157,11 @@ def test_optimal_transport_pairs_what_is_near_within_a_caption():
 
     least = min(itertools.permutations(range(4)), key=cost)
     assert tuple((order[7:11] - 7).tolist()) == least
+
+
+@pytest.mark.parametrize("data", [0.5, 0.84])
+def test_edm_learns_at_sigmas_of_its_data(data):
+    model = interpolants.get(EDMConfig(data=data))
+    _, sigma = model.draw(COUNT, seeded(), CPU)
+    log = (sigma * 0.5 / data).log()
+    assert (float(log.mean()), float(log.std())) == pytest.approx((-1.2, 1.2), abs=0.03)

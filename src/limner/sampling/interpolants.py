@@ -382,12 +382,12 @@ class Preconditioned(EDM):
     def draw(
         self, count: int, generator: torch.Generator, device: torch.device, times: Times = AS_EVER
     ) -> tuple[Tensor, Tensor]:
-        """Log-normal (arXiv:2206.00364, table 1)."""
+        """Log-normal (arXiv:2206.00364, table 1), of sigma over the deviation of the data, which is 0.5 there."""
         if times != AS_EVER:
             raise UsageError(
                 "an EDM learns at a log-normal sigma, which has no end to count times from: leave times out"
             )
-        log = 1.2 * torch.randn(count, generator=generator, device=device) - 1.2
+        log = 1.2 * torch.randn(count, generator=generator, device=device) - 1.2 + math.log(self.data / 0.5)
         return log / 4, log.exp()
 
 
