@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from limner.models import flux
 from limner.nn import fused
+from limner.nn.convolution import Conv2d
 
 GPU = pytest.mark.gpu
 SHAPES = [(1, 5, 64), (2, 7, 96), (3, 33, 3072), (1, 1, 1152)]
@@ -99,6 +100,34 @@ def test_groups_are_normalised_and_so_are_their_gradients(shape, groups, told, s
     near(found[1], exact[1], dtype)
     for ours, theirs in zip(found[2:], exact[2:], strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [(), (40,)])
+def test_pixels_are_shifted_in_place_and_the_shift_has_a_gradient(rows, dtype):
+    x = draw(40, 130, 9, 7, device="cuda", dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+    by = draw(*rows, 130, device="cuda").requires_grad_()
+    dy = draw(7, 9, 130, 40, device="cuda", dtype=dtype).permute(3, 2, 1, 0)
+    y = fused.shifted(x * 1, by)
+    near(y, x.double() + by.double()[..., None, None], dtype)
+    for ours, theirs in zip(torch.autograd.grad(y, (x, by), dy), (dy, dy.double().sum((2, 3))), strict=True):
+        exact = theirs.double() if rows or ours.ndim == 4 else theirs.sum(0)
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@GPU
+@pytest.mark.parametrize("width", [64, 66])
+def test_a_convolution_in_half_precision_is_that_of_torch(width):
+    ours = Conv2d(32, width, 3, padding=1, device="cuda").to(memory_format=torch.channels_last)
+    x = draw(4, 32, 16, 16, device="cuda").to(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        found, exact = ours(x), nn.Conv2d.forward(ours, x)
+    torch.testing.assert_close(found, exact, rtol=1e-2, atol=1e-2)
+    leaves = [x, ours.weight, ours.bias]
+    dy = draw(4, width, 16, 16, device="cuda")
+    for one, other in zip(*(torch.autograd.grad((y.float() * dy).sum(), leaves) for y in (found, exact)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2 * float(other.abs().max()))
 
 
 @GPU

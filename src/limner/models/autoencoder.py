@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from limner.errors import UsageError
 from limner.nn import fused
 from limner.nn.attention import SpatialAttention
-from limner.nn.convolution import Downsample, Upsample
+from limner.nn.convolution import Conv2d, Downsample, Upsample
 from limner.types import Images, Latents
 
 EPS = 1e-6  # of every group norm
@@ -326,10 +326,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, channels, EPS)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, EPS)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else None
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(channels, out_channels, 1) if channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(fused.normalized(x, self.norm1))

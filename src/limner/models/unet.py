@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from limner.errors import UsageError
 from limner.nn import fused
 from limner.nn.attention import Attention, SpatialAttention
-from limner.nn.convolution import Downsample, Upsample
+from limner.nn.convolution import Conv2d, Downsample, Upsample
 from limner.nn.embeddings import sinusoid
 from limner.nn.initialization import zero
 from limner.nn.linear import Linear
@@ -454,12 +454,12 @@ class ResBlock(nn.Module):
         self.halve = halve
         self.scale_shift = config.scale_shift
         self.norm1 = nn.GroupNorm(config.groups, in_width, eps=config.eps)
-        self.conv1 = nn.Conv2d(in_width, width, 3, padding=1)
+        self.conv1 = Conv2d(in_width, width, 3, padding=1)
         self.time_emb_proj = nn.Linear(4 * config.widths[0], (1 + config.scale_shift) * width)
         self.norm2 = nn.GroupNorm(config.groups, width, eps=config.eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_width, width, 1) if in_width != width else nn.Identity()
+        self.conv2 = Conv2d(width, width, 3, padding=1)
+        self.conv_shortcut = Conv2d(in_width, width, 1) if in_width != width else nn.Identity()
 
     def forward(self, x: Tensor, told: Told, size: torch.Size | None = None) -> Tensor:
         h = fused.normalized(x, self.norm1)
@@ -472,7 +472,7 @@ class ResBlock(nn.Module):
             scale, shift = told[self].chunk(2, dim=1)
             h = fused.normalized(h, self.norm2, scale, shift)
         else:
-            h = fused.normalized(h.add_(told[self][:, :, None, None]), self.norm2)
+            h = fused.normalized(fused.shifted(h, told[self]), self.norm2)
         return self.conv2(self.dropout(h)).add_(self.conv_shortcut(x))
 
 

@@ -8,6 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from limner.nn import fused
+
+
+class Conv2d(nn.Conv2d):
+    """As torch's, whose bias is differentiated in one pass over memory on a GPU (`limner.nn.fused.shifted`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None or not (x.is_cuda and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return super().forward(x)
+        return fused.shifted(self._conv_forward(x, self.weight, None), self.bias)
+
 
 class ChannelRMSNorm(nn.Module):
     """Root-mean-square norm over the channels of every pixel of (b, c, h, w), with a gain and a bias a channel."""
@@ -43,7 +54,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, pad: Literal["around", "after"]) -> None:
         super().__init__()
         self.after = pad == "after"
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if self.after else 1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if self.after else 1)
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.after else x)
@@ -54,7 +65,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor | None = None, size: torch.Size | None = None) -> Tensor:
         return self.conv(F.interpolate(x, size, None if size else 2.0, "nearest"))

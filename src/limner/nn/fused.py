@@ -1,5 +1,5 @@
 """What torch does in several passes over memory, in one: kernels in Triton on a GPU, where no gradients are wanted but
-for `normalized`, which has them.
+for `normalized` and `shifted`, which have them.
 
 Elsewhere the same in torch, which is the definition. Kernels compute in float32 and round once.
 """
@@ -126,8 +126,7 @@ def normalized(
 ) -> Tensor:
     """silu(norm(x)) of x (b, c, h, w), before the SiLU times 1 + scale and shift added, both (b, c), if they are there.
     The kernels read x with channels last."""
-    if not (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and "forward" not in vars(norm)
-            and _takes(x)):  # fmt: skip
+    if "forward" in vars(norm) or not _takes_pixels(x):
         y = norm(x)
         if scale is not None and shift is not None:
             y = torch.addcmul(shift[..., None, None], y, 1 + scale[..., None, None])
@@ -137,6 +136,10 @@ def normalized(
         weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
     rows = len(x), x.shape[1]
     return _Normalized.apply(x, weight.expand(rows), bias.expand(rows), norm.num_groups, norm.eps, silu)
+
+
+def _takes_pixels(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and _takes(x)
 
 
 class _Normalized(torch.autograd.Function):
@@ -168,8 +171,36 @@ class _Normalized(torch.autograd.Function):
         return _lined(x, dy, slope, shift, by, to, ctx.silu, back=True), dweight, dbias, None, None, None
 
 
+def shifted(x: Tensor, by: Tensor) -> Tensor:
+    """x (b, c, h, w) and what is added to all pixels of a channel, (c,) or (b, c), in its place. There is a kernel where
+    gradients are wanted, since it is the sums of those that torch is slow at."""
+    if not (torch.is_grad_enabled() and _takes_pixels(x)):
+        return x.add_(by[..., None, None])
+    return _Shifted.apply(x, by.expand(x.shape[:2]))
+
+
+class _Shifted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: Tensor) -> Tensor:
+        kernels().shifted[_grid(x)](x, by, by.stride(0), x[0, 0].numel(), x.shape[1], P=PIXELS, C=CHANNELS)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        return dy, _channel_sums(dy, dy, dy, dy, False, back=False)[:, :, 0].sum(1)
+
+
+def _grid(x: Tensor) -> tuple[int, int, int]:
+    """A program for some pixels and channels of each picture; the first may be the longest."""
+    b, c, h, w = x.shape
+    return -(-h * w // PIXELS), -(-c // CHANNELS), b
+
+
 PIXELS, CHANNELS = 32, 64
-"""Of what a program of `normalized` holds at a time."""
+"""Of what a program that reads pixels holds at a time."""
 PROGRAMS = 1024
 """As many as keep a GPU at work: sums over few rows and channels are cut among as many."""
 
@@ -190,10 +221,10 @@ def _channel_sums(x: Tensor, dy: Tensor, slope: Tensor, shift: Tensor, silu: boo
 def _lined(
     x: Tensor, dy: Tensor, slope: Tensor, shift: Tensor, by: Tensor, to: Tensor, silu: bool, back: bool
 ) -> Tensor:
-    b, c, h, w = x.shape
-    out = torch.empty_like(x)
-    grid = (-(-h * w // PIXELS), -(-c // CHANNELS), b)  # the first may be the longest
-    kernels().lined[grid](x, dy, slope, shift, by, to, out, h * w, c, SILU=silu, BACK=back, P=PIXELS, C=CHANNELS)
+    out, pixels = torch.empty_like(x), x[0, 0].numel()
+    kernels().lined[_grid(x)](
+        x, dy, slope, shift, by, to, out, pixels, x.shape[1], SILU=silu, BACK=back, P=PIXELS, C=CHANNELS
+    )
     return out
 
 

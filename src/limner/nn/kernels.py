@@ -186,3 +186,17 @@ def lined(  # type: ignore[no-untyped-def]
         if SILU:
             v = v * tl.sigmoid(v)
     tl.store(out + place, v.to(out.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def shifted(x, by, by_row, pixels, c, P: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x (b, pixels, c) and by (b, c) added to it, in its place."""
+    batch = tl.program_id(2).to(tl.int64)
+    at = tl.program_id(1) * C + tl.arange(0, C)
+    pixel = tl.program_id(0) * P + tl.arange(0, P)
+    there = at < c
+    place = (batch * pixels + pixel)[:, None] * c + at[None, :]
+    known = (pixel < pixels)[:, None] & there[None, :]
+    v = tl.load(x + place, mask=known, other=0.0).to(tl.float32)
+    v += tl.load(by + batch * by_row + at, mask=there, other=0.0).to(tl.float32)[None, :]
+    tl.store(x + place, v.to(x.dtype.element_ty), mask=known)
