@@ -172,8 +172,8 @@ class _Normalized(torch.autograd.Function):
 
 
 def shifted(x: Tensor, by: Tensor) -> Tensor:
-    """x (b, c, h, w) and what is added to all pixels of a channel, (c,) or (b, c), in its place. There is a kernel where
-    gradients are wanted, since it is the sums of those that torch is slow at."""
+    """x (b, c, h, w) and what is added to all pixels of a channel, (c,) or (b, c), in its place. The kernel is for
+    where gradients are wanted, as torch is slow at their sums."""
     if not (torch.is_grad_enabled() and _takes_pixels(x)):
         return x.add_(by[..., None, None])
     return _Shifted.apply(x, by.expand(x.shape[:2]))
