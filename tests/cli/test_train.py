@@ -342,8 +342,8 @@ def test_every_tiny_recipe_is_trained_and_draws_by_commands_alone(here, name):
     red, green, blue, alpha = (np.array(picture) / 255.0).transpose(2, 0, 1)
     alpha = 1 - (green + blue) / 2 if on_white else alpha
     there = (np.array(disc.resize(picture.size))[..., 3] > 127).astype(float)
-    if on_white:  # as large as it likes
-        assert np.corrcoef(alpha.ravel(), there.ravel())[0, 1] > 0.6
+    if on_white:  # large or small, filled or not
+        assert alpha[there == 0].mean() < 0.8 * alpha[there > 0].mean()
     else:
         assert abs(alpha - there).mean() < 0.15  # a disc, about where it should be
     assert (red * alpha).sum() > 1.1 * max((green * alpha).sum(), (blue * alpha).sum())
