@@ -703,10 +703,17 @@ def check(
     if variation_seed is not None and not share:
         raise UsageError("variation_seed is of the noise to turn towards, by variation, which is 0: give 0 to 1 of it")
     if variation_image is not None:
-        if invert is None or not share or variation_seed is not None:
+        if invert is None:
             raise UsageError(
-                "variation_image is the picture that an inverted one turns to, by variation: give invert and 0 to 1 of "
-                "variation, and no variation_seed"
+                "variation_image is what an inverted picture turns to, but none is: say what shows, --invert"
+            )
+        if not share:
+            raise UsageError(
+                "variation_image is what a picture turns to, but by no variation: give --variation 0.5 or 0:1"
+            )
+        if variation_seed is not None:
+            raise UsageError(
+                "a picture turns to variation_image or to the noise of variation_seed: leave one of them out"
             )
         if only_masked:
             raise UsageError("only_masked draws a part of one picture: leave variation_image out, or only_masked")
@@ -824,6 +831,8 @@ def ignored(system: System, request: Request) -> list[str]:
     told = []
     said = [("prompt", text) for text in dict.fromkeys(request.prompts)]
     said += [] if request.invert is None else [("inverted prompt", request.invert)]
+    if request.sampler == "dopri5" and request.steps != system.defaults.steps:
+        told.append(f"dopri5 takes as many steps as it needs: steps={request.steps} has no effect")
     against = [("negative prompt", text) for text in dict.fromkeys(request.negatives)]
     for name, text in said + against:
         if (end := system.words_cut(text)).strip():

@@ -42,7 +42,11 @@ def recipes_command(
         {
             "name": name,
             "family": c.system.family if c.system else goes_with(c),
-            "task": tasks[c.system.kind] if c.system else "adapter",
+            "task": tasks[c.system.kind]
+            if c.system
+            else "adapter"
+            if c.adapter or c.word or c.control
+            else "text-to-image",
             "steps": c.steps,
             "images": c.batch_size,
         }
@@ -55,6 +59,8 @@ def goes_with(config: Any) -> str:
     """Whose models a recipe for a model that is there is for."""
     if config.word or (config.control and config.control.kind == "t2i_adapter"):
         return "Stable Diffusion 1, 2, XL"
+    if config.reflow:
+        return "a flow, such as a run of flow-matching"
     return "Stable Diffusion, FLUX.1, icons" if config.control else f"any, such as {config.model}"
 
 
