@@ -151,7 +151,7 @@ def paint(
         typer.Option(
             "--invert",
             metavar="WORDS",
-            help="With -i: what the picture shows. Draws from the noise that it comes back from (DDIM inversion; 50 steps).",
+            help="With -i: what the picture shows. Draws from the noise it comes back from (DDIM inversion; 50 steps).",
         ),
     ] = None,
     variation: Annotated[
