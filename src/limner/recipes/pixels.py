@@ -114,17 +114,23 @@ def sit() -> TrainConfig:
 
 def tiny(full: TrainConfig) -> TrainConfig:
     """In miniature, on coloured shapes."""
-    name = f"{full.name}-tiny"
     return replace(
-        full,
-        name=name,
-        system=catalog.entry(name).config,
+        small(full),
+        system=catalog.entry(f"{full.name}-tiny").config,
         data=DataConfig(source="shapes", size=16),
         steps=800,
-        batch_size=16,
         lr=2e-3,
-        warmup=20,
         ema_half_life=2_000,
+    )
+
+
+def small(full: TrainConfig) -> TrainConfig:
+    """What training in miniature has in common."""
+    return replace(
+        full,
+        name=f"{full.name}-tiny",
+        batch_size=16,
+        warmup=20,
         precision="fp32",
         log_every=20,
         save_every=200,

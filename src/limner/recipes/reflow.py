@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from limner.data.batches import DataConfig
-from limner.recipes.pixels import flow_matching
+from limner.recipes.pixels import flow_matching, small
 from limner.systems.objectives import Objective
 from limner.training.config import TrainConfig
 from limner.training.reflowing import ReflowConfig
@@ -36,20 +36,12 @@ def one_step() -> TrainConfig:
 
 def _tiny(full: TrainConfig, one_step: bool) -> TrainConfig:
     return replace(
-        full,
-        name=f"{full.name}-tiny",
+        small(full),
         reflow=ReflowConfig(pairs=500, steps=8, one_step=one_step),
         data=DataConfig(source="shapes", size=0),
         steps=300,
-        batch_size=16,
         lr=5e-4,
-        warmup=20,
         ema_half_life=1_000,
-        precision="fp32",
-        log_every=20,
-        save_every=200,
-        sample_every=0,
-        sample_prompts=("red circle", "blue square", "green triangle", "yellow cross"),
     )
 
 

@@ -32,13 +32,6 @@ class AutoencodingSystem(Wordless, nn.Module):
 
     autoencoder: Any
     grid: int
-    vae: dict[str, str] = {}  # noqa: RUF012 (put anew, never changed)
-    """What a picture remembers of an autoencoder that is not the model's own."""
-    weights_hash: Callable[[], str] = staticmethod(lambda: "")
-    """Where it was read from files: waits for their hash, which is made beside the drawing."""
-    works_on = None
-    stays = True
-    """It has one part, which is always at work."""
     task = "autoencoding"
     phases: tuple[str, ...] = ("main",)
     compiled: tuple[type[nn.Module], ...] = (ResidualBlock, SpaceToChannel, ChannelToSpace)
@@ -63,10 +56,6 @@ class AutoencodingSystem(Wordless, nn.Module):
     def device(self) -> torch.device:
         """Where it computes."""
         return next(self.autoencoder.parameters()).device
-
-    @property
-    def model_hash(self) -> str:
-        return self.weights_hash()
 
     def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
         images = batch["images"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,11 +26,6 @@ QUARTERS = 4
 class ClassifyingSystem(Wordless, nn.Module):
     """Learns p(y | x_t) of pictures under the noise of a diffusion (arXiv:2105.05233, section 4); it draws nothing."""
 
-    vae: dict[str, str] = {}  # noqa: RUF012 (put anew, never changed)
-    weights_hash: Callable[[], str] = staticmethod(lambda: "")
-    """Where it was read from files: waits for their hash, which is made beside the loading."""
-    works_on = None
-    stays = True
     task = "classification"
     phases = ("main",)
     grid = 1
@@ -55,10 +49,6 @@ class ClassifyingSystem(Wordless, nn.Module):
     def device(self) -> torch.device:
         """Where it computes."""
         return next(self.network.parameters()).device
-
-    @property
-    def model_hash(self) -> str:
-        return self.weights_hash()
 
     def likelihood(self, x: Images, ratio: float, labels: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
         """log p(y | x) of pictures of unit variance whose noise is `ratio` times what is left of them."""

@@ -129,11 +129,6 @@ class Standardized(nn.Module):
 class NonequilibriumSystem(Wordless, nn.Module):
     """Trained with the variational bound, drawn by walking all of the trajectory back; it reads no words."""
 
-    vae: dict[str, str] = {}  # noqa: RUF012 (put anew, never changed)
-    weights_hash: Callable[[], str] = staticmethod(lambda: "")
-    """Where it was read from files: waits for their hash, which is made beside the drawing."""
-    works_on = None
-    stays = True
     task = "unconditional"
     phases = ("main",)
     grid = 1
@@ -173,10 +168,6 @@ class NonequilibriumSystem(Wordless, nn.Module):
     def device(self) -> torch.device:
         """Where it computes."""
         return self.schedule.device
-
-    @property
-    def model_hash(self) -> str:
-        return self.weights_hash()
 
     def trajectory(self) -> Trajectory:
         """beta is that of a constant fraction, and learned around it as the variances of the steps back are."""
