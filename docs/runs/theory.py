@@ -9,7 +9,9 @@
     python theory.py straightness REFERENCE MODEL OUT    a JSON line to OUT: how straight the paths of a flow are
     python theory.py bits DATA CACHE MODEL OUT           a JSON line to OUT for each way there is: bits per dimension of
                                                          COUNT held-out pictures on white, or of the digits in DATA
-    python theory.py table FOLDER                        FOLDER/*/measured.jsonl -> FOLDER/theory.md
+    python theory.py inversion DATA CACHE MODEL OUT      a JSON line to OUT for each number of steps: how far from 100
+                                                         held-out pictures DDIM ends, from the noise it inverts them to
+    python theory.py table FOLDER                        FOLDER/*/{measured,metrics,bits}.jsonl -> FOLDER/theory.md
     python theory.py figure FOLDER OUT.png               of the same and FOLDER/theory.json, which `reference` printed;
                                                          needs matplotlib
 
@@ -35,6 +37,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -74,7 +77,7 @@ FIGURES = {
     "dit-32": ["", LED], "vp-sde": ["", "sampler=dopri5 steps=1"], "subvp-sde": ["", "sampler=dopri5 steps=1"],
     "ve-sde": ["", "sampler=dopri5 steps=1"],
     **dict.fromkeys(("flow-matching", "ot-flow-matching", "sit-32", "reflow", "reflow-2"), FLOW),
-    "one-step": [""], "consistency": FEW, "consistency-training": FEW, "progressive": [""],
+    "one-step": [""], "consistency": FEW, "consistency-training": FEW, "lcm": FEW, "progressive": [""],
 }  # fmt: skip
 """Settings to measure a run with; {} is the folder that it is in."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -261,6 +264,28 @@ def of_digits(system: Any, data: str) -> dict[str, Tensor]:
     }
 
 
+def held_out(data: str, cache: str, count: int) -> Iterator[tuple[Tensor, list[str]]]:
+    """Batches of so many pictures (b, 3, 32, 32) in -1..1 and their styles."""
+    config = DataConfig(source="icons", folder=data, cache=cache, split="val", size=32, caption_from="style")
+    held = open_images(config)
+    for places in torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:count].split(BATCH):
+        images = on_white(held.images[places])[:, :3].float().to(DEVICE) / 127.5 - 1
+        yield images, [held.captions[i][0] for i in places.tolist()]
+
+
+@torch.no_grad()
+def inversion(data: str, cache: str, model: str, out: str) -> None:
+    system = opened(model, "fp32").system
+    ((images, prompts),) = held_out(data, cache, min(BATCH, 100))
+    denoise = unguided(system, prompts)
+    for steps in (10, 20, 50, 100, 200, 500, 1000):
+        sigmas = system.sigmas(pipeline.prepare(system, prompt=prompts[0], guidance=1.0, steps=steps, sampler="ddim"))
+        eps = samplers.invert(denoise, images, sigmas, system.interpolant)
+        back = samplers.get("ddim")(denoise, eps, sigmas, system.interpolant)
+        errors = ((back - images) / 2).square().mean((1, 2, 3))
+        note(out, of(model, errors.cpu()) | {"figure": "square error of 0..1", "steps": steps})
+
+
 def bits(data: str, cache: str, model: str, out: str) -> None:
     system = opened(model, "fp32").system
     if system.task == "unconditional":
@@ -269,9 +294,6 @@ def bits(data: str, cache: str, model: str, out: str) -> None:
         return
     if not isinstance(system.autoencoder.config, PixelsConfig):
         sys.exit(f"{model} draws latents: bits are of pixels")
-    config = DataConfig(source="icons", folder=data, cache=cache, split="val", size=32, caption_from="style")
-    held = open_images(config)
-    some = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[:COUNT].split(BATCH)
     noise = system.interpolant
     ways: list[Any] = ["flow"]
     if isinstance(noise, Discrete):
@@ -279,9 +301,7 @@ def bits(data: str, cache: str, model: str, out: str) -> None:
     lowest = max(1e-3, noise.ratio_min) if isinstance(noise, EDM) else 1e-3  # of what it has learned
     for way in ways:
         found, asked = [], []
-        for k, places in enumerate(some):
-            images = on_white(held.images[places])[:, :3].float().to(DEVICE) / 127.5 - 1
-            prompts = [held.captions[i][0] for i in places.tolist()]
+        for k, (images, prompts) in enumerate(held_out(data, cache, COUNT)):
             draws, spread = torch.Generator().manual_seed(k), {}
             denoise = unguided(system, prompts, variance=spread if way == "learned" else None)
             if way == "flow":
@@ -361,11 +381,22 @@ def table(folder: str) -> None:
             f"| {row['run']} | {row['settings'] or 'as it is'} | {row['NFE']:g} | {row['FD']:.1f} | "
             f"{row['precision']:.2f} | {row['recall']:.2f} | {row['style']:.3f} | {row['ms']:.2f} | {row['dtype']} |"
         )
+    lines += ["", "| run | images learned from | images/s | GB | bits and straightness |", "|---|---|---|---|---|"]
+    for file in sorted(Path(folder).glob("*/metrics.jsonl")):
+        steps = [row for row in map(json.loads, file.read_text().splitlines()) if "images_per_second" in row]
+        more = file.with_name("bits.jsonl")
+        said = [json.loads(line) for line in more.read_text().splitlines()] if more.exists() else []
+        rate = median(row["images_per_second"] for row in steps)
+        lines.append(
+            f"| {file.parent.name} | {steps[-1]['images']:,} | {rate:,.0f} | {steps[-1]['memory_gb']:.1f} | "
+            + ", ".join(f"{s['figure']} {s['mean']:.4g}" for s in said)
+            + " |"
+        )
     Path(folder, "theory.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
     {
-        "reference": reference, "measure": measure, "sheet": sheet, "straightness": bent, "bits": bits, "table": table,
-        "figure": figure,
+        "reference": reference, "measure": measure, "sheet": sheet, "straightness": bent, "bits": bits,
+        "inversion": inversion, "table": table, "figure": figure,
     }[sys.argv[1]](*sys.argv[2:])  # fmt: skip

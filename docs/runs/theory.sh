@@ -24,6 +24,8 @@ learn() { # RUN: its recipe, what it begins with, and what is said of it besides
     one-step) set -- "$1" one-step --model "$(of reflow-2)" $icons ;;
     consistency) set -- "$1" "$1" --model "$(of edm)" $icons precision=fp16 ;;
     consistency-training) set -- "$1" "$1" $icons precision=fp16 ;;
+    lcm) set -- "$1" "$1" --model "$(of flow-matching)" $icons data.source=icons data.size=32 data.caption_from=style \
+        data.even=true distillation.guidance=1.5 steps=2000 batch_size=256 lr=2e-4 warmup=100 ema_half_life=50000 precision=fp16 ;;
     progressive) set -- "$1" "$1" --model "$(of flow-matching)" $icons ;;
     *) set -- "$1" "$1" $icons "steps=$STEPS" ;;
     esac
@@ -32,8 +34,14 @@ learn() { # RUN: its recipe, what it begins with, and what is said of it besides
     python3 -m limner train "$@" --out "$work/$name" >"$work/$name.log" 2>&1
 }
 
+real() {
+    [ -f "$work/reference.pt" ] ||
+        python3 "$here/theory.py" reference "$data" "$work/cache" "$work/reference.pt" >"$work/theory.json"
+}
+
 figures() { # but of digits
     case $1 in sohl*) return ;; esac
+    real
     python3 "$here/theory.py" measure "$work/reference.pt" "$(of "$1")" "$work/$1.jsonl"
 }
 
@@ -42,6 +50,7 @@ bits() { # and straightness, of flows
     case $1 in sohl*) pictures=$mnist ;; esac
     python3 "$here/theory.py" bits "$pictures" "$work/cache" "$(of "$1")" "$work/$1.bits.jsonl"
     case $1 in *flow* | one-step | sit-32)
+        real
         python3 "$here/theory.py" straightness "$work/reference.pt" "$(of "$1")" "$work/$1.bits.jsonl" ;;
     esac
 }
@@ -50,8 +59,6 @@ sheet() {
     python3 "$here/theory.py" sheet "$(of "$1")" "$work/$1.png"
 }
 
-[ -f "$work/reference.pt" ] ||
-    python3 "$here/theory.py" reference "$data" "$work/cache" "$work/reference.pt" >"$work/theory.json"
 for run in "$@"; do
     for what in ${DO:-learn sheet figures bits}; do
         echo "$(date +%T) $run: $what"

@@ -307,7 +307,7 @@ def _miniature(name: str, family: str, what: str, network: Any, **changes: Any) 
         autoencoder_from=str(Path("icons-tiny", "autoencoder.safetensors")), max_tokens=8, interpolant=VPConfig(),
         prediction="eps" if timed else "velocity", defaults=replace(_TINY, schedule="auto" if timed else "uniform"),
     )  # fmt: skip
-    summary = f"coloured shapes, 32 px: {what}, trained in a minute"
+    summary = f"coloured shapes, 32 px: {what}, trained in minutes"
     return Entry(config=replace(config, **changes), task=DiffusionSystem.task, summary=summary)
 
 
@@ -356,7 +356,7 @@ def _pixels(name: str, family: str, what: str, **changes: Any) -> tuple[Entry, E
     )  # fmt: skip
     return (
         Entry(config=row, task=DiffusionSystem.task, summary=f"icons in 32 px by their style: {what}"),
-        Entry(config=tiny, task=DiffusionSystem.task, summary="coloured shapes, 16 px: the same, trained in a minute"),
+        Entry(config=tiny, task=DiffusionSystem.task, summary="coloured shapes, 16 px: the same, trained in minutes"),
     )
 
 
@@ -442,7 +442,7 @@ CATALOG = {
                 defaults=_TINY,
             ),
             task=DiffusionSystem.task,
-            summary="coloured shapes, 32 px: the same line in miniature, trained in a minute",
+            summary="coloured shapes, 32 px: the same line in miniature, trained in minutes",
         ),
         Entry(
             config=AutoencodingConfig(),
@@ -457,9 +457,9 @@ CATALOG = {
             summary="32 px RGBA pictures to 8 x 8 x 8 latents and back",
         ),
         _latent_diffusion("kl-f8", "pictures to latents and back: the autoencoder of Stable Diffusion 1", KL_TRAINED),
-        _latent_diffusion("kl-f8-tiny", "the same in miniature, 32 px, trained in a minute", KL_F8_TINY, _F8_TINY),
+        _latent_diffusion("kl-f8-tiny", "the same in miniature, 32 px, trained in minutes", KL_F8_TINY, _F8_TINY),
         _latent_diffusion("vq-f4", "pictures to latents of a codebook and back: LDM-4", VQ_F4, _F4),
-        _latent_diffusion("vq-f4-tiny", "the same in miniature, 32 px, trained in a minute", VQ_F4_TINY, _F4_TINY),
+        _latent_diffusion("vq-f4-tiny", "the same in miniature, 32 px, trained in minutes", VQ_F4_TINY, _F4_TINY),
         Entry(
             config=NonequilibriumConfig(),
             task=NonequilibriumSystem.task,
@@ -470,7 +470,7 @@ CATALOG = {
                 name="sohl-dickstein-2015-tiny", network=MULTISCALE_TINY, trajectory=200, mean=0.7081, std=0.5351
             ),
             task=NonequilibriumSystem.task,
-            summary="the same in miniature, coloured shapes of 16 px, trained in a minute",
+            summary="the same in miniature, coloured shapes of 16 px, trained in minutes",
         ),
         _miniature("sd1-tiny", "Stable Diffusion 1", "a U-Net that reads text", _UNET_TINY),
         _miniature(
@@ -504,6 +504,15 @@ CATALOG = {
             interpolant=dit.NOISE,
         ),
         *_pixels("ddpm", "DDPM", "eps of 1,000 timesteps"),
+        replace(
+            _pixels(
+                "ddpm-mini",
+                "DDPM",
+                "the same with a million parameters",
+                network={"widths": (48, 48, 48), "num_blocks": 1, "depths": (0, 1, 0), "groups": 16, "dropout": 0.0},
+            )[0],
+            file=WEIGHTS / "ddpm-mini" / "ddpm-mini.safetensors",
+        ),
         *_pixels(
             "iddpm",
             "Improved DDPM",
@@ -538,7 +547,7 @@ CATALOG = {
         Entry(
             config=_classifier("adm-classifier-tiny", _SHAPES, CLASSIFIER_TINY),
             task=ClassifyingSystem.task,
-            summary="coloured shapes, 16 px: the same, trained in a minute",
+            summary="coloured shapes, 16 px: the same, trained in minutes",
         ),
         *_pixels(
             "edm",

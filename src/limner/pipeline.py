@@ -855,6 +855,8 @@ def ignored(system: System, request: Request) -> list[str]:
         told.append("AND composes prompts, not negative ones: it is a word of the negative prompt")
     if request.tile and (not in_tiles(request) or system.task == "autoencoding"):
         told.append(f"tile {request.tile} has no effect: nothing larger is drawn by a network")
+    if in_tiles(request) and getattr(system, "learned_variance", False) and request.sampler in ("ddpm", "ddpm_large"):
+        told.append(f"in tiles the variance that {system.name} learned is not drawn with: the sampler's own is")
     if request.clip_skip is not None and system.clip_skip is None:
         told.append(f"clip skip has no effect: {system.name} takes nothing from CLIP's layers")
     unmasked = request.image is not None and request.mask is None and request.strength == 1

@@ -42,7 +42,7 @@ def test_every_recipe_has_a_model_and_a_tiny_sibling():
     trained = {entry.recipe or entry.name for entry in catalog.entries() if entry.recipe is not None}
     others = {"consistency-training", "consistency-training-tiny"}  # of the rows of EDM
     assert trained == set(recipes.names()) - beside - others
-    whole = [name for name in recipes.names() if not name.endswith("-tiny") and name not in alone]
+    whole = [name for name in recipes.names() if not name.endswith(("-tiny", "-mini")) and name not in alone]
     assert all(f"{name}-tiny" in recipes.names() for name in whole)
 
 

@@ -214,6 +214,15 @@ def test_a_variance_that_was_learned_is_drawn_with():
     )
 
 
+def test_that_tiles_leave_a_learned_variance_out_is_said():
+    system = learner()
+    tiled = {"prompt": "red circle", "steps": 2, "width": 32, "height": 16, "tile": 16}
+    (said,) = pipeline.ignored(system, pipeline.prepare(system, **tiled, sampler="ddpm"))
+    assert said == "in tiles the variance that iddpm-tiny learned is not drawn with: the sampler's own is"
+    assert not pipeline.ignored(system, pipeline.prepare(system, **tiled, sampler="ddim"))
+    assert not pipeline.ignored(system, pipeline.prepare(system, prompt="red circle", sampler="ddpm"))
+
+
 def test_what_is_foreseen_is_kept_to_what_pixels_can_be():
     system = noisy("ddpm-tiny").eval()
     system.network.conv_out.weight.data *= 20

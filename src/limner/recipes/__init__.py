@@ -1,7 +1,8 @@
 """Training recipes: each name is a function that returns a complete TrainConfig; derive a variant by `replace`.
 
-Every recipe NAME has a NAME-tiny beside it that needs no data outside the package and trains in under a minute on two
-CPU cores, but for `word`, `t2i-adapter`, `reflow-tiny` and `one-step-tiny`, which need models that do not ship.
+Every recipe NAME has a NAME-tiny beside it that needs no data outside the package and trains in some minutes at most on
+two CPU cores, but for `word`, `t2i-adapter`, `reflow-tiny` and `one-step-tiny`, which need models that do not ship, and
+for `ddpm-mini`, whose miniature is that of `ddpm`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "sohl-dickstein-2015-tiny": pixels.sohl_dickstein_tiny,
     "ddpm": pixels.ddpm,
     "ddpm-tiny": lambda: pixels.tiny(pixels.ddpm()),
+    "ddpm-mini": pixels.ddpm_mini,
     "iddpm": pixels.iddpm,
     "iddpm-tiny": lambda: pixels.tiny(pixels.iddpm()),
     "adm": pixels.adm,
