@@ -260,8 +260,9 @@ def test_consistency_training_is_by_its_equations(loss):
     eps = torch.randn(SHAPE, generator=generator)
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
     sigmas = [(low + i / 20 * (high - low)) ** 7 for i in range(21)]
+    mean = -1.1 + math.log(0.7 / 0.5)  # published for data of 0.5
     odds = [
-        math.erf((math.log(b) + 1.1) / (2**0.5 * 2.0)) - math.erf((math.log(a) + 1.1) / (2**0.5 * 2.0))
+        math.erf((math.log(b) - mean) / (2**0.5 * 2.0)) - math.erf((math.log(a) - mean) / (2**0.5 * 2.0))
         for a, b in itertools.pairwise(sigmas)
     ]
 

@@ -640,9 +640,10 @@ def curriculum(step: int, total: int, most: int) -> int:
 
 def weighed(interpolant: Interpolant, steps: int) -> tuple[list[float], list[float], list[float]]:
     """`levels`, and how often the lower end of a step is one of the first so many: sigmas are log-normal
-    (arXiv:2310.14189, section 3.5)."""
+    (arXiv:2310.14189, section 3.5), relative to the data's deviation, which was 0.5."""
     times, sigmas = levels(interpolant, steps)
-    places = [math.erf((math.log(sigma) - MEAN) / (math.sqrt(2) * STD)) for sigma in sigmas]
+    mean = MEAN + math.log(getattr(interpolant, "data", 0.5) / 0.5)
+    places = [math.erf((math.log(sigma) - mean) / (math.sqrt(2) * STD)) for sigma in sigmas]
     return times, sigmas, [(place - places[0]) / (places[-1] - places[0]) for place in places[1:]]
 
 
