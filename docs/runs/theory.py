@@ -323,7 +323,7 @@ def bits(data: str, cache: str, model: str, out: str) -> None:
 
 def sheet(model: str, out: str, settings: str = "") -> None:
     pipe = opened(model)
-    prompts = [name if pipe.system.task == "text-to-image" else "" for name in STYLES.names for _ in range(4)]
+    prompts = [name if pipe.system.task == "text-to-image" else "" for name in STYLES.names for _ in range(2)]
     drawn = evaluation.draw(pipe.system, prompts, list(range(len(prompts))), BATCH, **led(pipe.system, settings))
     drawn = drawn if drawn.shape[1] == 4 else torch.cat([drawn, torch.full_like(drawn[:, :1], 255)], 1)
     evaluation.draw_grid(drawn, columns=16, gap=4).save(out)
