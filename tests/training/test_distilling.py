@@ -18,6 +18,7 @@ from toy import StopAt
 from limner import catalog, recipes
 from limner.adapters.trainable import AdapterConfig
 from limner.errors import UsageError
+from limner.nn.graphs import Leaves
 from limner.sampling import interpolants, samplers, schedules
 from limner.sampling.interpolants import EDMConfig, FlowConfig, SDEConfig, VPConfig
 from limner.systems.objectives import Objective
@@ -487,6 +488,48 @@ def test_a_student_in_16_bits_is_asked_with_its_own_weights_after_its_averages(t
         found = student.loss(told, "main", seeded())["loss"]
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         assert torch.equal(found, student.loss(told, "main", seeded())["loss"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [("consistency", False), ("consistency", True), ("progressive", False), ("guidance", False), ("guidance", True)],
+)
+def test_all_that_a_student_is_judged_by_is_in_its_examples(kind, adapter, tiny_model):
+    """Which a recording reads where it was made; it draws nothing, and asks no teacher."""
+    base = catalog.load(tiny_model, dtype=torch.float32)
+    how = DistillationConfig(kind=kind, steps=16)
+    made: Any = DistillingAdapter(base, how, AdapterConfig(rank=2), 0) if adapter else None
+    made = made or DistillingNetwork(base, how, str(tiny_model), total=8)
+    with torch.no_grad():
+        for k, p in enumerate(made.parameters()):
+            p.add_(0.05 * torch.randn(p.shape, generator=seeded(k)))
+    mask = torch.rand(2, 1, 32, 32, generator=seeded())
+    told = {"latents": torch.randn(2, 8, 8, 8, generator=seeded()), "captions": ["a", "a"], "mask": mask, "step": 0}
+    expected = made.loss(told | {"weight": torch.tensor([1.0, 2.0])}, "main", seeded(1))["loss"]
+    examples = made.examples(told | {"weight": torch.tensor([1.0, 2.0])}, seeded(1))
+    leaves = Leaves({**examples, "cond": examples["cond"].tensors()})
+    assert not any(value.requires_grad for value in leaves.values if isinstance(value, Tensor))
+    made.teacher = made.averaged = None
+    tree = leaves.own().tree()
+    found = made.error({**tree, "cond": Conditioning(**tree["cond"])})["loss"]
+    assert torch.equal(found, expected)
+    assert found.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ["consistency", "consistency-training", "progressive", "guidance-distillation", "lcm-lora"]
+)
+def test_recorded_students_learn_as_others_do(name, tmp_path):
+    config = replace(recipes.get(f"{name}-tiny"), steps=12, save_every=10**6, sample_every=0)
+    weights = {}
+    for graphs in (False, True):
+        run = tmp_path / str(graphs)
+        loop.train(replace(config, cuda_graphs=graphs), run, device="cuda")
+        weights[graphs] = load_file(next(run.rglob(f"{config.name}.safetensors")))
+    assert weights[True].keys() == weights[False].keys()
+    for key, weight in weights[False].items():
+        torch.testing.assert_close(weights[True][key].float(), weight.float(), rtol=1e-3, atol=1e-4)
 
 
 def test_averages_follow_once_a_step(tiny_model):

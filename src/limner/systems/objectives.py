@@ -72,7 +72,8 @@ def coupled(x0: Tensor, eps: Tensor, captions: Sequence[str]) -> Tensor:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise MissingExtra(str(error.name), "train", "loss.coupling=optimal") from error
-    gain = (x0.flatten(1).float() @ eps.flatten(1).float().T).cpu().numpy()  # all else is the same for any pairs
+    with torch.autocast(x0.device.type, enabled=False):
+        gain = (x0.flatten(1).float() @ eps.flatten(1).float().T).cpu().numpy()  # all else is the same for any pairs
     order = np.arange(len(x0))
     for caption in dict.fromkeys(captions):
         rows = np.array([k for k, other in enumerate(captions) if other == caption])

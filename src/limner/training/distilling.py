@@ -81,7 +81,6 @@ class DistillationConfig:
 class Distilling(Beside):
     """What both students have in common; `base` is the teacher."""
 
-    recordable = False
     how: DistillationConfig
     told: Any = None
     """What the student is told of a scale of guidance, None for nothing."""
@@ -153,9 +152,12 @@ class Distilling(Beside):
             read = (base.texts or base.text_encoder.encode)(captions)
             return base.sized(read, x0.shape[3] * base.grid, x0.shape[2] * base.grid, score)
 
-    def loss(self, batch: dict[str, Any], phase: str, generator: torch.Generator) -> dict[str, Tensor]:
-        """`batch` is that of `limner.systems.diffusion.DiffusionSystem.loss`; no caption is dropped, since the teacher
-        has been guided already."""
+    loss = Beside.loss
+
+    def examples(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """What the student is asked, x, t, "level", "cond" and "scale", and what the teacher, or the student's average,
+        says it should be. `batch` is that of `limner.systems.diffusion.DiffusionSystem.loss`; no caption is dropped,
+        since the teacher has been guided already."""
         if "step" in batch:
             self.follow(batch["step"])
         x0 = batch["latents"] if "latents" in batch else self.base.encode(batch["images"])
@@ -164,17 +166,30 @@ class Distilling(Beside):
             nothing = self.read([""], x0, 2.5).map(lambda v: v.expand(len(x0), *v.shape[1:]))
         low, high = self.how.guidance[0], self.how.guidance[-1]
         scale = low + (high - low) * torch.rand(len(x0), generator=generator, device=x0.device)
-        counts = batch.get("mask"), batch.get("weight")
+        counts: dict[str, Any] = {name: batch[name] for name in ("mask", "weight") if name in batch}
+        ask = {
+            "guidance": self.guided, "progressive": self.halved, "consistency": self.inconsistency,
+            "consistency-training": self.untaught,
+        }[self.how.kind]  # fmt: skip
+        with torch.no_grad():
+            asked = ask(x0, cond, nothing, scale, generator)
+        if "worth" in asked:
+            worth = asked.pop("worth")
+            counts["weight"] = worth * counts["weight"] if "weight" in counts else worth
+        return {**asked, "cond": cond, "scale": scale, **counts}
+
+    def error(self, examples: dict[str, Any]) -> dict[str, Tensor]:
+        judged, base = dict(examples), self.base
+        x, t, level, cond, scale = (judged.pop(name) for name in ("x", "t", "level", "cond", "scale"))
+        target, mask, weight = judged["target"], judged.get("mask"), judged.get("weight")
+        if self.how.kind in ("consistency", "consistency-training"):
+            return {"loss": self.judged(self.consistent(x, t, level, cond, scale) - target, mask, weight)}
+        output, alpha = self.student(x, t, level, cond, scale), base.interpolant.alpha(level)
         if self.how.kind == "guidance":
-            return {"loss": self.guided(x0, cond, nothing, scale, generator, *counts)}
-        if self.how.kind == "progressive":
-            return {"loss": self.halved(x0, cond, nothing, scale, generator, *counts)}
-        if self.how.kind == "consistency-training":
-            error, worth = self.untaught(x0, cond, scale, generator)
-            counts = counts[0], worth if counts[1] is None else worth * counts[1]
-        else:
-            error = self.inconsistency(x0, cond, nothing, scale, generator)
-        return {"loss": self.judged(error, *counts)}
+            return {"loss": base.objective.error(output, target, base.prediction, alpha, level, mask, weight)}
+        missed = base.prediction.to_x0(output, x, alpha, level) - target
+        worth = (alpha / level).square().clamp(min=1)  # max(SNR, 1): arXiv:2202.00512, section 4
+        return {"loss": counted(worth * missed.square(), mask, weight).mean()}
 
     @property
     def guides(self) -> bool:
@@ -193,22 +208,21 @@ class Distilling(Beside):
         return counted(error, mask, weight).mean()
 
     def guided(
-        self, x0: Tensor, cond: Any, nothing: Any, scale: Tensor, generator: torch.Generator, *counts: Tensor | None
-    ) -> Tensor:
-        """The error of the student's prediction, where the guided teacher's is right, as the objective counts it."""
+        self, x0: Tensor, cond: Any, nothing: Any, scale: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The student's prediction is to be the guided teacher's, as the objective counts it."""
         base: Any = self.base
         t, sigma = base.interpolant.draw(len(x0), generator, x0.device, base.objective.times)
         level = sigma[:, None, None, None]
-        alpha = base.interpolant.alpha(level)
-        x = alpha * x0 + level * base.objective.noise(x0, generator)
-        target = self.teacher(x, t, level, cond, nothing, scale)
-        output = self.student(x, t, level, cond, scale)
-        return base.objective.error(output, target, base.prediction, alpha, level, *counts)
+        x = base.interpolant.alpha(level) * x0 + level * base.objective.noise(x0, generator)
+        return {"x": x, "t": t, "level": level, "target": self.teacher(x, t, level, cond, nothing, scale)}
 
-    def inconsistency(self, x0: Tensor, cond: Any, nothing: Any, scale: Tensor, generator: torch.Generator) -> Tensor:
-        """How far what the student says of x lies from what it says, or its average, of where one step of the guided
-        teacher leads from x (arXiv:2310.04378, equation 16; the step is DDIM's, which for a flow is Euler's, and with
-        EDM's preconditioning Heun's, arXiv:2303.01469, section 6.1)."""
+    def inconsistency(
+        self, x0: Tensor, cond: Any, nothing: Any, scale: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """What the student says of x is to be what it says, or its average, of where one step of the guided teacher
+        leads from x (arXiv:2310.04378, equation 16; the step is DDIM's, which for a flow is Euler's, and with EDM's
+        preconditioning Heun's, arXiv:2303.01469, section 6.1)."""
         base: Any = self.base
         interpolant, steps = base.interpolant.sized(x0.shape[2] * x0.shape[3] // 4), self.how.steps
         times, sigmas = self.table((interpolant, steps), x0.device, lambda: levels(interpolant, steps))
@@ -217,22 +231,22 @@ class Distilling(Beside):
         (t, level), (end, below) = ((times[k], sigmas[k][:, None, None, None]) for k in (place, place - 1))
         alpha = interpolant.alpha(level)
         x = alpha * x0 + level * eps
-        with torch.no_grad():
-            says = self.teacher(x, t, level, cond, nothing, scale)
-            guess = base.prediction.to_x0(says, x, alpha, level)
-            lower = interpolant.alpha(below) * guess + below / level * (x - alpha * guess)
-            if isinstance(interpolant, Preconditioned):
-                says = self.teacher(lower, end, below, cond, nothing, scale)
-                slopes = (x - guess) / level + (lower - base.prediction.to_x0(says, lower, 1.0, below)) / below
-                lower = x + (below - level) * slopes / 2
-            with self.averaged():
-                target = self.consistent(lower, end, below, cond, scale)
-        return self.consistent(x, t, level, cond, scale) - target
+        says = self.teacher(x, t, level, cond, nothing, scale)
+        guess = base.prediction.to_x0(says, x, alpha, level)
+        lower = interpolant.alpha(below) * guess + below / level * (x - alpha * guess)
+        if isinstance(interpolant, Preconditioned):
+            says = self.teacher(lower, end, below, cond, nothing, scale)
+            slopes = (x - guess) / level + (lower - base.prediction.to_x0(says, lower, 1.0, below)) / below
+            lower = x + (below - level) * slopes / 2
+        with self.averaged():
+            return {"x": x, "t": t, "level": level, "target": self.consistent(lower, end, below, cond, scale)}
 
-    def untaught(self, x0: Tensor, cond: Any, scale: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """How far what the student says of x lies from what it says of the same picture under the same noise, one level
-        below (arXiv:2303.01469, equation 10, with the student itself for its average), and what that counts, one over
-        the distance of the levels (arXiv:2310.14189, section 3.1)."""
+    def untaught(
+        self, x0: Tensor, cond: Any, nothing: Any, scale: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """What the student says of x is to be what it says of the same picture under the same noise, one level below
+        (arXiv:2303.01469, equation 10, with the student itself for its average); it counts one over the distance of
+        the levels, its "worth" (arXiv:2310.14189, section 3.1)."""
         base: Any = self.base
         steps = curriculum(max(self.followed, 0), self.total, self.how.steps)
         times, sigmas, shares = self.table(steps, x0.device, lambda: weighed(base.interpolant, steps))
@@ -240,16 +254,15 @@ class Distilling(Beside):
         place = torch.searchsorted(shares, drawn, right=True).clamp(max=steps - 1)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         (t, level), (end, below) = ((times[k], sigmas[k][:, None, None, None]) for k in (place + 1, place))
-        says = self.consistent(x0 + level * eps, t, level, cond, scale)
-        with torch.no_grad():
-            target = self.consistent(x0 + below * eps, end, below, cond, scale)
-        return says - target, 1 / (level - below)[:, 0, 0, 0]
+        target = self.consistent(x0 + below * eps, end, below, cond, scale)
+        worth = 1 / (level - below)[:, 0, 0, 0]
+        return {"x": x0 + level * eps, "t": t, "level": level, "target": target, "worth": worth}
 
     def halved(
-        self, x0: Tensor, cond: Any, nothing: Any, scale: Tensor, generator: torch.Generator, *counts: Tensor | None
-    ) -> Tensor:
-        """The error of the student's x0, where that is right which leads in one step to where two of the teacher's lead
-        (arXiv:2202.00512, algorithm 2), at what it is worth there: max(SNR, 1), section 4."""
+        self, x0: Tensor, cond: Any, nothing: Any, scale: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The student's x0 is to be the one that leads in one step to where two of the teacher's lead
+        (arXiv:2202.00512, algorithm 2)."""
         raise AssertionError("what is halved is a whole network")
 
     def consistent(self, x: Tensor, t: Tensor, level: Tensor, cond: Any, scale: Tensor) -> Tensor:
@@ -404,8 +417,8 @@ class DistillingNetwork(Distilling):
         self.walked.fill_(self.now)
 
     def halved(
-        self, x0: Tensor, cond: Any, nothing: Any, scale: Tensor, generator: torch.Generator, *counts: Tensor | None
-    ) -> Tensor:
+        self, x0: Tensor, cond: Any, nothing: Any, scale: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
         base: Any = self.base
         interpolant = base.interpolant.sized(x0.shape[2] * x0.shape[3] // 4)
         times, sigmas = self.table(
@@ -422,14 +435,11 @@ class DistillingNetwork(Distilling):
             found = base.prediction.to_x0(output, x, interpolant.alpha(sigma), sigma)
             return found.clamp(-1, 1) if base.clip else found
 
-        with torch.no_grad():
-            first = said(self.teacher(x, t, level, cond, nothing, scale), x, level)
-            between = interpolant.alpha(middle) * first + middle / level * (x - alpha * first)
-            second = said(self.teacher(between, half, middle, cond, nothing, scale), between, middle)
-            target = torch.lerp(first, second, share(interpolant, level, middle, below))
-        found = base.prediction.to_x0(self.student(x, t, level, cond, scale), x, alpha, level)
-        worth = (alpha / level).square().clamp(min=1)
-        return counted(worth * (found - target).square(), *counts).mean()
+        first = said(self.teacher(x, t, level, cond, nothing, scale), x, level)
+        between = interpolant.alpha(middle) * first + middle / level * (x - alpha * first)
+        second = said(self.teacher(between, half, middle, cond, nothing, scale), between, middle)
+        target = torch.lerp(first, second, share(interpolant, level, middle, below))
+        return {"x": x, "t": t, "level": level, "target": target}
 
     @property
     def draws(self) -> dict[str, Any]:
