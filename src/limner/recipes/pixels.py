@@ -58,7 +58,7 @@ def ddpm() -> TrainConfig:
 
 
 def ddpm_mini() -> TrainConfig:
-    """The same with a million parameters, which ships: the first picture of this line needs no training."""
+    """The same with a million parameters: a megabyte in 8 bits."""
     return replace(
         ddpm(), name="ddpm-mini", system=catalog.entry("ddpm-mini").config, steps=40_000, lr=2e-3, ema_half_life=500_000
     )
