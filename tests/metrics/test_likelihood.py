@@ -312,8 +312,7 @@ def test_bits_of_the_flow_with_noise_of_its_end_are_no_fewer_than_the_entropy_wh
     entropy = -shares.log2()[picked].mean().item()
     how = {"solver": "rk4", "steps": 100, "lowest": 1e-2}
     found = flow_bits(denoise, images.double(), interpolant, generator(), noise="gaussian", **how).bits.item()
-    within, white = math.erf(BIN / 2 / 0.01 / 2**0.5), (picked == 0).float().mean().item()
-    lost = -white * math.log2((1 + within) / 2) - (1 - white) * math.log2(
-        within
-    )  # of bins, the last of which has no end
+    white, within = (picked == 0).float().mean().item(), math.erf(BIN / 2 / 0.01 / 2**0.5)
+    beyond = (1 + within) / 2  # the last bin has no end
+    lost = -white * math.log2(beyond) - (1 - white) * math.log2(within)
     assert found == pytest.approx(entropy + lost, abs=3e-3)  # EDM's data is seen through the most noise

@@ -42,17 +42,18 @@ def recipes_command(
         {
             "name": name,
             "family": c.system.family if c.system else goes_with(c),
-            "task": tasks[c.system.kind]
-            if c.system
-            else "adapter"
-            if c.adapter or c.word or c.control
-            else "text-to-image",
+            "task": tasks[c.system.kind] if c.system else leaves(c),
             "steps": c.steps,
             "images": c.batch_size,
         }
         for name, c in configs.items()
     ]
     print_rows(rows, as_json)
+
+
+def leaves(config: Any) -> str:
+    """What is left by a recipe for a model that is there."""
+    return "adapter" if config.adapter or config.word or config.control else "text-to-image"
 
 
 def goes_with(config: Any) -> str:

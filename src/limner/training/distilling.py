@@ -152,8 +152,6 @@ class Distilling(Beside):
             read = (base.texts or base.text_encoder.encode)(captions)
             return base.sized(read, x0.shape[3] * base.grid, x0.shape[2] * base.grid, score)
 
-    loss = Beside.loss
-
     def examples(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         """What the student is asked, x, t, "level", "cond" and "scale", and what the teacher, or the student's average,
         says it should be. `batch` is that of `limner.systems.diffusion.DiffusionSystem.loss`; no caption is dropped,
@@ -173,15 +171,16 @@ class Distilling(Beside):
         }[self.how.kind]  # fmt: skip
         with torch.no_grad():
             asked = ask(x0, cond, nothing, scale, generator)
+        torch.clear_autocast_cache()  # of parameters in 16 bits that may know of no gradient
         if "worth" in asked:
             worth = asked.pop("worth")
             counts["weight"] = worth * counts["weight"] if "weight" in counts else worth
         return {**asked, "cond": cond, "scale": scale, **counts}
 
     def error(self, examples: dict[str, Any]) -> dict[str, Tensor]:
-        judged, base = dict(examples), self.base
-        x, t, level, cond, scale = (judged.pop(name) for name in ("x", "t", "level", "cond", "scale"))
-        target, mask, weight = judged["target"], judged.get("mask"), judged.get("weight")
+        base, mask, weight = self.base, examples.get("mask"), examples.get("weight")
+        x, t, level, target = (examples[name] for name in ("x", "t", "level", "target"))
+        cond, scale = examples["cond"], examples["scale"]
         if self.how.kind in ("consistency", "consistency-training"):
             return {"loss": self.judged(self.consistent(x, t, level, cond, scale) - target, mask, weight)}
         output, alpha = self.student(x, t, level, cond, scale), base.interpolant.alpha(level)
@@ -648,11 +647,11 @@ def curriculum(step: int, total: int, most: int) -> int:
     return min(FIRST * 2 ** min(step // stage, 20), most)
 
 
-def weighed(interpolant: Interpolant, steps: int) -> tuple[list[float], list[float], list[float]]:
+def weighed(interpolant: Preconditioned, steps: int) -> tuple[list[float], list[float], list[float]]:
     """`levels`, and how often the lower end of a step is one of the first so many: sigmas are log-normal
     (arXiv:2310.14189, section 3.5), relative to the data's deviation, which was 0.5."""
     times, sigmas = levels(interpolant, steps)
-    mean = MEAN + math.log(getattr(interpolant, "data", 0.5) / 0.5)
+    mean = MEAN + math.log(interpolant.data / 0.5)
     places = [math.erf((math.log(sigma) - mean) / (math.sqrt(2) * STD)) for sigma in sigmas]
     return times, sigmas, [(place - places[0]) / (places[-1] - places[0]) for place in places[1:]]
 

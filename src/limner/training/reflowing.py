@@ -59,9 +59,6 @@ class ReflowConfig:
 class Reflowing(DistillingNetwork):
     """A copy of the teacher's network, in float32, that learns from `Pairs`; `base` is the teacher."""
 
-    recordable = True
-    loss = Beside.loss
-
     def __init__(self, base: Any, how: ReflowConfig, source: str) -> None:
         Beside.__init__(self, base)
         check(base)
