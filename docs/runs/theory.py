@@ -15,22 +15,25 @@
     python theory.py figure FOLDER OUT.png               of the same and FOLDER/theory.json, which `reference` printed;
                                                          needs matplotlib
 
+Several go in one process with -- between them.
+
 COUNT (5,000) pictures of styles as frequent as in the data. FD is the Frechet distance of EffLite0's features to those
 of all training pictures: its floor is that of COUNT training pictures to the others, its ceilings those of the same
 blurred and of noise. "style" is the share of pictures that a linear probe of the same features takes for their style
 (of held-out pictures it knows what `reference` says). "ms" is of a picture, in batches of BATCH (500). NFE counts what
 a sampler asks: guidance asks the network for twice the rows, and a classifier as often and once back. Networks are in
 bfloat16 on a GPU, if a row says nothing else, but where straightness, bits and inversion are measured.
-Straightness is of paths of STEPS (100) steps. Bits are of held-out pictures, told their style and unguided, with the
-standard error over pictures: those of the variational bound, with all timesteps or, for EVERY n, one of n for what it
-stands for, and of the flow, by dopri5 within TOLERANCE (1e-4) from noise of LOWEST (0.01) on, or the least that the
-model knows, with DDPM's decoder below it and one draw of signs for each picture. A looser tolerance gives too few: 1e-4
-perhaps 0.015.
+Straightness is of HELD (555) paths of STEPS (100) steps. Bits are of HELD held-out pictures, told their style and
+unguided, with the standard error over pictures: those of the variational bound, with all timesteps or, for EVERY n, one
+of n for what it stands for, and of the flow, by dopri5 within TOLERANCE (1e-4) from noise of LOWEST (0.01) on, or the
+least that the model knows, with DDPM's decoder below it and one draw of signs for each picture. A looser tolerance
+gives too few: 1e-4 perhaps 0.015.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import random
@@ -62,6 +65,7 @@ from limner.sampling.interpolants import Discrete
 from limner.types import Denoise
 
 COUNT, BATCH = int(os.environ.get("COUNT", "5000")), int(os.environ.get("BATCH", "500"))
+HELD = int(os.environ.get("HELD", "555"))
 STEPS, EVERY = int(os.environ.get("STEPS", "100")), int(os.environ.get("EVERY", "1"))
 TOLERANCE, LOWEST = float(os.environ.get("TOLERANCE", "1e-4")), float(os.environ.get("LOWEST", "1e-2"))
 FEW = [f"steps={n}" for n in (1, 2, 4)]
@@ -243,10 +247,10 @@ def of(model: str, figures: Tensor) -> dict[str, Any]:
 
 def bent(source: str, model: str, out: str) -> None:
     system, known = opened(model, "fp32").system, torch.load(source)
-    prompts = [STYLES.names[k] for k in random.Random(0).choices(known["labels"].tolist(), k=COUNT)]
+    prompts = [STYLES.names[k] for k in random.Random(0).choices(known["labels"].tolist(), k=HELD)]
     draws, found = torch.Generator().manual_seed(0), []
     side = system.defaults.width // system.grid
-    for first in range(0, COUNT, BATCH):
+    for first in range(0, HELD, BATCH):
         some = prompts[first : first + BATCH]
         eps = torch.randn(len(some), system.autoencoder.channels, side, side, generator=draws).to(DEVICE)
         found.append(straightness(unguided(system, some), eps, system.interpolant, STEPS).cpu())
@@ -302,7 +306,7 @@ def bits(data: str, cache: str, model: str, out: str) -> None:
         ways += ["learned"] if system.learned_variance else ["small", "large"]
     for way in ways:
         found, asked = [], []
-        for k, (images, prompts) in enumerate(held_out(data, cache, COUNT)):
+        for k, (images, prompts) in enumerate(held_out(data, cache, HELD)):
             draws, spread = torch.Generator().manual_seed(k), {}
             denoise = unguided(system, prompts, variance=spread if way == "learned" else None)
             if way == "flow":
@@ -338,38 +342,55 @@ def measured(folder: str) -> list[dict[str, Any]]:
     return rows
 
 
+FEW_STEPS = ("flow", "ot-flow", "sit", "reflow", "one-step", "consistency", "lcm", "progressive")
+"""How runs begin whose lines go to a panel of their own."""
+
+
 def figure(folder: str, out: str) -> None:
     from matplotlib import pyplot
 
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
     led: dict[str, list[tuple[float, float, float]]] = {}
     for row in measured(folder):
         asked = parsed(row["settings"])
-        scale = {"classifier": asked.get("classifier_scale"), "classifier-free": asked.get("guidance")}
-        for how in [how for how, value in scale.items() if value is not None]:
-            led.setdefault(f"{row['run']}, {how}", []).append((scale[how], row["FD"], row["style"]))
-        if not any(scale.values()):
-            name = " ".join([row["run"], *(str(asked[k]) for k in ("sampler", "schedule") if k in asked)])
-            lines.setdefault(name, []).append((row["NFE"], row["FD"]))
-    _, (left, middle, right) = pyplot.subplots(1, 3, figsize=(16, 5.5), layout="constrained")
-    for name, points in lines.items():
-        left.loglog(*zip(*sorted(points), strict=True), "o-", label=name, markersize=4)
+        scales = {"classifier": asked.get("classifier_scale"), "classifier-free": asked.get("guidance")}
+        for how in [how for how, scale in scales.items() if scale is not None]:
+            led.setdefault(how, []).append((scales[how], row["FD"], row["style"]))
+        if any(scales.values()):
+            continue
+        if row["run"] == "adm" and asked.get("steps") == 50:  # a scale of 1 is that of no guidance, 0 of no classifier
+            led.setdefault("classifier", []).append((0, row["FD"], row["style"]))
+            led.setdefault("classifier-free", []).append((1, row["FD"], row["style"]))
+        said = [str(asked[k]) for k in ("sampler", "schedule") if k in asked]
+        said += [f"eta {asked['eta']}"] if "eta" in asked else ["churn"] if "churn" in asked else []
+        run = "progressive" if row["run"].startswith("progressive") else row["run"]  # a run for each number of steps
+        lines.setdefault(run, {}).setdefault(" ".join(said), []).append((row["NFE"], row["FD"]))
+    rows = 2 if led else 1
+    _, ((many, few), *below) = pyplot.subplots(rows, 2, figsize=(15, 5.5 * rows), squeeze=False, layout="constrained")
+    colours = {axis: itertools.cycle(pyplot.get_cmap("tab10").colors) for axis in (many, few)}
+    for run, ways in lines.items():
+        axis = few if run.startswith(FEW_STEPS) else many
+        colour = next(colours[axis])
+        for (how, points), mark in zip(sorted(ways.items()), itertools.cycle("os^vDP"), strict=False):
+            axis.loglog(
+                *zip(*sorted(points), strict=True), f"{mark}-", color=colour, label=f"{run} {how}", markersize=5
+            )
     real = json.loads(Path(folder, "theory.json").read_text())
-    for name in ("floor", "blurred"):
-        left.axhline(real[name], color="grey", linestyle=":")
-        left.text(
-            1, 1.03 * real[name], f"real pictures, {name}" if name == "blurred" else "real pictures", color="grey"
-        )
-    left.set(xlabel="evaluations of the network", ylabel="Fréchet distance")
-    for name, found in led.items():
-        scales, distances, styles = zip(*sorted(found), strict=True)
-        middle.plot(scales, distances, "o-", label=name, markersize=4)
-        right.plot(scales, styles, "o-", label=name, markersize=4)
-    middle.set(xlabel="scale of guidance", ylabel="Fréchet distance")
-    right.set(xlabel="scale of guidance", ylabel="share of drawings in their style")
-    for axis in (left, middle, right):
-        axis.legend(fontsize="small")
-    pyplot.savefig(out, dpi=90)
+    for axis, title in ((many, "diffusion"), (few, "flows and few steps")):
+        for name in ("floor", "blurred"):
+            axis.axhline(real[name], color="grey", linestyle=":")
+            axis.text(axis.get_xlim()[1], real[name], f"real, {name} ", color="grey", ha="right", va="bottom")
+        axis.set(title=title, xlabel="evaluations of the network", ylabel="Fréchet distance")
+        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    for axes in below:
+        for axis, column, what in zip(
+            axes, (1, 2), ("Fréchet distance", "share of drawings in their style"), strict=True
+        ):
+            for name, found in led.items():
+                axis.plot([s[0] for s in sorted(found)], [s[column] for s in sorted(found)], "o-", label=name)
+            axis.set(title="adm, 50 steps of DDIM", xlabel="scale of guidance", ylabel=what)
+            axis.legend(frameon=False)
+    pyplot.savefig(out, dpi=70)
 
 
 def table(folder: str) -> None:
@@ -398,7 +419,11 @@ def table(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    {
+    commands = {
         "reference": reference, "measure": measure, "sheet": sheet, "straightness": bent, "bits": bits,
         "inversion": inversion, "table": table, "figure": figure,
-    }[sys.argv[1]](*sys.argv[2:])  # fmt: skip
+    }  # fmt: skip
+    for told, words in itertools.groupby(sys.argv[1:], "--".__ne__):
+        if told:
+            name, *rest = words
+            commands[name](*rest)

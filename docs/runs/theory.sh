@@ -29,6 +29,9 @@ learn() { # RUN: its recipe, what it begins with, and what is said of it besides
         batch_size=256 lr=2e-4 lr_schedule=cosine lr_final=0.02 \
         warmup=100 ema_half_life=50000 precision=fp16 ;;
     progressive) set -- "$1" "$1" --model "$(of flow-matching)" $icons ;;
+    progressive-4) set -- "$1" progressive --model "$(of flow-matching)" $icons distillation.least=4 steps=2400 ;;
+    progressive-2) set -- "$1" progressive --model "$(of progressive-4)" $icons distillation.steps=4 \
+        distillation.least=2 steps=800 ;;
     *) set -- "$1" "$1" $icons "steps=$STEPS" ;;
     esac
     name=$1
@@ -36,36 +39,31 @@ learn() { # RUN: its recipe, what it begins with, and what is said of it besides
     python3 -m limner train "$@" --out "$work/$name" >"$work/$name.log" 2>&1
 }
 
-real() {
+measure() { # RUN, and of sheet, figures and bits what is done, all in one process
     [ -f "$work/reference.pt" ] ||
-        python3 "$here/theory.py" reference "$data" "$work/cache" "$work/reference.pt" >"$work/theory.json"
-}
-
-figures() { # but of digits
-    case $1 in sohl* | adm-classifier) return ;; esac
-    real
-    python3 "$here/theory.py" measure "$work/reference.pt" "$(of "$1")" "$work/$1.jsonl"
-}
-
-bits() { # and straightness, of flows; what leaps in a step or a few is no equation's solution
-    case $1 in consistency* | lcm | progressive | one-step | adm-classifier) return ;; esac
-    pictures=$data
-    case $1 in sohl*) pictures=$mnist ;; esac
-    python3 "$here/theory.py" bits "$pictures" "$work/cache" "$(of "$1")" "$work/$1.bits.jsonl"
-    case $1 in *flow* | sit-32)
-        real
-        python3 "$here/theory.py" straightness "$work/reference.pt" "$(of "$1")" "$work/$1.bits.jsonl" ;;
+        python3 "$here/theory.py" reference "$data" "$work/cache" "$work/reference.pt" >"$work/theory.json" || return
+    run=$1 doing=" $2 " model=$(of "$1") pictures=$data
+    case $run in adm-classifier) return ;; sohl*) pictures=$mnist ;; esac
+    set --
+    case $doing in *" sheet "*) set -- "$@" -- sheet "$model" "$work/$run.png" ;; esac
+    case $run$doing in # digits have no FD
+    sohl*) ;;
+    *" figures "*) set -- "$@" -- measure "$work/reference.pt" "$model" "$work/$run.jsonl" ;;
     esac
-}
-
-sheet() {
-    case $1 in adm-classifier) return ;; esac
-    python3 "$here/theory.py" sheet "$(of "$1")" "$work/$1.png"
+    case $run$doing in # what leaps in a step or a few is no equation's solution
+    consistency* | lcm* | progressive* | one-step*) ;;
+    *" bits "*) set -- "$@" -- bits "$pictures" "$work/cache" "$model" "$work/$run.bits.jsonl" ;;
+    esac
+    case $run$doing in
+    *flow*" bits "* | sit-32*" bits "*)
+        set -- "$@" -- straightness "$work/reference.pt" "$model" "$work/$run.bits.jsonl" ;;
+    esac
+    [ $# = 0 ] || python3 "$here/theory.py" "$@"
 }
 
 for run in "$@"; do
-    for what in ${DO:-learn sheet figures bits}; do
-        echo "$(date +%T) $run: $what"
-        "$what" "$run" || echo "$run: $what failed"
-    done
+    doing=${DO:-learn sheet figures bits}
+    echo "$(date +%T) $run: $doing"
+    case " $doing " in *" learn "*) learn "$run" || { echo "$run: learn failed"; continue; } ;; esac
+    measure "$run" "$doing" || echo "$run: measure failed"
 done
