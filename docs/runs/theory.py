@@ -72,17 +72,17 @@ FEW = [f"steps={n}" for n in (1, 2, 4)]
 LED = "sampler=ddim steps=50"
 EULER = [f"sampler=euler steps={n}" for n in (1, 2, 5, 10, 50)]
 FLOW = ["", *EULER, "sampler=dopri5 steps=1"]
-SCALES = (1.5, 2, 3, 5)
+SDE = ["steps=100", "sampler=heun steps=50"]
 FIGURES = {
     "ddpm": ["", *(f"sampler=ddim steps={n}" for n in (5, 10, 20, 50, 100)), "sampler=ddim steps=10 eta=0.5",
              "sampler=ddim steps=10 eta=1", f"{LED} eta=0.5", f"{LED} eta=1", "steps=1000",
              "sampler=ddpm_large steps=1000", "sampler=ddim steps=1000"],
     "iddpm": ["", LED, "steps=50"],
-    "adm": ["", LED, *(f"{LED} guidance={s}" for s in SCALES),
-            *(f"{LED} classifier={{}}/adm-classifier classifier_scale={s}" for s in (0.5, 1, 2, 4))],
+    "adm": ["", LED, *(f"{LED} guidance={s}" for s in (1.5, 3, 5)),
+            *(f"{LED} classifier={{}}/adm-classifier classifier_scale={s}" for s in (1, 2, 4))],
     "edm": ["", "steps=9", "steps=40", "churn=10", "steps=40 churn=20"],
-    "dit-32": ["", LED], "vp-sde": ["", "sampler=dopri5 steps=1"], "subvp-sde": ["", "sampler=dopri5 steps=1"],
-    "ve-sde": ["", "sampler=dopri5 steps=1"],
+    "dit-32": ["", LED],
+    **dict.fromkeys(("vp-sde", "subvp-sde", "ve-sde"), SDE),
     **dict.fromkeys(("flow-matching", "ot-flow-matching", "sit-32", "reflow", "reflow-2"), FLOW),
     "one-step": [""], "consistency": FEW, "consistency-training": FEW, "lcm": FEW, "progressive": [""],
 }  # fmt: skip
@@ -348,6 +348,7 @@ FEW_STEPS = ("flow", "ot-flow", "sit", "reflow", "one-step", "consistency", "lcm
 
 def figure(folder: str, out: str) -> None:
     from matplotlib import pyplot
+    from PIL import Image
 
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
     led: dict[str, list[tuple[float, float, float]]] = {}
@@ -390,7 +391,8 @@ def figure(folder: str, out: str) -> None:
                 axis.plot([s[0] for s in sorted(found)], [s[column] for s in sorted(found)], "o-", label=name)
             axis.set(title="adm, 50 steps of DDIM", xlabel="scale of guidance", ylabel=what)
             axis.legend(frameon=False)
-    pyplot.savefig(out, dpi=70)
+    pyplot.savefig(out, dpi=90)
+    Image.open(out).convert("RGB").quantize(256).save(out, optimize=True)
 
 
 def table(folder: str) -> None:
