@@ -374,7 +374,7 @@ def figure(folder: str, out: str) -> None:
         colour = next(colours[axis])
         for (how, points), mark in zip(sorted(ways.items()), itertools.cycle("os^vDP"), strict=False):
             axis.loglog(
-                *zip(*sorted(points), strict=True), f"{mark}-", color=colour, label=f"{run} {how}", markersize=5
+                *zip(*sorted(points), strict=True), f"{mark}-", color=colour, label=f"{run} {how}".strip(), markersize=5
             )
     real = json.loads(Path(folder, "theory.json").read_text())
     for axis, title in ((many, "diffusion"), (few, "flows and few steps")):

@@ -39,31 +39,37 @@ learn() { # RUN: its recipe, what it begins with, and what is said of it besides
     python3 -m limner train "$@" --out "$work/$name" >"$work/$name.log" 2>&1
 }
 
-measure() { # RUN, and of sheet, figures and bits what is done, all in one process
+does() { case " ${DO:-learn sheet figures bits} " in *" $1 "*) ;; *) return 1 ;; esac; }
+
+real() {
     [ -f "$work/reference.pt" ] ||
-        python3 "$here/theory.py" reference "$data" "$work/cache" "$work/reference.pt" >"$work/theory.json" || return
-    run=$1 doing=" $2 " model=$(of "$1") pictures=$data
-    case $run in adm-classifier) return ;; sohl*) pictures=$mnist ;; esac
+        python3 "$here/theory.py" reference "$data" "$work/cache" "$work/reference.pt" >"$work/theory.json"
+}
+
+measure() { # RUN: what is done of what it has, all in one process
+    run=$1 model=$(of "$1") pictures=$data has="sheet figures bits"
+    case $run in
+    adm-classifier) return ;;
+    sohl*) pictures=$mnist has="sheet bits" ;;                        # digits have no FD
+    consistency* | lcm | progressive* | one-step) has="sheet figures" ;; # what leaps is no equation's solution
+    *flow* | sit-32) has="sheet figures bits straightness" ;;
+    esac
     set --
-    case $doing in *" sheet "*) set -- "$@" -- sheet "$model" "$work/$run.png" ;; esac
-    case $run$doing in # digits have no FD
-    sohl*) ;;
-    *" figures "*) set -- "$@" -- measure "$work/reference.pt" "$model" "$work/$run.jsonl" ;;
-    esac
-    case $run$doing in # what leaps in a step or a few is no equation's solution
-    consistency* | lcm* | progressive* | one-step*) ;;
-    *" bits "*) set -- "$@" -- bits "$pictures" "$work/cache" "$model" "$work/$run.bits.jsonl" ;;
-    esac
-    case $run$doing in
-    *flow*" bits "* | sit-32*" bits "*)
-        set -- "$@" -- straightness "$work/reference.pt" "$model" "$work/$run.bits.jsonl" ;;
-    esac
+    for what in $has; do
+        case $what in straightness) does bits ;; *) does "$what" ;; esac || continue
+        case $what in figures | straightness) real || return ;; esac
+        case $what in
+        sheet) set -- "$@" -- sheet "$model" "$work/$run.png" ;;
+        figures) set -- "$@" -- measure "$work/reference.pt" "$model" "$work/$run.jsonl" ;;
+        bits) set -- "$@" -- bits "$pictures" "$work/cache" "$model" "$work/$run.bits.jsonl" ;;
+        straightness) set -- "$@" -- straightness "$work/reference.pt" "$model" "$work/$run.bits.jsonl" ;;
+        esac
+    done
     [ $# = 0 ] || python3 "$here/theory.py" "$@"
 }
 
 for run in "$@"; do
-    doing=${DO:-learn sheet figures bits}
-    echo "$(date +%T) $run: $doing"
-    case " $doing " in *" learn "*) learn "$run" || { echo "$run: learn failed"; continue; } ;; esac
-    measure "$run" "$doing" || echo "$run: measure failed"
+    echo "$(date +%T) $run: ${DO:-learn sheet figures bits}"
+    ! does learn || learn "$run" || { echo "$run: learn failed"; continue; }
+    measure "$run" || echo "$run: measure failed"
 done
